@@ -64,12 +64,12 @@ class Profile:
         prompts: the prompt tables.
         revision: commit or branch of a hub model; None: its default.
         dtype: floating-point type of the weights in memory.
-        device: where the model runs; ``auto``: CUDA if there is one, else the CPU.
+        device: where the model runs; ``auto``: CUDA if there is one, else MPS, else the CPU.
         protocol: ``released`` (the authors' code) or ``paper`` (the paper's text).
         groups: keep only memorized prompts of this group; None: all.
         limits: how many prompts of each kind are used.
-        holdout_size: number of holdout prompts for the activation statistics.
-        threshold_prompts: number of holdout prompts for the memorization threshold.
+        holdout_size: number of holdout prompts for the activation statistics; None: all.
+        threshold_prompts: number of holdout prompts for the memorization threshold; None: all.
         detection: seeds and sampler settings of the noise differences.
         similarity: settings of the structural similarity.
         thresholds: how the memorization threshold is found.
@@ -88,8 +88,8 @@ class Profile:
     protocol: ProtocolName = "released"
     groups: str | None = None
     limits: Limits = Limits()
-    holdout_size: int = 1000
-    threshold_prompts: int = 200
+    holdout_size: int | None = 1000
+    threshold_prompts: int | None = 200
     detection: DetectionSettings = dataclasses.field(default_factory=DetectionSettings)
     similarity: SimilaritySettings = dataclasses.field(default_factory=SimilaritySettings)
     thresholds: ThresholdSettings = ThresholdSettings()

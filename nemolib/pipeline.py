@@ -1,0 +1,234 @@
+"""Loading a Stable Diffusion pipeline for a profile, and embedding prompts with it."""
+
+from __future__ import annotations
+
+import json
+import re
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from nemolib import paths
+from nemolib.profiles import Profile, known_profiles, load_profile
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+_PROFILES: weakref.WeakKeyDictionary[object, Profile] = weakref.WeakKeyDictionary()
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+_WEIGHTS = ("unet", "vae", "text_encoder")
+
+
+class PipelineError(ValueError):
+    """A model that cannot be loaded; the message says what is missing and what to do."""
+
+
+def load_pipeline(
+    source: str | Path | Profile = "tiny",
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+) -> StableDiffusionPipeline:
+    """Return a Stable Diffusion pipeline, ready for detection and generation.
+
+    Weights come from safetensors only, so that nothing is unpickled; no code of a hub is executed; the safety checker
+    is not loaded; a scheduler of another kind is replaced by DDIM with the same betas and offset, as the paper uses it.
+
+    Source: App. B.3 (DDIM).
+
+    Args:
+        source: name of a profile, path of a profile's YAML file, a Profile, a folder in diffusers format, or a hub id.
+        device: overrides the profile's device; ``"auto"``: CUDA if there is one, else MPS, else the CPU.
+        dtype: overrides the profile's dtype; ``"float32"``, ``"float16"``, ``"bfloat16"`` or a torch.dtype.
+        revision: overrides the profile's revision of a hub model.
+
+    Returns:
+        The pipeline: weights frozen, in evaluation mode, without a progress bar of its own.
+
+    Raises:
+        ProfileError: the profile cannot be read.
+        PipelineError: no such profile or folder; a folder without ``model_index.json`` or without safetensors; a UNet
+            without cross-attention value layers; no network; an unknown dtype or device.
+    """
+    profile = _profile(source)
+    model = profile.model if profile else source
+    location = _locate(str(model))
+    pipe = _from_pretrained(
+        location,
+        dtype=_dtype(dtype or (profile.dtype if profile else "float32")),
+        revision=revision or (profile.revision if profile else None),
+    )
+    _check_value_layers(pipe, location)
+    _prepare(pipe)
+    pipe.to(_device(device or (profile.device if profile else "auto")))
+    if profile:
+        _PROFILES[pipe] = profile
+    return pipe
+
+
+def profile_of(pipe: StableDiffusionPipeline) -> Profile | None:
+    """Return the profile that a pipeline was loaded from; None if it came from a folder or a hub."""
+    return _PROFILES.get(pipe)
+
+
+@torch.no_grad()
+def embed(pipe: StableDiffusionPipeline, prompts: Sequence[str], *, batch_size: int = 64) -> torch.Tensor:
+    """Return the text embeddings of prompts, as the pipeline computes them: padded and cut to the model's length.
+
+    Args:
+        pipe: the pipeline.
+        prompts: at least one prompt; the empty prompt is allowed (it is the unconditional one).
+        batch_size: prompts per pass of the text encoder.
+
+    Returns:
+        Tensor [prompt, token, feature] on the pipeline's device, in its dtype.
+
+    Raises:
+        ValueError: no prompt, or one that is not text.
+    """
+    if isinstance(prompts, str) or not len(prompts):
+        raise ValueError(f"expected a list of at least one prompt, got {prompts!r}")
+    for number, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt {number} is {prompt!r}; expected text")
+    starts = range(0, len(prompts), batch_size)
+    return torch.cat([_embed_batch(pipe, list(prompts[start : start + batch_size])) for start in starts])
+
+
+def _embed_batch(pipe: StableDiffusionPipeline, prompts: list[str]) -> torch.Tensor:
+    tokens = pipe.tokenizer(
+        prompts,
+        padding="max_length",
+        max_length=pipe.tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    device = pipe.text_encoder.device
+    masked = getattr(pipe.text_encoder.config, "use_attention_mask", False)
+    mask = tokens.attention_mask.to(device) if masked else None
+    return pipe.text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0].to(pipe.unet.dtype)
+
+
+def _profile(source: str | Path | Profile) -> Profile | None:
+    """Return the profile that is meant, or None for a folder or a hub id."""
+    if isinstance(source, Profile):
+        return source
+    is_profile = str(source) in known_profiles() or str(source).endswith((".yaml", ".yml"))
+    return load_profile(source) if is_profile else None
+
+
+def _locate(model: str) -> Path | str:
+    """Return the folder of a model, or the hub id; raise PipelineError for a folder that is missing or no pipeline."""
+    given = Path(model).expanduser()
+    for folder in (given, paths.resolve(given)):
+        if folder.is_dir():
+            _check_folder(folder)
+            return folder
+    known = ", ".join(known_profiles())
+    if given.is_file():
+        raise PipelineError(f"model {model!r} is a file; give the folder of a pipeline in diffusers format")
+    if not _HUB_ID.fullmatch(model) or paths.resolve(given.parent).is_dir():
+        raise PipelineError(
+            f"model {model!r}: there is no such folder ({paths.resolve(given)}), and it is neither a profile ({known}) "
+            "nor a hub id (owner/name)"
+        )
+    return model
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise PipelineError unless a folder holds a Stable Diffusion pipeline with safetensors."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise PipelineError(
+            f"model folder {folder} has no model_index.json; give the folder that pipe.save_pretrained wrote"
+        )
+    try:
+        kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    except (ValueError, AttributeError) as error:
+        raise PipelineError(f"{index} is not readable as JSON ({error}); copy the model again") from error
+    if kind != "StableDiffusionPipeline":
+        raise PipelineError(f"{index}: _class_name is {kind!r}; expected 'StableDiffusionPipeline'")
+    for part in _WEIGHTS:
+        if not any((folder / part).glob("*.safetensors")):
+            raise PipelineError(
+                f"model folder {folder / part} has no safetensors file; other formats are not read, since they can "
+                "run code; save the model with safe_serialization=True"
+            )
+
+
+def _from_pretrained(location: Path | str, *, dtype: torch.dtype, revision: str | None) -> StableDiffusionPipeline:
+    """Return the pipeline of a folder or a hub id; errors of the loader become a PipelineError."""
+    from diffusers import StableDiffusionPipeline
+
+    remote = {} if isinstance(location, Path) else {"revision": revision}
+    try:
+        return StableDiffusionPipeline.from_pretrained(
+            str(location),
+            torch_dtype=dtype,
+            use_safetensors=True,
+            safety_checker=None,
+            requires_safety_checker=False,
+            local_files_only=isinstance(location, Path),
+            **remote,
+        )
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason'}"
+        if isinstance(location, Path):
+            raise PipelineError(
+                f"model folder {location} could not be loaded; copy the model again ({reason})"
+            ) from error
+        raise PipelineError(
+            f"model {location!r} could not be loaded from the hub: no network, no such model, or no access; check the "
+            f"name and the connection, or give a local folder ({reason})"
+        ) from error
+
+
+def _check_value_layers(pipe: StableDiffusionPipeline, location: Path | str) -> None:
+    """Raise PipelineError if the down and mid blocks of the UNet have no cross-attention value layer."""
+    names = (name for name, _ in pipe.unet.named_modules())
+    if not any(re.match(r"(down_blocks|mid_block)\..*attn2\.to_v$", name) for name in names):
+        raise PipelineError(
+            f"model {str(location)!r}: its UNet has no cross-attention value layer (attn2.to_v) in its down and mid "
+            "blocks; memorization neurons are searched there"
+        )
+
+
+def _prepare(pipe: StableDiffusionPipeline) -> None:
+    """Set the scheduler, freeze the weights, and silence the pipeline's own progress bar."""
+    from diffusers import DDIMScheduler
+
+    if not isinstance(pipe.scheduler, DDIMScheduler):
+        pipe.register_modules(scheduler=DDIMScheduler.from_config(pipe.scheduler.config))
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        part.eval().requires_grad_(False)
+    pipe.set_progress_bar_config(disable=True)
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in _DTYPES:
+        raise PipelineError(f"dtype {dtype!r} is unknown; allowed: {', '.join(_DTYPES)}")
+    return _DTYPES[dtype]
+
+
+def _device(device: str | torch.device) -> torch.device:
+    """Return a device that is there; raise PipelineError for one that is not."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise PipelineError(f"device {device!r} is unknown; allowed: auto, cpu, cuda, mps") from error
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(chosen.type, True):
+        raise PipelineError(f"device {str(device)!r} is not available on this machine; use 'auto' or 'cpu'")
+    return chosen

@@ -1,0 +1,96 @@
+# Everything that is made here. `make help` lists the targets. Works with GNU make 3.81 and later, and with -j.
+
+PROFILE ?= tiny
+PYTHON  ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+             $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+
+VENV  := .venv
+PY    := $(VENV)/bin/python
+ENV   := $(VENV)/.installed
+BUILD := build/$(PROFILE)
+
+NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
+BUILT     := $(NOTEBOOKS:notebooks/%.ipynb=$(BUILD)/%.ipynb)
+CODE      := $(wildcard nemolib/*.py nemolib/profiles/*.yaml)
+INPUTS    := $(wildcard data/tiny/prompts/*.csv data/tiny/*/model_index.json data/tiny/*/*.safetensors data/tiny/*/*/*.safetensors)
+
+# What notebooks keep in git: outputs and counts; not how and when papermill ran them.
+STRIP := $(VENV)/bin/nbstripout --keep-output --keep-count --keep-id \
+         --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution"
+
+export PROFILE
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SUFFIXES:
+.PHONY: help env lab all notebooks figures test lint train student refresh lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo "  PROFILE=$(PROFILE) (choose another: make all PROFILE=tiny-full)"
+
+env: $(ENV) ## create .venv with the versions of requirements.lock
+
+$(ENV): requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed, and none was found; give one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+lab: $(ENV) ## open JupyterLab on the notebooks
+	$(VENV)/bin/jupyter lab notebooks
+
+all: notebooks figures ## run every notebook, make every figure and table
+
+notebooks: $(BUILT) ## run every notebook into build/PROFILE/
+
+# A failed notebook leaves its output as .partial.ipynb, to look at, and never as finished.
+$(BUILD)/%.ipynb: notebooks/%.ipynb $(CODE) $(INPUTS) $(ENV)
+	@mkdir -p $(@D)
+	$(PY) -m nemolib.runner --profile "$(PROFILE)" $< $(@:.ipynb=.partial.ipynb)
+	@mv $(@:.ipynb=.partial.ipynb) $@
+
+# Which notebook uses what another one computes, by their numbers. The first name stands for none: a rule needs a target.
+built = $(filter $(foreach number,$(1),$(BUILD)/$(number)_%),$(BUILT))
+.none $(call built,02 03): $(call built,01)
+.none $(call built,04 05): $(call built,03)
+.none $(call built,06): $(call built,01 02 03 04 05)
+
+figures: $(call built,06) ## make the figures and tables of the paper into figures/PROFILE/
+	@echo "figures and tables: figures/$(PROFILE)/"
+
+test: $(ENV) ## run all tests, the notebooks among them
+	$(PY) -m pytest tests notebooks --nbval-lax --nbval-current-env --nbval-sanitize-with tests/notebooks/sanitize.cfg
+
+lint: $(ENV) ## check style and format, of the notebooks too
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(if $(NOTEBOOKS),$(STRIP) --verify $(NOTEBOOKS))
+
+train: $(ENV) ## train the tiny world from the package data (hours; make all never needs it)
+	$(PY) -m nemolib.world
+
+student: $(ENV) ## notebooks without outputs and solutions into build/student/
+	@mkdir -p build/student
+	@for notebook in $(NOTEBOOKS); do \
+	  $(VENV)/bin/nbstripout --keep-id --drop-tagged-cells=solution --textconv $$notebook \
+	    > build/student/.partial && mv build/student/.partial build/student/$${notebook##*/} || exit 1; \
+	done
+	@echo "notebooks for students: build/student/"
+
+refresh: $(NOTEBOOKS:notebooks/%.ipynb=refresh-%) ## run every notebook at its defaults and keep its outputs in notebooks/
+
+refresh-%: $(ENV)
+	@mkdir -p build/refresh
+	env -u PROFILE $(PY) -m nemolib.runner notebooks/$*.ipynb build/refresh/$*.ipynb
+	$(STRIP) build/refresh/$*.ipynb
+	@mv build/refresh/$*.ipynb notebooks/$*.ipynb
+
+lock: $(ENV) ## write requirements.lock from what .venv holds (to upgrade: .venv/bin/pip install -U NAME, then this)
+	$(PY) tools/lock.py > requirements.lock.tmp
+	@mv requirements.lock.tmp requirements.lock
+
+clean: ## remove what runs wrote: build/ and caches; figures/ and .venv stay
+	rm -rf build .pytest_cache .ruff_cache .hypothesis
+	find nemolib tests tools notebooks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,397 @@
+"""Memorization neurons of a prompt, of many prompts: Alg. 1 to 4 in a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from nemolib.batching import check_prompts, progress_bar
+from nemolib.defaults import default_protocol, default_settings
+from nemolib.evaluations import ALGORITHMS, Evaluations
+from nemolib.first_step import FirstStep, first_step
+from nemolib.holdout import ActivationStatistics, z_scores
+from nemolib.neurons import NeuronSet
+from nemolib.pipeline import embed
+from nemolib.protocols import Protocol, load_protocol
+from nemolib.provenance import content_hash, science_hash
+from nemolib.refinement import RefinementTest, refine_sequential
+from nemolib.selection import SelectionStep, initial_selection
+from nemolib.settings import DetectionSettings, SearchSettings, SimilaritySettings
+from nemolib.similarity import max_pairwise, pairwise, similarity
+from nemolib.value_layers import value_activations, value_layers
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+    from nemolib.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Localization:
+    """The memorization neurons of a prompt, and what finding them took.
+
+    Attributes:
+        prompt: The prompt.
+        memorized: Whether a seed passed the gate; if none did, there was nothing to search and the sets are empty.
+        seeds: Indices of the seeds that passed.
+        initial: Neurons of the initial selection.
+        neurons: Neurons that refinement left: the memorization neurons.
+        unblocked_score: Memorization score, the largest similarity of two seeds with all neurons active.
+        initial_score: Score with the initial selection deactivated: the largest similarity, over seeds, of the noise
+            differences with and without. None if nothing was searched.
+        refined_score: The same with the refined neurons deactivated.
+        theta: Threshold of the z-score at which the initial selection ended; None as above.
+        k: Number of neurons per layer taken for their activation alone; None as above.
+        reached: Whether the initial selection brought its score to the threshold; False as above.
+        evaluations: UNet sample-evaluations of each algorithm, A1 to A4.
+        seconds: Time of each algorithm.
+        steps: Steps of the initial selection (not kept in a store).
+        tests: Tests of the refinement (not kept in a store).
+    """
+
+    prompt: str
+    memorized: bool
+    seeds: tuple[int, ...]
+    initial: NeuronSet
+    neurons: NeuronSet
+    unblocked_score: float
+    initial_score: float | None = None
+    refined_score: float | None = None
+    theta: float | None = None
+    k: int | None = None
+    reached: bool = False
+    evaluations: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    steps: tuple[SelectionStep, ...] = field(default=(), repr=False)
+    tests: tuple[RefinementTest, ...] = field(default=(), repr=False)
+
+    def to_record(self) -> dict[str, Any]:
+        """Return what a store keeps, as plain values; the inverse of `from_record`."""
+        names = [item.name for item in fields(self) if item.name not in ("steps", "tests")]
+        record = {name: getattr(self, name) for name in names}
+        return record | {"seeds": list(self.seeds), "initial": self.initial.layers, "neurons": self.neurons.layers}
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Localization:
+        """Return the localization of a store's record."""
+        sets = {name: NeuronSet(record[name]) for name in ("initial", "neurons")}
+        return cls(**(record | sets | {"seeds": tuple(record["seeds"])}))
+
+
+class BlockedScore:
+    """How similar the noise differences of a prompt stay when a neuron set is deactivated.
+
+    Each set is evaluated once; the empty set without the UNet.
+
+    Source: authors' code, utils/activation_detection.py: the largest similarity, over the kept seeds, of the noise
+        differences of the *same* seed without and with deactivated neurons.
+
+    Args:
+        step: The first denoising step.
+        embedding: Embedding of the prompt, [1, token, feature].
+        seeds: Indices of the kept seeds.
+        unblocked: Their noise differences with all neurons active, [seed, channel, height, width].
+        similarity: Window and exponents of the similarity.
+        protocol: The protocol.
+        evaluations: Counts the UNet sample-evaluations.
+    """
+
+    def __init__(
+        self,
+        step: FirstStep,
+        embedding: Tensor,
+        *,
+        seeds: Sequence[int],
+        unblocked: Tensor,
+        similarity: SimilaritySettings,
+        protocol: Protocol,
+        evaluations: Evaluations | None = None,
+    ) -> None:
+        self._step, self._embedding, self._seeds, self._unblocked = step, embedding, list(seeds), unblocked
+        self._similarity, self._protocol, self._evaluations = similarity, protocol, evaluations
+        self._known: dict[NeuronSet, float] = {}
+
+    def __call__(self, neurons: NeuronSet) -> float:
+        """Return the score of a neuron set."""
+        return self.many([neurons])[0]
+
+    def many(self, neurons: Sequence[NeuronSet]) -> list[float]:
+        """Return the scores of several neuron sets, those not yet known evaluated in one batch."""
+        unknown = [item for item in dict.fromkeys(neurons) if item not in self._known]
+        empty = [item for item in unknown if not item]
+        self._known |= {item: self._compare(self._unblocked) for item in empty}
+        unknown = [item for item in unknown if item]
+        if unknown:
+            blocked = self._step.many(
+                self._embedding, neurons=unknown, seeds=self._seeds, evaluations=self._evaluations
+            )
+            self._known |= {item: self._compare(maps) for item, maps in zip(unknown, blocked, strict=True)}
+        return [self._known[item] for item in neurons]
+
+    def _compare(self, blocked: Tensor) -> float:
+        values = similarity(self._unblocked, blocked, settings=self._similarity, protocol=self._protocol)
+        return float(values.max())
+
+
+def localize(
+    pipe: StableDiffusionPipeline,
+    prompt: str,
+    statistics: ActivationStatistics,
+    *,
+    threshold: float,
+    gate: float | None = None,
+    detection: DetectionSettings | None = None,
+    similarity: SimilaritySettings | None = None,
+    search: SearchSettings | None = None,
+    protocol: str | Protocol | None = None,
+) -> Localization:
+    """Return the memorization neurons of a prompt (Alg. 1 to 4).
+
+    Settings that are not given are those of the profile that the pipeline was loaded from, else those of the paper.
+
+    Source: Sec. 3.3, App. B.3.
+
+    Args:
+        pipe: A StableDiffusionPipeline.
+        prompt: The prompt.
+        statistics: Activation statistics of this model over holdout prompts.
+        threshold: Memorization threshold tau, in (-1, 1].
+        gate: Similarity that a seed must exceed with another seed to take part; None means the threshold.
+        detection: Seed, samples, steps and guidance of the noise differences.
+        similarity: Window and exponents of the similarity.
+        search: Course of the initial selection.
+        protocol: `released` or `paper`, or a protocol of your own.
+
+    Returns:
+        The localization.
+
+    Raises:
+        ValueError: A threshold is outside (-1, 1]; the prompt is empty; the statistics are those of another model.
+    """
+    check_prompts([prompt])
+    check_threshold(threshold, gate)
+    statistics.check(pipe.unet)
+    defaults, protocol = default_settings(pipe), default_protocol(pipe, protocol)
+    return localize_embedding(
+        first_step(pipe, settings=detection, protocol=protocol),
+        embed(pipe, [prompt]),
+        statistics,
+        threshold=threshold,
+        gate=gate,
+        similarity=similarity or defaults.similarity,
+        search=search or defaults.search,
+        protocol=protocol,
+        prompt=prompt,
+    )
+
+
+def localize_embedding(
+    step: FirstStep,
+    embedding: Tensor,
+    statistics: ActivationStatistics,
+    *,
+    threshold: float,
+    gate: float | None = None,
+    similarity: SimilaritySettings | None = None,
+    search: SearchSettings | None = None,
+    protocol: str | Protocol = "released",
+    prompt: str = "",
+) -> Localization:
+    """Return the memorization neurons of a prompt embedding; see `localize`.
+
+    Args:
+        step: The first denoising step of the model.
+        embedding: Embedding of the prompt, [1, token, feature].
+        statistics: Activation statistics of this model.
+        threshold: Memorization threshold, in (-1, 1].
+        gate: Similarity that a seed must exceed; None means the threshold.
+        similarity: Window and exponents; None means those of the paper.
+        search: Course of the initial selection; None as above.
+        protocol: The protocol; the one that the step was made with.
+        prompt: The prompt's text, for the result only.
+    """
+    check_threshold(threshold, gate)
+    similarity, protocol, evaluations = similarity or SimilaritySettings(), load_protocol(protocol), Evaluations()
+    with evaluations.stage("A1"):
+        unblocked = step(embedding, evaluations=evaluations)
+        best = max_pairwise(pairwise(unblocked, settings=similarity, protocol=protocol))
+        seeds = tuple((best > (threshold if gate is None else gate)).nonzero().flatten().tolist())
+    common = {"prompt": prompt, "seeds": seeds, "unblocked_score": float(best.max())}
+    if not seeds:
+        nothing = NeuronSet.empty(len(statistics.mean))
+        costs = {"evaluations": evaluations.samples, "seconds": evaluations.seconds}
+        return Localization(memorized=False, initial=nothing, neurons=nothing, **common, **costs)
+    with evaluations.stage("A2"):
+        activations = tuple(layer[0].cpu() for layer in value_activations(step.unet, embedding))
+        z = z_scores(statistics, activations)
+    score = BlockedScore(
+        step,
+        embedding,
+        seeds=seeds,
+        unblocked=unblocked[list(seeds)],
+        similarity=similarity,
+        protocol=protocol,
+        evaluations=evaluations,
+    )
+    with evaluations.stage("A3"):
+        initial = initial_selection(z, activations, score, threshold=threshold, search=search, protocol=protocol)
+    with evaluations.stage("A4"):
+        refined = refine_sequential(
+            initial.candidates.entries(double=protocol.double_entries),
+            score,
+            threshold=threshold if initial.reached else initial.score,
+            initial_score=initial.score,
+        )
+    return Localization(
+        memorized=True,
+        initial=initial.neurons,
+        neurons=refined.neurons,
+        initial_score=initial.score,
+        refined_score=refined.score,
+        theta=initial.steps[-1].theta,
+        k=initial.steps[-1].k,
+        reached=initial.reached,
+        evaluations=evaluations.samples,
+        seconds=evaluations.seconds,
+        steps=initial.steps,
+        tests=refined.tests,
+        **common,
+    )
+
+
+def localize_many(
+    pipe: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    statistics: ActivationStatistics,
+    *,
+    threshold: float,
+    gate: float | None = None,
+    detection: DetectionSettings | None = None,
+    similarity: SimilaritySettings | None = None,
+    search: SearchSettings | None = None,
+    protocol: str | Protocol | None = None,
+    store: Store | None = None,
+    seconds: bool = False,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Return the memorization neurons of many prompts as a table, one row per prompt; see `localize`.
+
+    With a store, a prompt that is finished is never computed again: a run that was killed continues, and ends with the
+    table of an uninterrupted one. A record is used only for the same model, prompt, statistics, settings and code.
+
+    Args:
+        pipe: A StableDiffusionPipeline.
+        prompts: The prompts, at least one.
+        statistics: Activation statistics of this model.
+        threshold: Memorization threshold tau, in (-1, 1].
+        gate: Similarity that a seed must exceed; None means the threshold.
+        detection: Seed, samples, steps and guidance of the noise differences.
+        similarity: Window and exponents of the similarity.
+        search: Course of the initial selection.
+        protocol: `released` or `paper`, or a protocol of your own.
+        store: Where finished prompts are kept; None keeps nothing.
+        seconds: Whether the table has columns for the time of each algorithm. They differ from run to run.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The table of `localization_table`, in the order of the prompts.
+
+    Raises:
+        ValueError: A threshold is outside (-1, 1]; there are no prompts, or one is empty; the statistics are those of
+            another model; a store is used while neurons are deactivated.
+    """
+    prompts = check_prompts(prompts)
+    check_threshold(threshold, gate)
+    statistics.check(pipe.unet)
+    defaults = default_settings(pipe)
+    settings = {
+        "threshold": float(threshold),
+        "gate": None if gate is None else float(gate),
+        "detection": detection or defaults.detection,
+        "similarity": similarity or defaults.similarity,
+        "search": search or defaults.search,
+        "protocol": default_protocol(pipe, protocol),
+    }
+    base = "" if store is None else _run_hash(pipe, statistics, settings)
+    found = []
+    with progress_bar(len(prompts), "localization", enabled=progress) as bar:
+        for prompt in prompts:
+            key = content_hash([base, prompt])
+            record = None if store is None else store.get(key)
+            if record is None:
+                result = localize(pipe, prompt, statistics, **settings)
+                if store is not None:
+                    store.put(key, result.to_record())
+            else:
+                result = Localization.from_record(record)
+            found.append(result)
+            bar.update()
+    return localization_table(found, seconds=seconds)
+
+
+def localization_table(localizations: Sequence[Localization], *, seconds: bool = False) -> pd.DataFrame:
+    """Return localizations as a table, one row each.
+
+    Args:
+        localizations: What `localize` returned.
+        seconds: Whether to add the time of each algorithm.
+
+    Returns:
+        Columns prompt, memorized, seeds (number kept), unblocked_score, initial_score, refined_score, theta, k,
+        reached, initial_count, neuron_count, initial and neurons (JSON, see `nemolib.neurons.NeuronSet.from_json`),
+        evaluations_A1 to evaluations_A4, and seconds_A1 to seconds_A4 if asked for.
+    """
+    rows = [_row(item, seconds=seconds) for item in localizations]
+    table = pd.DataFrame(rows)
+    floats = ["unblocked_score", "initial_score", "refined_score", "theta"]
+    return table.astype(dict.fromkeys(floats, "float64") | {"k": "Int64"})
+
+
+def check_threshold(threshold: float, gate: float | None = None) -> None:
+    """Check that thresholds are similarities.
+
+    Raises:
+        ValueError: One of them is outside (-1, 1].
+    """
+    for name, value in (("threshold", threshold), ("gate", gate)):
+        if value is not None and not -1 < value <= 1:
+            raise ValueError(f"{name} is {value}; a similarity is in (-1, 1]")
+
+
+def _row(item: Localization, *, seconds: bool) -> dict[str, Any]:
+    row = {
+        "prompt": item.prompt,
+        "memorized": item.memorized,
+        "seeds": len(item.seeds),
+        "unblocked_score": item.unblocked_score,
+        "initial_score": item.initial_score,
+        "refined_score": item.refined_score,
+        "theta": item.theta,
+        "k": item.k,
+        "reached": item.reached,
+        "initial_count": len(item.initial),
+        "neuron_count": len(item.neurons),
+        "initial": item.initial.to_json(),
+        "neurons": item.neurons.to_json(),
+    }
+    row |= {f"evaluations_{name}": item.evaluations[name] for name in ALGORITHMS}
+    return row | ({f"seconds_{name}": item.seconds[name] for name in ALGORITHMS} if seconds else {})
+
+
+def _run_hash(pipe: StableDiffusionPipeline, statistics: ActivationStatistics, settings: dict[str, Any]) -> str:
+    """Return a hash of everything but the prompt that determines a localization."""
+    if any(layer.module._forward_hooks for layer in value_layers(pipe.unet)):
+        raise ValueError("a store is used while value layers have hooks; leave the context that deactivates neurons")
+    model = {
+        "unet": dict(pipe.unet.state_dict()),
+        "text_encoder": dict(pipe.text_encoder.state_dict()),
+        "vocabulary": dict(pipe.tokenizer.get_vocab()),
+        "scheduler": {name: repr(value) for name, value in pipe.scheduler.config.items() if name[0] != "_"},
+    }
+    code = [science_hash("localization"), torch.__version__.partition("+")[0]]
+    return content_hash([model, list(statistics.mean), list(statistics.std), settings, code])

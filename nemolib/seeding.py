@@ -1,0 +1,59 @@
+"""Randomness: initial latents and generators, the same on every device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def latents(shape: Sequence[int], *, samples: int, seed: int) -> Tensor:
+    """Return initial latents drawn from one CPU generator, as the authors' code draws them.
+
+    Sample ``i`` depends on the seed alone, so fewer samples are the first of more, on any device.
+
+    Source: authors' code, utils/stable_diffusion.py.
+
+    Args:
+        shape: Shape of one latent, [channel, height, width].
+        samples: Number of latents.
+        seed: Seed of the generator.
+
+    Returns:
+        Standard normal latents [seed, channel, height, width], float32, on the CPU.
+
+    Raises:
+        ValueError: No samples are asked for, or the shape is not that of a latent.
+    """
+    if samples < 1:
+        raise ValueError(f"samples is {samples}; at least one latent is needed")
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(f"latent shape {tuple(shape)} does not fit; expected (channel, height, width)")
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((samples, *shape), generator=generator)
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """Return the seed of sample ``index``: well mixed, so that neighbouring seeds share no sample.
+
+    Raises:
+        ValueError: The seed or the index is negative.
+    """
+    if seed < 0 or index < 0:
+        raise ValueError(f"seed {seed} and sample index {index} must not be negative")
+    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def sample_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
+    """Return one CPU generator per sample index, so that an image does not depend on the batch it is made in.
+
+    Args:
+        seed: Base seed.
+        indices: Index of each sample.
+
+    Returns:
+        Fresh generators, in the order of ``indices``.
+    """
+    return [torch.Generator().manual_seed(sample_seed(seed, index)) for index in indices]

@@ -13,6 +13,7 @@ import torch
 
 from nemolib import paths
 from nemolib.profiles import Profile, known_profiles, load_profile
+from nemolib.value_layers import value_layers
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -172,7 +173,7 @@ def _from_pretrained(location: Path | str, *, dtype: torch.dtype, revision: str 
     try:
         return StableDiffusionPipeline.from_pretrained(
             str(location),
-            torch_dtype=dtype,
+            dtype=dtype,
             use_safetensors=True,
             safety_checker=None,
             requires_safety_checker=False,
@@ -193,12 +194,10 @@ def _from_pretrained(location: Path | str, *, dtype: torch.dtype, revision: str 
 
 def _check_value_layers(pipe: StableDiffusionPipeline, location: Path | str) -> None:
     """Raise PipelineError if the down and mid blocks of the UNet have no cross-attention value layer."""
-    names = (name for name, _ in pipe.unet.named_modules())
-    if not any(re.match(r"(down_blocks|mid_block)\..*attn2\.to_v$", name) for name in names):
-        raise PipelineError(
-            f"model {str(location)!r}: its UNet has no cross-attention value layer (attn2.to_v) in its down and mid "
-            "blocks; memorization neurons are searched there"
-        )
+    try:
+        value_layers(pipe.unet)
+    except ValueError as error:
+        raise PipelineError(f"model {str(location)!r}: {error}") from error
 
 
 def _prepare(pipe: StableDiffusionPipeline) -> None:

@@ -162,10 +162,8 @@ def _running(output: Path) -> str | None:
     """Return the source of the cell that was running when its kernel died."""
     if not output.is_file():
         return None
-    for cell in _read(output).cells:
-        if cell.metadata.get("papermill", {}).get("status") == "running":
-            return cell.source
-    return None
+    started = [cell for cell in _read(output).cells if cell.metadata.get("papermill", {}).get("start_time")]
+    return started[-1].source if started else None
 
 
 def _read(path: Path) -> nbformat.NotebookNode:

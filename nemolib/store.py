@@ -177,7 +177,7 @@ def read_table(path: str | os.PathLike[str], *, columns: tuple[str, ...] = ()) -
         raise FileNotFoundError(f"there is no table {path}; run the notebook that makes it (make notebooks)")
     text = path.read_text(encoding="utf-8")
     _check_complete(text, path)
-    table = pd.read_csv(io.StringIO(text), keep_default_na=False, na_values=[""], float_precision="round_trip")
+    table = pd.read_csv(io.StringIO(text), keep_default_na=False, na_values=[""])
     missing = [column for column in columns if column not in table.columns]
     if missing:
         raise StoreError(f"{path}: column {missing[0]!r} is missing; there are {', '.join(table.columns)}")

@@ -1,0 +1,22 @@
+"""What pytest must know of the notebooks in notebooks/ and of all tests."""
+
+import os
+
+# Nothing is ever fetched by a test; a library that tries fails at once instead of waiting for an answer.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collectstart(collector):
+    """Compare the text of notebook outputs alone: HTML, JSON and widgets repeat it with ids that change."""
+    if hasattr(collector, "skip_compare"):
+        collector.skip_compare += (
+            "text/html",
+            "text/latex",
+            "text/markdown",
+            "application/json",
+            "application/javascript",
+            "application/vnd.jupyter.widget-view+json",
+            "image/svg+xml",
+            "application/pdf",
+            "stderr",
+        )

@@ -1,0 +1,167 @@
+"""The Makefile, in a copy of the repository that holds small notebooks and a stand-in for the environment."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nemolib import paths
+from tests.notebook_files import save_notebook
+
+TARGETS = "help env lab all notebooks figures test lint train student refresh lock clean".split()
+
+NAMES = ("01_threshold", "02_score", "03_neurons", "06_figures")
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """Return a folder with the Makefile, four notebooks, and a finished .venv whose tools are those of the tests."""
+    shutil.copy(paths.ROOT / "Makefile", tmp_path)
+    for name in ("requirements.lock", "pyproject.toml"):
+        (tmp_path / name).touch()
+    (tmp_path / "nemolib").mkdir()
+    (tmp_path / "nemolib" / "code.py").touch()
+    for name in NAMES:
+        save_notebook(tmp_path / "notebooks" / f"{name}.ipynb", "print(profile)")
+    tools = tmp_path / ".venv" / "bin"
+    tools.mkdir(parents=True)
+    for name, module in {"python": "", "nbstripout": "-m nbstripout"}.items():
+        (tools / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {module} "$@"\n')
+        (tools / name).chmod(0o755)
+    for path in [*tmp_path.rglob("*.ipynb"), *tmp_path.rglob("*.py"), *tmp_path.glob("*.*")]:
+        _set_age(path, 1000)
+    _set_age(tmp_path / ".venv" / ".installed", 900)
+    return tmp_path
+
+
+def _set_age(path, seconds):
+    path.touch()
+    moment = time.time() - seconds
+    os.utime(path, (moment, moment))
+
+
+def make(folder, *arguments):
+    kept = {
+        key: value for key, value in os.environ.items() if key not in ("PROFILE", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    }
+    environment = kept | {"PYTHONPATH": str(paths.ROOT)}
+    return subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True, env=environment)
+
+
+def planned(folder, *arguments):
+    """Return the names of the notebooks that make would run, in this order."""
+    lines = make(folder, "-n", *arguments).stdout.splitlines()
+    return [line.split("notebooks/")[1].split(".ipynb")[0] for line in lines if "-m nemolib.runner" in line]
+
+
+def pretend(folder, name, *, age):
+    """Pretend that a notebook was run that many seconds ago."""
+    path = folder / "build" / "tiny" / f"{name}.ipynb"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _set_age(path, age)
+
+
+def test_the_default_lists_every_target_with_a_line(checkout):
+    shown = make(checkout)
+    assert shown.returncode == 0
+    assert shown.stdout == make(checkout, "help").stdout
+    assert re.findall(r"^  make (\w+) +\S.*$", shown.stdout, re.MULTILINE) == TARGETS
+
+
+def test_make_all_runs_the_notebooks_in_order(checkout):
+    assert planned(checkout, "all") == list(NAMES)
+    assert planned(checkout, "figures") == list(NAMES)
+    assert planned(checkout, "build/tiny/03_neurons.ipynb") == ["01_threshold", "03_neurons"]
+
+
+def test_later_notebooks_join_at_their_place(checkout):
+    for name in ("04_more", "05_ablations"):
+        save_notebook(checkout / "notebooks" / f"{name}.ipynb")
+    order = planned(checkout, "figures")
+    assert sorted(order) == sorted([*NAMES, "04_more", "05_ablations"])
+    assert order.index("03_neurons") < order.index("04_more") < order.index("06_figures")
+
+
+def test_only_what_is_older_than_its_sources_runs_again(checkout):
+    for position, name in enumerate(NAMES):
+        pretend(checkout, name, age=800 - position)
+    assert planned(checkout, "all") == []
+    _set_age(checkout / "notebooks" / "03_neurons.ipynb", 100)
+    assert planned(checkout, "all") == ["03_neurons", "06_figures"]
+    _set_age(checkout / "nemolib" / "code.py", 100)
+    assert planned(checkout, "all") == list(NAMES)
+
+
+def test_another_profile_has_its_own_folder(checkout):
+    shown = make(checkout, "-n", "all", "PROFILE=tiny-full").stdout
+    assert '--profile "tiny-full"' in shown
+    assert "build/tiny-full/01_threshold.partial.ipynb" in shown
+
+
+def test_tests_and_training_need_the_environment(checkout):
+    (checkout / ".venv" / ".installed").unlink()
+    for target in ("test", "train", "lab", "lint", "notebooks"):
+        assert "pip install" in make(checkout, "-n", target).stdout
+    shown = make(checkout, "-n", "test").stdout
+    assert shown.index("pip install") < shown.index("pytest")
+    assert "--nbval-lax --nbval-current-env" in shown
+
+
+def test_an_old_python_is_refused_in_words(checkout):
+    shutil.rmtree(checkout / ".venv")
+    shown = make(checkout, "env", "PYTHON=")
+    assert shown.returncode != 0
+    assert "Python 3.11 or later is needed" in shown.stderr
+
+
+@pytest.mark.slow
+def test_a_failed_notebook_leaves_nothing_finished_and_names_the_cell(checkout):
+    target = checkout / "build" / "tiny" / "01_threshold.ipynb"
+    save_notebook(checkout / "notebooks" / "01_threshold.ipynb", "a = 1\nraise ValueError('too warm')")
+    shown = make(checkout, "-j2", "all")
+    assert shown.returncode != 0
+    assert "01_threshold.ipynb: cell 2 (a = 1) failed: ValueError: too warm" in shown.stderr
+    assert not target.exists()
+    assert target.with_suffix(".partial.ipynb").exists()
+    assert not (checkout / "build" / "tiny" / "02_score.ipynb").exists()
+
+    save_notebook(checkout / "notebooks" / "01_threshold.ipynb", "print(profile)")
+    shown = make(checkout, "build/tiny/01_threshold.ipynb")
+    assert shown.returncode == 0, shown.stderr
+    assert "01_threshold.ipynb: done in" in shown.stderr
+    assert target.exists()
+    assert not target.with_suffix(".partial.ipynb").exists()
+    assert make(checkout, "-q", "build/tiny/01_threshold.ipynb").returncode == 0
+
+
+def test_students_get_no_solutions(checkout):
+    import nbformat
+
+    path = save_notebook(checkout / "notebooks" / "01_threshold.ipynb", "question = 1", "answer = 2")
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[-1].metadata["tags"] = ["solution"]
+    nbformat.write(notebook, path)
+    before = path.read_bytes()
+    assert make(checkout, "student").returncode == 0
+    text = (checkout / "build" / "student" / "01_threshold.ipynb").read_text()
+    assert "question" in text
+    assert "answer" not in text
+    assert path.read_bytes() == before
+
+
+def test_clean_keeps_figures_and_environment(checkout):
+    for folder in ("build/tiny", "figures/tiny"):
+        (checkout / folder).mkdir(parents=True)
+    for folder in ("tests", "tools"):
+        (checkout / folder / "__pycache__").mkdir(parents=True)
+    assert make(checkout, "clean").returncode == 0
+    assert not (checkout / "build").exists()
+    assert not (checkout / "tests" / "__pycache__").exists()
+    assert (checkout / "figures" / "tiny").is_dir()
+    assert (checkout / ".venv").is_dir()

@@ -1,0 +1,85 @@
+import dataclasses
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, PNDMScheduler
+
+from nemolib import pipeline
+from nemolib.pipeline import embed, load_pipeline, profile_of
+from nemolib.profiles import load_profile
+from tests.random_pipeline import TOKENS, WIDTHS, random_pipeline
+
+
+@pytest.fixture(scope="module")
+def pipe(random_model_folder):
+    return load_pipeline(random_model_folder, device="cpu")
+
+
+def test_a_folder_gives_a_frozen_pipeline(pipe):
+    assert isinstance(pipe.scheduler, DDIMScheduler)
+    assert pipe.safety_checker is None
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        assert not part.training
+        assert not any(parameter.requires_grad for parameter in part.parameters())
+    assert profile_of(pipe) is None
+
+
+def test_a_pipeline_makes_images(pipe):
+    images = pipe("a", num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images
+    assert images.shape == (1, 64, 64, 3)
+    assert 0 <= images.min() <= images.max() <= 1
+
+
+def test_a_profile_gives_model_dtype_and_device(random_model_folder):
+    profile = dataclasses.replace(load_profile("tiny"), model=str(random_model_folder), dtype="bfloat16")
+    pipe = load_pipeline(profile)
+    assert profile_of(pipe) is profile
+    assert pipe.unet.dtype == torch.bfloat16
+    assert load_pipeline(profile, dtype="float32").unet.dtype == torch.float32
+    assert load_pipeline(profile, dtype=torch.float16).unet.dtype == torch.float16
+
+
+def test_a_profile_may_be_a_file(random_model_folder, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"extends: tiny\nmodel: {random_model_folder}\n")
+    assert profile_of(load_pipeline(path)).name == "mine"
+
+
+def test_another_scheduler_becomes_ddim_with_its_betas(tmp_path):
+    other = random_pipeline()
+    other.register_modules(scheduler=PNDMScheduler.from_config(other.scheduler.config, skip_prk_steps=True))
+    other.save_pretrained(tmp_path)
+    scheduler = load_pipeline(tmp_path, device="cpu").scheduler
+    assert isinstance(scheduler, DDIMScheduler)
+    scheduler.set_timesteps(50)
+    assert scheduler.timesteps[:2].tolist() == [981, 961]
+    assert torch.equal(scheduler.betas, random_pipeline().scheduler.betas)
+
+
+def test_embeddings_are_those_of_the_pipeline(pipe):
+    prompts = ["a fox", "", "a prompt that is much longer than the tokens of the model"]
+    expected, empty = pipe.encode_prompt(prompts, pipe.device, 1, True)
+    found = embed(pipe, prompts, batch_size=2)
+    assert found.shape == (3, TOKENS, 16)
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert torch.allclose(found[1], empty[0], atol=1e-6)
+    assert not found.requires_grad
+
+
+@pytest.mark.parametrize("wrong", [[], "a fox", ["a", 3]])
+def test_wrong_prompts_are_named(pipe, wrong):
+    with pytest.raises(ValueError, match="expected"):
+        embed(pipe, wrong)
+
+
+def test_profiles_do_not_keep_pipelines_alive(random_model_folder):
+    profile = dataclasses.replace(load_profile("tiny"), model=str(random_model_folder))
+    pipe = load_pipeline(profile)
+    before = len(pipeline._PROFILES)
+    del pipe
+    assert len(pipeline._PROFILES) == before - 1
+
+
+def test_the_random_pipeline_has_seven_value_layers(pipe):
+    found = [m.out_features for n, m in pipe.unet.named_modules() if n.endswith("attn2.to_v") and "up_" not in n]
+    assert tuple(found) == WIDTHS

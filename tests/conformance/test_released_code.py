@@ -1,0 +1,221 @@
+"""Protocol `released` against the authors' code: same numbers, same neurons."""
+
+import ast
+import csv
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file
+
+from nemolib import seeding
+from nemolib.first_step import FirstStep, timestep_of
+from nemolib.holdout import ActivationStatistics, load_released, statistics_of, z_scores
+from nemolib.hooks import collect_activations
+from nemolib.localization import localize_embedding
+from nemolib.neurons import NeuronSet
+from nemolib.protocols import PAPER, RELEASED
+from nemolib.selection import out_of_distribution
+from nemolib.settings import SimilaritySettings
+from nemolib.similarity import max_pairwise, pair_similarities, pairwise
+from nemolib.value_layers import value_activations, widths
+
+GOLDEN = Path(__file__).parent / "golden"
+PROMPTS = range(1, 7)
+KEPT_SAMPLES = [0, 9]
+SMALL_WINDOW = SimilaritySettings(kernel_size=3, sigma=0.5)
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return load_file(GOLDEN / "tensors.safetensors")
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return json.loads((GOLDEN / "expected.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return UNet2DConditionModel.from_pretrained(GOLDEN / "unet").eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def statistics():
+    return load_released(GOLDEN / "statistics.pt")
+
+
+@pytest.fixture(scope="module")
+def step(unet, golden):
+    """Return a function (latent size, guidance) -> the first step of protocol `released`."""
+    scheduler = DDIMScheduler.from_pretrained(GOLDEN / "scheduler")
+
+    def make(size, guidance):
+        return FirstStep(
+            unet,
+            timestep_of(scheduler, steps=50, index=RELEASED.timestep_index),
+            seeding.latents((4, size, size), samples=10, seed=1),
+            guidance=guidance,
+            unconditional=golden["embeddings"][:1],
+            swap_guidance=RELEASED.swap_guidance,
+        )
+
+    return make
+
+
+def embedding(golden, prompt):
+    return golden["embeddings"][prompt : prompt + 1]
+
+
+def layers(golden, name):
+    return tuple(golden[f"{name}.{layer}"] for layer in range(7))
+
+
+def close(actual, desired, tolerance=TOLERANCE):
+    torch.testing.assert_close(torch.as_tensor(actual), torch.as_tensor(desired), atol=tolerance, rtol=0)
+
+
+def test_latents_are_those_of_one_generator(golden):
+    latents = seeding.latents((4, 64, 64), samples=10, seed=1)
+    assert torch.equal(latents[KEPT_SAMPLES], golden["latents_seed1"])
+
+
+def test_timestep_is_the_second_of_the_schedule():
+    scheduler = DDIMScheduler.from_pretrained(GOLDEN / "scheduler")
+    assert timestep_of(scheduler, steps=50, index=RELEASED.timestep_index) == 961
+    assert timestep_of(scheduler, steps=50, index=PAPER.timestep_index) == 981
+
+
+@pytest.mark.parametrize("guidance", [0, 7])
+@pytest.mark.parametrize("prompt", [1, 2])
+@pytest.mark.parametrize("blocked", [False, True])
+def test_noise_differences(step, golden, expected, guidance, prompt, blocked):
+    neurons = NeuronSet(expected["blocked"]) if blocked else None
+    name = f"noise_diff{'_blocked' if blocked else ''}.g{guidance}.p{prompt}"
+    differences = step(64, guidance)(embedding(golden, prompt), neurons=neurons, seeds=KEPT_SAMPLES)
+    close(differences, golden[name])
+
+
+def test_guidance_in_the_right_order_gives_other_differences(unet, step, golden):
+    released = step(64, 7)
+    right = FirstStep(unet, released.timestep, released.latents, 7, released.unconditional, swap_guidance=False)
+    differences = right(embedding(golden, 1), seeds=KEPT_SAMPLES)
+    assert (differences - golden["noise_diff.g7.p1"]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_activations_from_the_text_alone(unet, golden, prompt):
+    activations = value_activations(unet, embedding(golden, prompt))
+    for actual, desired in zip(activations, layers(golden, f"activation.p{prompt}"), strict=True):
+        close(actual[0], desired)
+
+
+def test_activations_from_a_unet_pass_are_the_same(unet, step, golden):
+    with collect_activations(unet) as collected:
+        step(16, 0)(embedding(golden, 1), seeds=[0])
+    for outputs, desired in zip(collected, layers(golden, "activation.p1"), strict=True):
+        close(outputs[0][0].abs().mean(dim=0), desired)
+
+
+@pytest.mark.parametrize("batch_size", [64, 7])
+def test_statistics(unet, golden, statistics, batch_size):
+    computed = statistics_of(unet, golden["holdout_embeddings"].split(batch_size))
+    assert computed.count == 64
+    for name, source in (("mean", "holdout_mean"), ("std", "holdout_std")):
+        for actual, desired in zip(getattr(computed, name), layers(golden, source), strict=True):
+            close(actual, desired)
+        for actual, desired in zip(getattr(computed, name), getattr(statistics, name), strict=True):
+            close(actual, desired)
+
+
+def test_released_statistics_fit_the_model(unet, statistics):
+    assert isinstance(statistics, ActivationStatistics)
+    assert statistics.widths == widths(unet) == (8, 8, 16, 16, 24, 24, 24)
+    statistics.check(unet)
+
+
+@pytest.mark.parametrize("prompt", [1, 2])
+def test_largest_pairwise_similarity_of_each_seed(step, golden, prompt):
+    differences = step(64, 0)(embedding(golden, prompt))
+    close(max_pairwise(pairwise(differences)), golden[f"max_pairwise_ssim.p{prompt}"])
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_largest_pairwise_similarity_of_small_latents(step, golden, prompt):
+    differences = step(16, 0)(embedding(golden, prompt))
+    matrix = pairwise(differences, settings=SMALL_WINDOW)
+    close(max_pairwise(matrix), golden[f"det16.max_pairwise_ssim.p{prompt}"])
+
+
+@pytest.mark.parametrize("prompt", [1, 6])
+def test_similarity_of_all_pairs(step, golden, prompt):
+    differences = step(64, 7)(embedding(golden, prompt))
+    close(pair_similarities(differences), golden["script2_pairwise_ssim"][prompt - 1])
+
+
+def selection_cases():
+    names = json.loads((GOLDEN / "expected.json").read_text())["selection"]
+    return sorted(names)
+
+
+@pytest.mark.parametrize("name", selection_cases())
+def test_out_of_distribution_neurons(golden, expected, statistics, name):
+    prompt, rest = name.split(".theta")
+    theta, k = rest.rsplit(".k", 1)
+    activations = layers(golden, f"activation.{prompt}")
+    z = z_scores(statistics, activations)
+    theta = math.inf if theta == "inf" else float(theta)
+    candidates = out_of_distribution(z, activations, theta=theta, top_k=int(k))
+    assert [list(layer) for layer in candidates.entries(double=True)] == expected["selection"][name]
+    assert candidates.neurons == NeuronSet(expected["selection"][name])
+
+
+def detection_cases():
+    for run in ("a", "b"):
+        with (GOLDEN / f"detection_{run}.csv").open(newline="") as file:
+            for row in csv.DictReader(file, delimiter=";"):
+                yield pytest.param(run, row, id=f"{run}-{row['Caption']}")
+
+
+@pytest.mark.parametrize(("run", "row"), list(detection_cases()))
+def test_neurons_of_the_search(step, golden, expected, statistics, run, row):
+    prompt = int(row["Caption"].split()[1]) + 1
+    settings = expected["detection"][run]
+    found = localize_embedding(
+        step(settings["latent_size"], 0),
+        embedding(golden, prompt),
+        statistics,
+        threshold=settings["threshold"],
+        gate=settings["gate"],
+        similarity=SMALL_WINDOW,
+    )
+    assert found.initial == NeuronSet(ast.literal_eval(row["Initial Neurons"]))
+    assert found.neurons == NeuronSet(ast.literal_eval(row["Refined Neurons"]))
+    close(found.initial_score, float(row["Initial SSIM"]))
+    close(found.refined_score, float(row["Refined SSIM"]))
+    assert found.reached == (float(row["Initial SSIM"]) <= settings["threshold"])
+
+
+def test_order_of_the_tests_matters(step, golden, statistics):
+    """Entering every candidate once, as protocol `paper` does, is a choice that can be seen."""
+
+    def search(protocol):
+        return localize_embedding(
+            step(16, 0),
+            embedding(golden, 3),
+            statistics,
+            threshold=0.9,
+            gate=0.0,
+            similarity=SMALL_WINDOW,
+            protocol=protocol,
+        )
+
+    twice, once = search(RELEASED), search(replace(RELEASED, double_entries=False))
+    assert twice.initial == once.initial
+    assert twice.neurons != once.neurons

@@ -12,7 +12,21 @@ import pytest
 from nemolib import paths
 from tests.notebook_files import save_notebook
 
-TARGETS = "help env lab all notebooks figures test lint train student refresh lock clean".split()
+TARGETS = [
+    "help",
+    "env",
+    "lab",
+    "all",
+    "notebooks",
+    "figures",
+    "test",
+    "lint",
+    "train",
+    "student",
+    "refresh",
+    "lock",
+    "clean",
+]
 
 NAMES = ("01_threshold", "02_score", "03_neurons", "06_figures")
 

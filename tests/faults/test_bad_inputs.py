@@ -1,0 +1,242 @@
+"""What a user can get wrong: each gives one clear error that names it, and loses nothing."""
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+
+import pandas as pd
+import pytest
+
+from nemolib.files import write_atomic
+from nemolib.pipeline import PipelineError, load_pipeline
+from nemolib.profiles import load_profile
+from nemolib.prompts import PromptTableError, load_prompts
+from nemolib.store import Store, StoreError, read_table, write_table
+
+HEADER = b"caption,kind,group,copies,image\n"
+ROW = b"a fox,vm,report,64,a.png\n"
+
+TABLES = {
+    "empty file": (b"", "column 'caption' is missing; the header has nothing"),
+    "no prompt": (HEADER, "no prompt below the header"),
+    "missing column": (b"caption,kind,group,image\na,vm,x,\n", "column 'copies' is missing; .* caption, kind, group"),
+    "semicolons": (b"caption;kind;group;copies;image\na;vm;x;1;\n", "column 'caption' is missing"),
+    "too few fields": (HEADER + ROW + b"a cat,vm\n", "row 2: 2 fields instead of 5"),
+    "a comma too many": (HEADER + b"a fox, red,vm,report,64,a.png\n", "row 1: 6 fields instead of 5.*quotation"),
+    "empty caption": (HEADER + ROW + b" ,vm,report,1,\n", "row 2: column 'caption' is empty"),
+    "same caption": (HEADER + ROW + b"a cat,vm,x,1,\n" + ROW, "row 3: column 'caption': 'a fox' appears in row 1"),
+    "unknown kind": (HEADER + b"a fox,dm,report,64,a.png\n", "row 1: column 'kind': 'dm' is unknown; allowed: vm, tm"),
+    "copies no number": (HEADER + b"a fox,vm,report,many,\n", "row 1: column 'copies': 'many' is no count"),
+    "copies negative": (HEADER + b"a fox,vm,report,-1,\n", "row 1: column 'copies': '-1'"),
+    "copies broken": (HEADER + b"a fox,vm,report,1.5,\n", "row 1: column 'copies': '1.5'"),
+    "copies exotic": (HEADER + "a fox,vm,report,²,\n".encode(), "row 1: column 'copies': '²'"),
+    "latin-1": (HEADER + "ein Bär,vm,report,1,\n".encode("latin-1"), "not UTF-8"),
+}
+
+
+@pytest.mark.parametrize(("content", "words"), TABLES.values(), ids=TABLES)
+def test_a_bad_prompt_table(tmp_path, content, words):
+    path = tmp_path / "memorized.csv"
+    path.write_bytes(content)
+    with pytest.raises(PromptTableError, match=words) as error:
+        load_prompts(path)
+    assert str(path) in str(error.value)
+    assert path.read_bytes() == content
+
+
+def test_a_missing_prompt_table(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no prompt table .*none\.csv; it needs the columns caption, kind"):
+        load_prompts(tmp_path / "none.csv")
+
+
+def test_a_byte_order_mark_is_no_error(tmp_path):
+    path = tmp_path / "windows.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + (HEADER + ROW).replace(b"\n", b"\r\n"))
+    assert load_prompts(path)["image"].tolist() == ["a.png"]
+
+
+def _without(part):
+    return lambda folder: (folder / part).unlink()
+
+
+def _unsafe(folder):
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+
+
+def _cut(folder):
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
+def _other_kind(folder):
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "FluxPipeline"}))
+
+
+FOLDERS = {
+    "empty folder": (lambda folder: shutil.rmtree(folder) or folder.mkdir(), "has no model_index.json"),
+    "no index": (_without("model_index.json"), "has no model_index.json; give the folder that"),
+    "broken index": (lambda folder: (folder / "model_index.json").write_text("{"), "not readable as JSON"),
+    "another pipeline": (_other_kind, "_class_name is 'FluxPipeline'; expected 'StableDiffusionPipeline'"),
+    "no unet": (lambda folder: shutil.rmtree(folder / "unet"), "unet has no safetensors file"),
+    "pickled weights": (_unsafe, "unet has no safetensors file; other formats are not read"),
+    "cut weights": (_cut, "could not be loaded; copy the model again"),
+    "no configuration": (_without("unet/config.json"), "could not be loaded; copy the model again"),
+}
+
+
+@pytest.mark.parametrize(("damage", "words"), FOLDERS.values(), ids=FOLDERS)
+def test_a_bad_model_folder(random_model_folder, tmp_path, damage, words):
+    folder = tmp_path / "model"
+    shutil.copytree(random_model_folder, folder)
+    damage(folder)
+    with pytest.raises(PipelineError, match=words) as error:
+        load_pipeline(folder)
+    assert str(folder) in str(error.value)
+
+
+def test_a_model_without_value_layers(blind_model_folder):
+    with pytest.raises(PipelineError, match=r"blind.*no cross-attention value layers"):
+        load_pipeline(blind_model_folder)
+
+
+MODELS = {
+    "missing absolute folder": ("/no/such/folder", "no such folder"),
+    "missing folder of ours": ("data/nothing", "no such folder .*nothing.*profile .tiny.* nor a hub id"),
+    "neither": ("tinny", "neither a profile .*tiny, tiny-full"),
+    "a file": ("README.md", "is a file; give the folder"),
+}
+
+
+@pytest.mark.parametrize(("model", "words"), MODELS.values(), ids=MODELS)
+def test_a_model_that_is_not_there(model, words):
+    with pytest.raises(PipelineError, match=words):
+        load_pipeline(model)
+
+
+def test_a_hub_model_without_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(
+        PipelineError, match=r"'CompVis/stable-diffusion-v1-4' could not be loaded from the hub: no network"
+    ):
+        load_pipeline("CompVis/stable-diffusion-v1-4")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dtype": "float8"}, "dtype 'float8' is unknown; allowed: float32, float16, bfloat16"),
+        ({"device": "gpu"}, "device 'gpu' is unknown; allowed: auto, cpu, cuda, mps"),
+    ],
+)
+def test_a_bad_dtype_or_device(random_model_folder, change, words):
+    with pytest.raises(PipelineError, match=words):
+        load_pipeline(random_model_folder, **change)
+
+
+def test_a_device_that_this_machine_lacks(random_model_folder, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    profile = dataclasses.replace(load_profile("tiny"), model=str(random_model_folder), device="cuda")
+    with pytest.raises(PipelineError, match="device 'cuda' is not available on this machine; use 'auto' or 'cpu'"):
+        load_pipeline(profile)
+
+
+RESULTS = {
+    "no end": (b"a,b\n1,2\n3", "was cut"),
+    "short row": (b"a,b\n1,2\n3\n", "row 2: 1 fields instead of 2"),
+    "long row": (b"a,b\n1,2,3\n", "row 1: 3 fields instead of 2"),
+    "empty": (b"", "was cut"),
+}
+
+
+@pytest.mark.parametrize(("content", "words"), RESULTS.values(), ids=RESULTS)
+def test_a_cut_result_table(tmp_path, content, words):
+    path = tmp_path / "scores.csv"
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match=words) as error:
+        read_table(path)
+    assert str(path) in str(error.value)
+
+
+def _full_after(monkeypatch, written):
+    """Let the disk be full once so many bytes were written."""
+    left = [written]
+    write = os.write
+
+    def full(descriptor, data):
+        if left[0] <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        done = write(descriptor, bytes(data)[: left[0]])
+        left[0] -= done
+        return done
+
+    monkeypatch.setattr(os, "write", full)
+
+
+def _full_at_flush(monkeypatch, _):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+
+
+@pytest.mark.parametrize("written", [0, 1, 7])
+@pytest.mark.parametrize("fill", [_full_after, _full_at_flush])
+def test_a_full_disk_leaves_the_old_table(tmp_path, monkeypatch, fill, written):
+    path = tmp_path / "scores.csv"
+    write_table(pd.DataFrame({"a": [1, 2]}), path)
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        fill(patch, written)
+        with pytest.raises(OSError, match=r"No space left.*unchanged.*scores\.csv") as error:
+            write_table(pd.DataFrame({"a": range(100)}), path)
+    assert error.value.errno == errno.ENOSPC
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["scores.csv"]
+
+
+@pytest.mark.parametrize("written", [0, 1, 20])
+@pytest.mark.parametrize("fill", [_full_after, _full_at_flush])
+def test_a_full_disk_loses_no_finished_record(tmp_path, monkeypatch, fill, written):
+    path = tmp_path / "results.jsonl"
+    store = Store(path)
+    store.put("a", {"score": 1})
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        fill(patch, written)
+        with pytest.raises(OSError, match="No space left.*the 1 records before this one are safe"):
+            store.put("b", {"score": 2})
+    assert path.read_bytes() == before
+    assert "b" not in store
+    store.put("b", {"score": 2})
+    assert dict(Store(path).done) == {"a": {"score": 1}, "b": {"score": 2}}
+
+
+def test_an_interruption_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "x.txt"
+    write_atomic(path, "old")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["x.txt"]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="no file was left behind"):
+        write_atomic(tmp_path / "file" / "x.txt", "text")
+
+
+def test_new_files_have_the_usual_rights(tmp_path):
+    write_atomic(tmp_path / "x", b"1")
+    (tmp_path / "y").touch()
+    assert (tmp_path / "x").stat().st_mode == (tmp_path / "y").stat().st_mode

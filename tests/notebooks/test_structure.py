@@ -1,0 +1,134 @@
+"""Every notebook has the structure that readers, papermill and nbval rely on."""
+
+import ast
+import re
+
+import nbformat
+import pytest
+
+from nemolib import paths
+from nemolib.profiles import load_profile
+from nemolib.runner import notebook_parameters
+
+NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("[0-9]*.ipynb"))
+
+LONGEST_CELL = 8
+
+KNOWN_TAGS = {"parameters", "setup", "solution", "exercise", "nbval-check-output", "nbval-skip", "definition"}
+"""``setup``: the one longer cell of imports; ``definition``: a definition that is the lesson itself."""
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def path(request):
+    return request.param
+
+
+@pytest.fixture
+def notebook(path):
+    return nbformat.read(path, as_version=4)
+
+
+def tags(cell):
+    return set(cell.metadata.get("tags", []))
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def text(notebook):
+    return "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
+def test_it_is_a_valid_notebook(notebook):
+    nbformat.validate(notebook)
+    assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
+
+
+def test_the_title_is_a_question(notebook):
+    title = notebook.cells[0].source.splitlines()[0]
+    assert re.fullmatch(r"# .*\?", title), f"the title {title!r} is no question"
+
+
+def test_parameters_are_a_profile_and_at_most_three_overrides(path):
+    parameters = notebook_parameters(path)
+    assert parameters["profile"] == "tiny"
+    assert len(parameters) <= 4
+    assert load_profile(parameters["profile"]).device == "cpu"
+
+
+def test_tags_are_known(notebook):
+    assert set().union(*map(tags, notebook.cells)) <= KNOWN_TAGS
+
+
+def test_one_set_up_cell_and_no_other_is_long(notebook):
+    assert sum("setup" in tags(cell) for cell in code_cells(notebook)) == 1
+    for cell in code_cells(notebook):
+        lines = [line for line in cell.source.splitlines() if line.strip()]
+        if not tags(cell) & {"setup", "definition"}:
+            assert len(lines) <= LONGEST_CELL, f"{len(lines)} lines: {lines[0]}"
+
+
+def test_definitions_are_exercises_or_lessons(notebook):
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    for cell in code_cells(notebook):
+        defined = [node.name for node in ast.walk(ast.parse(plain_python(cell.source))) if isinstance(node, kinds)]
+        assert not defined or tags(cell) & {"solution", "exercise", "definition"}, defined
+
+
+def plain_python(source):
+    """Return a cell's source without the lines that only IPython understands."""
+    return "\n".join(line for line in source.splitlines() if not line.lstrip().startswith(("%", "!")))
+
+
+def test_at_least_three_exercises_have_solutions(notebook):
+    exercises = set(re.findall(r"\bExercise (\d+)", text(notebook)))
+    assert len(exercises) >= 3
+    solutions = [cell for cell in notebook.cells if "solution" in tags(cell)]
+    assert sum(cell.cell_type == "code" for cell in solutions) >= len(exercises)
+
+
+def test_solutions_stand_at_the_end(notebook):
+    last_lesson = max(
+        index
+        for index, cell in enumerate(notebook.cells)
+        if cell.cell_type == "code" and not tags(cell) & {"solution", "exercise"}
+    )
+    first_solution = min(index for index, cell in enumerate(notebook.cells) if "solution" in tags(cell))
+    assert last_lesson < first_solution, "a solution stands before the end of the lesson, which students would lose"
+
+
+def test_every_cell_was_run_in_order_and_none_failed(notebook):
+    cells = [cell for cell in code_cells(notebook) if cell.source.strip()]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
+
+
+def test_skipped_cells_give_a_reason(notebook):
+    for cell in code_cells(notebook):
+        if "nbval-skip" in tags(cell):
+            assert "nbval-skip:" in cell.source, f"say why, in a comment 'nbval-skip: ...': {cell.source[:60]}"
+
+
+def test_checked_outputs_are_text(notebook):
+    for cell in code_cells(notebook):
+        if "nbval-check-output" in tags(cell):
+            shown = [output for output in cell.outputs if "text" in output or "text/plain" in output.get("data", {})]
+            assert shown, f"nothing to compare: {cell.source[:60]}"
+
+
+def test_nothing_of_one_run_is_kept(notebook):
+    assert "papermill" not in notebook.metadata
+    for cell in notebook.cells:
+        assert not {"papermill", "execution"} & set(cell.metadata)
+        assert "injected-parameters" not in tags(cell)
+    shown = nbformat.writes(notebook)
+    assert str(paths.ROOT) not in shown, "an output holds the path of a machine"
+
+
+def test_it_is_small_enough_for_git(path):
+    assert path.stat().st_size < 5_000_000

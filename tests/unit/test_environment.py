@@ -1,0 +1,85 @@
+"""The lock file, pyproject.toml and environment.yml describe one environment, the one that the tests run in."""
+
+import importlib.metadata
+import re
+import sys
+import tomllib
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+from nemolib import paths
+
+PROJECT = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]
+
+LOCK_LINES = [
+    line for line in (paths.ROOT / "requirements.lock").read_text().splitlines() if line and not line.startswith("#")
+]
+
+LOCK = dict(line.split("==") for line in LOCK_LINES)
+
+
+def wanted():
+    extras = PROJECT["optional-dependencies"].values()
+    return [Requirement(text) for text in [*PROJECT["dependencies"], *(text for extra in extras for text in extra)]]
+
+
+def test_every_line_pins_one_version_without_a_build_label():
+    for line in LOCK_LINES:
+        assert re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line), line
+    assert len(LOCK) == len(LOCK_LINES)
+    assert LOCK_LINES == sorted(LOCK_LINES, key=lambda line: line.split("==")[0])
+
+
+def test_the_lock_holds_no_cuda_libraries():
+    assert not [name for name in LOCK if name.startswith(("nvidia-", "cuda-", "triton"))]
+    assert LOCK["torch"] == "2.13.0"
+
+
+@pytest.mark.parametrize("requirement", wanted(), ids=lambda requirement: requirement.name)
+def test_the_lock_satisfies_the_project(requirement):
+    assert requirement.specifier.contains(LOCK[canonicalize_name(requirement.name)], prereleases=True)
+
+
+def test_this_environment_is_that_of_the_lock():
+    installed = {name: importlib.metadata.version(name).partition("+")[0] for name in LOCK}
+    assert installed == LOCK
+
+
+def test_conda_gives_the_same_environment():
+    environment = yaml.safe_load((paths.ROOT / "environment.yml").read_text())
+    python, pip, by_pip = environment["dependencies"]
+    assert pip == "pip"
+    assert by_pip == {"pip": ["-r requirements.lock", "-e ."]}
+    version = python.removeprefix("python=")
+    assert SpecifierSet(PROJECT["requires-python"]).contains(version)
+
+
+def test_this_python_is_supported():
+    version = ".".join(map(str, sys.version_info[:3]))
+    assert SpecifierSet(PROJECT["requires-python"]).contains(version)
+
+
+def test_profiles_are_part_of_the_package():
+    tool = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    patterns = tool["package-data"]["nemolib"]
+    files = {file for pattern in patterns for file in (paths.ROOT / "nemolib").glob(pattern)}
+    assert paths.PROFILES / "tiny.yaml" in files
+
+
+def test_the_hooks_use_the_locked_tools():
+    hooks = yaml.safe_load((paths.ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    revisions = {hook["repo"].rsplit("/", 1)[1]: hook["rev"].removeprefix("v") for hook in hooks}
+    assert revisions["ruff-pre-commit"] == LOCK["ruff"]
+    assert revisions["nbstripout"] == LOCK["nbstripout"]
+
+
+def test_hook_and_makefile_strip_the_same_keys():
+    hooks = yaml.safe_load((paths.ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    (hook,) = (hook for repo in hooks for hook in repo["hooks"] if hook["id"] == "nbstripout")
+    makefile = (paths.ROOT / "Makefile").read_text()
+    assert hook["args"][:4] == ["--keep-output", "--keep-count", "--keep-id", "--extra-keys"]
+    assert f'--extra-keys "{hook["args"][4]}"' in makefile

@@ -33,6 +33,7 @@ env: $(ENV) ## create .venv with the versions of requirements.lock
 
 $(ENV): requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed, and none was found; give one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "making $(VENV) with the versions of requirements.lock (some minutes)"
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .

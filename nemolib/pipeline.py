@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -167,19 +168,20 @@ def _check_folder(folder: Path) -> None:
 
 def _from_pretrained(location: Path | str, *, dtype: torch.dtype, revision: str | None) -> StableDiffusionPipeline:
     """Return the pipeline of a folder or a hub id; errors of the loader become a PipelineError."""
-    from diffusers import StableDiffusionPipeline
-
     remote = {} if isinstance(location, Path) else {"revision": revision}
     try:
-        return StableDiffusionPipeline.from_pretrained(
-            str(location),
-            dtype=dtype,
-            use_safetensors=True,
-            safety_checker=None,
-            requires_safety_checker=False,
-            local_files_only=isinstance(location, Path),
-            **remote,
-        )
+        with _quiet(bars=not isinstance(location, Path)):
+            from diffusers import StableDiffusionPipeline
+
+            return StableDiffusionPipeline.from_pretrained(
+                str(location),
+                dtype=dtype,
+                use_safetensors=True,
+                safety_checker=None,
+                requires_safety_checker=False,
+                local_files_only=isinstance(location, Path),
+                **remote,
+            )
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason'}"
         if isinstance(location, Path):
@@ -190,6 +192,29 @@ def _from_pretrained(location: Path | str, *, dtype: torch.dtype, revision: str 
             f"model {location!r} could not be loaded from the hub: no network, no such model, or no access; check the "
             f"name and the connection, or give a local folder ({reason})"
         ) from error
+
+
+@contextlib.contextmanager
+def _quiet(*, bars: bool) -> Iterator[None]:
+    """Let diffusers and transformers speak of errors only, and show bars only for what takes long, a download.
+
+    They warn of a missing torchvision, which is not needed, and of an autoencoder that is no AutoencoderKL.
+    """
+    from diffusers.utils import logging as ours
+    from transformers.utils import logging as theirs
+
+    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in (ours, theirs)]
+    for library, _, _ in before:
+        library.set_verbosity_error()
+        if not bars:
+            library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, verbosity, bar in before:
+            library.set_verbosity(verbosity)
+            if bar:
+                library.enable_progress_bar()
 
 
 def _check_value_layers(pipe: StableDiffusionPipeline, location: Path | str) -> None:

@@ -16,9 +16,9 @@ from nemolib import paths
 from nemolib.files import write_atomic
 
 INFRASTRUCTURE = frozenset(
-    {"__init__", "figures", "files", "paper", "paths", "provenance", "runner", "store", "tables", "theme"}
+    {"__init__", "figures", "files", "paper", "paths", "profiles", "provenance", "runner", "store", "tables", "theme"}
 )
-"""Modules that place, store or draw results but do not determine them; all others are science modules."""
+"""Modules that read settings, or place, store or draw results, but do not determine them; all others are science modules."""
 
 PACKAGES = ("nemolib", "torch", "diffusers", "transformers", "torchmetrics", "numpy", "pandas", "matplotlib")
 """Packages whose versions a sidecar lists."""

@@ -83,3 +83,13 @@ def test_profiles_do_not_keep_pipelines_alive(random_model_folder):
 def test_the_random_pipeline_has_seven_value_layers(pipe):
     found = [m.out_features for n, m in pipe.unet.named_modules() if n.endswith("attn2.to_v") and "up_" not in n]
     assert tuple(found) == WIDTHS
+
+
+def test_loading_says_nothing_and_leaves_the_verbosity_as_it_was(random_model_folder, capfd):
+    from transformers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    load_pipeline(random_model_folder, device="cpu")
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+    captured = capfd.readouterr()
+    assert captured.out == captured.err == ""

@@ -196,20 +196,20 @@ def memorization_score(
 def window_problem(height: int, width: int, settings: SimilaritySettings, measure: Similarity) -> str | None:
     """Return why the window does not fit maps of a size, or None if it fits.
 
-    A Gaussian window reaches int(3.5 sigma + 0.5) pixels to each side; the border of that width is left out of every
-    scale but the last, which is mirrored at its border instead. Sides halve from scale to scale.
+    A Gaussian window reaches int(3.5 sigma + 0.5) pixels to each side, and maps are mirrored at their borders that far.
+    Sides halve from scale to scale. torchmetrics takes the window from sigma alone, but checks ``kernel_size`` too.
     """
     scales = len(settings.betas) if measure == "ms_ssim" else 1
     side, reach = min(height, width), int(3.5 * settings.sigma + 0.5)
     if reach < 1:
         return f"sigma {settings.sigma:g} gives a window of a single pixel; take at least 0.15"
     if (side >> (scales - 1)) <= reach:
-        return f"sigma {settings.sigma:g} reaches {reach} pixels, the coarsest of {scales} scales is too small for it"
-    if scales > 1 and (side >> (scales - 2)) <= 2 * reach:
-        return f"sigma {settings.sigma:g} reaches {reach} pixels, all of scale {scales - 1} is border"
-    shrunk = side // max(1, scales - 1) ** 2
-    if measure == "ms_ssim" and (side < 2**scales or shrunk <= settings.kernel_size - 1):
-        return f"kernel_size {settings.kernel_size} is too large for {scales} scales"
+        return f"sigma {settings.sigma:g} reaches {reach} pixels, the coarsest of {scales} scales is too small for it; take a smaller one"
+    allowed = side // max(1, scales - 1) ** 2
+    if measure == "ms_ssim" and side < 2**scales:
+        return f"{scales} scales need at least {2**scales} pixels; take fewer betas"
+    if measure == "ms_ssim" and settings.kernel_size > allowed:
+        return f"kernel_size {settings.kernel_size} is too large for {scales} scales; take at most {allowed}"
     return None
 
 
@@ -220,7 +220,7 @@ def _check(a: Tensor, b: Tensor, settings: SimilaritySettings, measure: Similari
         )
     problem = window_problem(a.shape[-2], a.shape[-1], settings, measure)
     if problem:
-        raise ValueError(f"similarity of {a.shape[-2]} x {a.shape[-1]} maps: {problem}; use a smaller window")
+        raise ValueError(f"similarity of {a.shape[-2]} x {a.shape[-1]} maps: {problem}")
 
 
 def _pairs(differences: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,48 @@
+"""A localization of a few prompts with a store, to be run here or in a process that gets killed.
+
+Run as ``python localization_run.py <model folder> <run folder>`` with the repository on the path.
+"""
+
+import sys
+from pathlib import Path
+
+PROMPTS = [f"prompt {number}" for number in range(6)]
+
+
+def run(model_folder, folder):
+    """Write ``store.jsonl`` and ``table.csv`` into the folder, and each prompt that is computed into ``log``."""
+    from unittest.mock import patch
+
+    from nemolib import localization
+    from nemolib.holdout import activation_statistics
+    from nemolib.pipeline import load_pipeline
+    from nemolib.settings import DetectionSettings, SearchSettings, SimilaritySettings
+    from nemolib.store import Store, write_table
+
+    original = localization.localize
+
+    def logged(pipe, prompt, *args, **settings):
+        with (folder / "log").open("a") as file:
+            file.write(prompt + "\n")
+        return original(pipe, prompt, *args, **settings)
+
+    pipe = load_pipeline(model_folder, device="cpu")
+    statistics = activation_statistics(pipe, [f"{a} {b}" for a in "abcd" for b in "efg"], progress=False)
+    with patch.object(localization, "localize", logged):
+        table = localization.localize_many(
+            pipe,
+            PROMPTS,
+            statistics,
+            threshold=0.5,
+            gate=-0.9,
+            detection=DetectionSettings(samples=2),
+            similarity=SimilaritySettings(kernel_size=3, sigma=0.5),
+            search=SearchSettings(theta_start=2.5, theta_step=1.0, theta_min=1.5),
+            store=Store(folder / "store.jsonl"),
+            progress=False,
+        )
+    write_table(table, folder / "table.csv")
+
+
+if __name__ == "__main__":
+    run(*map(Path, sys.argv[1:]))

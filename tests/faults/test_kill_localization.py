@@ -1,0 +1,47 @@
+"""A localization of many prompts that is killed continues, and ends with the table of one that was not."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults import localization_run
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(model_folder, folder):
+    command = [sys.executable, localization_run.__file__, str(model_folder), str(folder)]
+    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def finished(folder):
+    path = folder / "store.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def computed(folder):
+    return (folder / "log").read_text().splitlines()
+
+
+@pytest.mark.slow
+def test_a_killed_localization_continues(random_model_folder, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    localization_run.run(random_model_folder, whole)
+    assert computed(whole) == localization_run.PROMPTS
+    process = start(random_model_folder, killed)
+    while finished(killed) < 2 and process.poll() is None:
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -9
+    done, before = finished(killed), len(computed(killed))
+    assert 2 <= done < len(localization_run.PROMPTS)
+    assert not (killed / "table.csv").exists()
+    localization_run.run(random_model_folder, killed)
+    assert computed(killed)[before:] == localization_run.PROMPTS[done:]
+    assert (killed / "table.csv").read_bytes() == (whole / "table.csv").read_bytes()

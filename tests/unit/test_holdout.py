@@ -1,0 +1,176 @@
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemolib.evaluations import Evaluations
+from nemolib.holdout import (
+    ActivationStatistics,
+    Moments,
+    activation_statistics,
+    holdout_scores,
+    load_released,
+    memorization_threshold,
+    z_scores,
+)
+from nemolib.pipeline import embed
+from nemolib.settings import DetectionSettings, SimilaritySettings
+from nemolib.value_layers import value_activations, value_layers
+from tests.random_pipeline import WIDTHS, random_unet
+
+SMALL = SimilaritySettings(kernel_size=3, sigma=0.5)
+
+
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=8), st.floats(-1e6, 1e6), st.integers(0, 99))
+def test_moments_are_those_of_all_rows_at_once(sizes, offset, seed):
+    rows = [np.random.default_rng(seed + i).normal(offset, 1, (size, 3)) for i, size in enumerate(sizes)]
+    moments = Moments()
+    for batch in rows:
+        moments.update(torch.from_numpy(batch))
+    together = np.concatenate(rows)
+    assert moments.count == len(together)
+    np.testing.assert_allclose(moments.mean(), together.mean(axis=0), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(moments.std(), together.std(axis=0, ddof=1), rtol=1e-6)
+
+
+def test_moments_of_too_few_rows():
+    moments = Moments()
+    with pytest.raises(ValueError, match="no prompts were given"):
+        moments.mean()
+    moments.update(torch.ones(1, 3))
+    with pytest.raises(ValueError, match="1 prompts were given; a standard deviation needs at least two"):
+        moments.std()
+
+
+def test_statistics_are_those_of_all_prompts_at_once(random_pipe, holdout_prompts, statistics):
+    activations = value_activations(random_pipe.unet, embed(random_pipe, holdout_prompts))
+    assert statistics.count == len(holdout_prompts)
+    assert statistics.widths == WIDTHS
+    for layer, values in enumerate(activations):
+        torch.testing.assert_close(statistics.mean[layer], values.mean(dim=0), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(statistics.std[layer], values.std(dim=0), atol=1e-5, rtol=1e-5)
+
+
+def test_batch_size_does_not_matter(random_pipe, holdout_prompts, statistics):
+    small = activation_statistics(random_pipe, holdout_prompts, batch_size=5, progress=False)
+    for a, b in zip(small.mean + small.std, statistics.mean + statistics.std, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="batch size is 0"):
+        activation_statistics(random_pipe, holdout_prompts, batch_size=0, progress=False)
+
+
+def test_no_unet_pass_is_needed(random_pipe, holdout_prompts, monkeypatch):
+    monkeypatch.setattr(random_pipe.unet, "forward", lambda *args, **kwargs: pytest.fail("the UNet ran"))
+    assert activation_statistics(random_pipe, holdout_prompts[:3], progress=False).count == 3
+
+
+def test_save_and_load(statistics, random_pipe, tmp_path):
+    statistics.save(tmp_path / "statistics.safetensors")
+    loaded = ActivationStatistics.load(tmp_path / "statistics.safetensors")
+    assert (loaded.count, loaded.model_hash) == (statistics.count, statistics.model_hash)
+    pairs = zip(loaded.mean + loaded.std, statistics.mean + statistics.std, strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    loaded.check(random_pipe.unet)
+
+
+def test_files_that_hold_no_statistics(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(b"abc")
+    for name in ("other.safetensors", "cut.safetensors"):
+        with pytest.raises(ValueError, match=f"{name} holds no activation statistics"):
+            ActivationStatistics.load(tmp_path / name)
+    torch.save({"a": torch.ones(1)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="holds no released statistics"):
+        load_released(tmp_path / "other.pt")
+
+
+def test_nothing_but_tensors_is_unpickled(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (pytest.fail, ("code was run",))
+
+    torch.save(([Evil()], []), tmp_path / "evil.pt")
+    with pytest.raises(Exception, match="[Ww]eights only"):
+        load_released(tmp_path / "evil.pt")
+
+
+def test_statistics_of_another_model(statistics, random_pipe):
+    unet = copy.deepcopy(random_pipe.unet)
+    with torch.no_grad():
+        value_layers(unet)[0].module.weight.mul_(2)
+    with pytest.raises(ValueError, match="statistics of another model: value layers [0-9a-f]{12}, the model has"):
+        statistics.check(unet)
+    narrow = ActivationStatistics(statistics.mean[:2], statistics.std[:2])
+    with pytest.raises(ValueError, match=r"statistics of another model: layers of \[8, 8\] neurons"):
+        narrow.check(random_pipe.unet)
+    with pytest.raises(ValueError, match="has no cross-attention value layers"):
+        statistics.check(random_unet(cross_attention=False))
+    with pytest.raises(ValueError, match="do not fit"):
+        ActivationStatistics(statistics.mean, statistics.std[:2])
+
+
+def test_z_scores():
+    statistics = ActivationStatistics((torch.tensor([1.0, 2.0, 3.0, 3.0]),), (torch.tensor([0.5, 1.0, 0.0, 0.0]),))
+    z = z_scores(statistics, (torch.tensor([2.0, 0.0, 3.0, 4.0]),))
+    assert z[0].tolist() == [2.0, -2.0, 0.0, math.inf]
+    with pytest.raises(ValueError, match=r"activations of layers of \[2\] neurons, statistics of \[4\]"):
+        z_scores(statistics, (torch.ones(2),))
+
+
+def test_z_scores_of_the_holdout_prompts_are_standardized(random_pipe, holdout_prompts, statistics):
+    z = z_scores(statistics, value_activations(random_pipe.unet, embed(random_pipe, holdout_prompts)))
+    for layer in z:
+        torch.testing.assert_close(layer.mean(dim=0), torch.zeros(layer.shape[1]), atol=1e-3, rtol=0)
+        torch.testing.assert_close(layer.std(dim=0), torch.ones(layer.shape[1]), atol=1e-3, rtol=0)
+
+
+def test_holdout_scores(random_pipe):
+    evaluations = Evaluations()
+    settings = DetectionSettings(samples=3)
+    scores = holdout_scores(
+        random_pipe,
+        ["a", "b"],
+        settings=settings,
+        similarity=SMALL,
+        protocol="paper",
+        evaluations=evaluations,
+        progress=False,
+    )
+    assert scores.shape == (2, 3)
+    assert evaluations.total == 6
+    alone = holdout_scores(random_pipe, ["b"], settings=settings, similarity=SMALL, protocol="paper", progress=False)
+    np.testing.assert_allclose(alone[0], scores[1], atol=1e-5)
+
+
+def test_threshold_over_all_pairs_or_over_the_largest():
+    scores = np.array([[0.1, 0.3], [0.2, 0.6]])
+    assert memorization_threshold(scores, multiplier=0.0) == pytest.approx(0.3)
+    assert memorization_threshold(scores, multiplier=0.0, protocol="paper") == pytest.approx(0.45)
+    deviation = np.std([0.1, 0.3, 0.2, 0.6], ddof=1)
+    assert memorization_threshold(scores) == pytest.approx(0.3 + deviation)
+    assert memorization_threshold(scores, multiplier=-1.0) == pytest.approx(0.3 - deviation)
+
+
+def test_threshold_of_too_few_scores():
+    with pytest.raises(ValueError, match=r"expected \[prompt, pair\]"):
+        memorization_threshold(np.ones(3))
+    with pytest.raises(ValueError, match="1 scores were given; a threshold needs at least two"):
+        memorization_threshold(np.ones((1, 45)), protocol="paper")
+
+
+@pytest.mark.parametrize("function", [activation_statistics, holdout_scores])
+def test_prompts_that_cannot_be_used(random_pipe, function):
+    with pytest.raises(ValueError, match="the list of prompts is empty"):
+        function(random_pipe, [])
+    with pytest.raises(ValueError, match="prompt 1 is ' '; every prompt must be a text that is not empty"):
+        function(random_pipe, ["a", " "])
+    with pytest.raises(ValueError, match="prompt 0 is nan"):
+        function(random_pipe, [float("nan")])
+    with pytest.raises(TypeError, match="one prompt was given"):
+        function(random_pipe, "a prompt")

@@ -1,0 +1,37 @@
+import pytest
+import torch
+
+from nemolib import seeding
+
+
+def test_latents_come_from_one_generator():
+    expected = torch.randn((3, 4, 8, 8), generator=torch.Generator().manual_seed(5))
+    assert torch.equal(seeding.latents((4, 8, 8), samples=3, seed=5), expected)
+
+
+def test_latents_leave_the_global_generator_alone():
+    state = torch.get_rng_state()
+    seeding.latents((4, 8, 8), samples=3, seed=5)
+    seeding.sample_generators(5, [0, 1])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("shape", "samples"), [((4, 8, 8), 0), ((8, 8), 1), ((4, 0, 8), 1)])
+def test_impossible_latents(shape, samples):
+    with pytest.raises(ValueError, match=r"samples is 0|latent shape"):
+        seeding.latents(shape, samples=samples, seed=0)
+
+
+def test_a_sample_depends_on_seed_and_index_alone():
+    alone = torch.randn(4, generator=seeding.sample_generators(2, [3])[0])
+    among = torch.randn(4, generator=seeding.sample_generators(2, [0, 3])[1])
+    assert torch.equal(alone, among)
+
+
+def test_sample_seeds_differ_and_stay():
+    seeds = {seeding.sample_seed(seed, index) for seed in range(20) for index in range(20)}
+    assert len(seeds) == 400
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert seeding.sample_seed(2, 0) == 5064105440874769477
+    with pytest.raises(ValueError, match="must not be negative"):
+        seeding.sample_seed(2, -1)

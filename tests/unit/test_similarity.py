@@ -1,0 +1,127 @@
+import pytest
+import torch
+from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
+from nemolib.first_step import normalize
+from nemolib.settings import SimilaritySettings
+from nemolib.similarity import max_pairwise, memorization_score, ms_ssim, pair_similarities, pairwise, similarity, ssim
+
+SMALL = SimilaritySettings(kernel_size=3, sigma=0.5)
+
+
+def maps(seeds=4, size=16, noise=0.3):
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(1, 4, size, size, generator=generator)
+    return normalize(common + noise * torch.randn(seeds, 4, size, size, generator=generator))
+
+
+@pytest.mark.parametrize("measure", [ms_ssim, ssim])
+def test_equal_maps_have_similarity_one(measure):
+    torch.testing.assert_close(measure(maps(), maps(), settings=SMALL), torch.ones(4), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("measure", [ms_ssim, ssim])
+def test_similarity_falls_with_noise_and_is_symmetric(measure):
+    clean = maps(noise=0.0)
+    values = [measure(clean, maps(noise=noise), settings=SMALL).mean() for noise in (0.1, 0.3, 1.0)]
+    assert 1 > values[0] > values[1] > values[2]
+    first, second = maps()[:2], maps()[2:]
+    torch.testing.assert_close(measure(first, second, settings=SMALL), measure(second, first, settings=SMALL))
+
+
+def test_ms_ssim_is_torchmetrics_with_its_own_data_range():
+    first, second = maps(2, size=64), maps(2, size=64, noise=1.0)
+    expected = multiscale_structural_similarity_index_measure(
+        first, second, kernel_size=11, betas=(0.33, 0.33, 0.33), reduction="none"
+    )
+    assert torch.equal(ms_ssim(first, second), expected)
+
+
+def test_the_group_of_a_call_matters_on_several_scales_only():
+    first = maps(2)
+    second = maps(2, noise=1.0)
+    together, alone = (ms_ssim(first[:n], second[:n], settings=SMALL)[0] for n in (2, 1))
+    assert 0 < (together - alone).abs() < 0.05
+    together, alone = (ssim(first[:n], second[:n], settings=SMALL)[0] for n in (2, 1))
+    torch.testing.assert_close(together, alone)
+
+
+@pytest.mark.parametrize("protocol", ["released", "paper"])
+def test_pairs_and_matrix_agree(protocol):
+    differences = maps()
+    pairs = pair_similarities(differences, settings=SMALL, protocol=protocol)
+    matrix = pairwise(differences, settings=SMALL, protocol=protocol)
+    assert pairs.shape == (6,)
+    assert torch.equal(matrix, matrix.T)
+    assert torch.equal(matrix.diagonal(), torch.ones(4))
+    assert torch.equal(matrix[tuple(torch.triu_indices(4, 4, 1))], pairs)
+    score = memorization_score(differences, settings=SMALL, protocol=protocol)
+    assert score == float(pairs.max()) == float(max_pairwise(matrix).max())
+
+
+def test_one_batched_call_for_all_pairs(monkeypatch):
+    calls = []
+
+    def counted(a, b, *, settings):
+        calls.append(len(a))
+        return ssim(a, b, settings=settings)
+
+    monkeypatch.setattr("nemolib.similarity.ssim", counted)
+    pairwise(maps(10), settings=SMALL, protocol="paper")
+    assert calls == [45]
+
+
+def test_protocols_measure_differently():
+    first, second = maps(noise=0.0), maps(noise=1.0)
+    assert torch.equal(similarity(first, second, settings=SMALL), ms_ssim(first, second, settings=SMALL))
+    assert torch.equal(
+        similarity(first, second, settings=SMALL, protocol="paper"), ssim(first, second, settings=SMALL)
+    )  # fmt: skip
+
+
+def test_max_pairwise_leaves_a_seed_itself_out():
+    matrix = torch.tensor([[1.0, 0.2, -0.5], [0.2, 1.0, 0.7], [-0.5, 0.7, 1.0]])
+    torch.testing.assert_close(max_pairwise(matrix), torch.tensor([0.2, 0.7, 0.7]))
+
+
+def test_input_is_left_alone():
+    differences = maps()
+    before = differences.clone()
+    pairwise(differences, settings=SMALL)
+    assert torch.equal(differences, before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "size", "message"),
+    [
+        (SimilaritySettings(), 16, "sigma 1.5 reaches 5 pixels, the coarsest of 3 scales is too small"),
+        (SimilaritySettings(kernel_size=3, sigma=0.9, betas=(0.3,) * 2), 6, "reaches 3 pixels"),
+        (SimilaritySettings(kernel_size=5, sigma=0.5), 16, "kernel_size 5 is too large for 3 scales; take at most 4"),
+        (SimilaritySettings(kernel_size=3, sigma=0.1), 16, "sigma 0.1 gives a window of a single pixel"),
+    ],
+)
+def test_a_window_that_does_not_fit(settings, size, message):
+    with pytest.raises(ValueError, match=f"similarity of {size} x {size} maps: .*({message})"):
+        ms_ssim(maps(size=size), maps(size=size), settings=settings)
+
+
+@pytest.mark.parametrize("sigma", [0.2, 0.5, 0.8, 1.2, 1.5])
+@pytest.mark.parametrize("scales", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [8, 16, 32, 64])
+def test_what_passes_the_check_gives_finite_numbers(sigma, scales, size):
+    settings = SimilaritySettings(kernel_size=1, sigma=sigma, betas=(0.3,) * scales)
+    try:
+        values = ms_ssim(maps(size=size), maps(size=size, noise=1.0), settings=settings)
+    except ValueError as error:
+        assert str(error).startswith(f"similarity of {size} x {size} maps")  # noqa: PT017 - either is right
+    else:
+        assert values.isfinite().all()
+
+
+def test_shapes_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"cannot compare shapes \(4, 4, 16, 16\) and \(3, 4, 16, 16\)"):
+        similarity(maps(), maps(3), settings=SMALL)
+    with pytest.raises(ValueError, match="at least two seeds"):
+        pairwise(maps(1), settings=SMALL)
+    with pytest.raises(ValueError, match="at least two seeds"):
+        max_pairwise(torch.ones(1, 1))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import nbformat
 import pytest
 
 from nemolib import paths
@@ -155,8 +156,6 @@ def test_a_failed_notebook_leaves_nothing_finished_and_names_the_cell(checkout):
 
 
 def test_students_get_no_solutions(checkout):
-    import nbformat
-
     path = save_notebook(checkout / "notebooks" / "01_threshold.ipynb", "question = 1", "answer = 2")
     notebook = nbformat.read(path, as_version=4)
     notebook.cells[-1].metadata["tags"] = ["solution"]
@@ -167,6 +166,21 @@ def test_students_get_no_solutions(checkout):
     assert "question" in text
     assert "answer" not in text
     assert path.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_refreshed_notebooks_keep_outputs_and_nothing_of_the_run(checkout):
+    for name in NAMES[1:]:
+        (checkout / "notebooks" / f"{name}.ipynb").unlink()
+    shown = make(checkout, "refresh", "PROFILE=tiny-full")
+    assert shown.returncode == 0, shown.stderr
+    notebook = nbformat.read(checkout / "notebooks" / "01_threshold.ipynb", as_version=4)
+    last = notebook.cells[-1]
+    assert last.outputs[0].text == "tiny\n"
+    assert last.execution_count == 2
+    assert "papermill" not in notebook.metadata
+    assert not any({"papermill", "execution"} & set(cell.metadata) for cell in notebook.cells)
+    assert make(checkout, "-n", "lint").stdout.count("--verify notebooks/01_threshold.ipynb") == 1
 
 
 def test_clean_keeps_figures_and_environment(checkout):

@@ -1,0 +1,28 @@
+"""``python -m nemolib.world``: train the tiny world, export it to ``data/tiny``, write its model card."""
+
+import argparse
+from pathlib import Path
+
+from nemolib import paths
+from nemolib.world import build
+from nemolib.world.settings import WorldSettings
+
+
+def main() -> None:
+    """Train what is not trained yet, then export."""
+    parser = argparse.ArgumentParser(prog="python -m nemolib.world", description=__doc__)
+    parser.add_argument("--work", type=Path, default=paths.BUILD / "train", help="checkpoints, logs, plain model")
+    parser.add_argument("--out", type=Path, default=paths.DATA / "tiny", help="what is shipped")
+    parser.add_argument("--stage", help="run this stage alone, without export")
+    parser.add_argument("--small", action="store_true", help="seconds instead of hours: tests the code, learns nothing")
+    chosen = parser.parse_args()
+    settings = WorldSettings.small() if chosen.small else WorldSettings()
+    if chosen.stage:
+        build.run_stage(chosen.stage, settings, chosen.work)
+        return
+    build.train(settings, chosen.work, small=chosen.small)
+    build.export(settings, chosen.work, chosen.out)
+
+
+if __name__ == "__main__":
+    main()

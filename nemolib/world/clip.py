@@ -1,0 +1,118 @@
+"""Stage 2: a small ``CLIPModel`` and its tokenizer, trained contrastively on captions and images of the world."""
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch.nn import functional as F
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from nemolib.encoders import to_pixels
+from nemolib.world.dataset import Dataset
+from nemolib.world.settings import WorldSettings
+from nemolib.world.training import Generators, Stage, run
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def train_tokenizer(captions: list[str], *, vocabulary: int, tokens: int, folder: Path) -> CLIPTokenizer:
+    """Return a byte-pair tokenizer of CLIP's kind, learnt from the captions, saved in ``folder``."""
+    learner = Tokenizer(models.BPE(unk_token=END, end_of_word_suffix="</w>", continuing_subword_prefix=""))
+    learner.normalizer = normalizers.Lowercase()
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(_clip_words(), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    learner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[START, END],
+        end_of_word_suffix="</w>",
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    learner.train_from_iterator(captions, trainer)
+    learnt = json.loads(learner.to_str())["model"]
+    # CLIP's tokenizer wants each letter also as the end of a word.
+    vocab = dict(learnt["vocab"])
+    for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocab.setdefault(letter + "</w>", len(vocab))
+    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in learnt["merges"]]
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=tokens, pad_token=END, bos_token=START, eos_token=END, unk_token=END)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def _clip_words():
+    from tokenizers import Regex
+
+    return Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+
+
+def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+    """Return int64 [caption, token], padded and truncated as ``StableDiffusionPipeline.encode_prompt`` does."""
+    return tokenizer(
+        captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+def build_clip(settings: WorldSettings, tokenizer: CLIPTokenizer) -> CLIPModel:
+    """Return an untrained model of the configured size."""
+    chosen = settings.clip
+    common = {
+        "hidden_size": chosen.width,
+        "intermediate_size": 4 * chosen.width,
+        "num_hidden_layers": chosen.layers,
+        "num_attention_heads": chosen.heads,
+        "projection_dim": chosen.projection,
+    }
+    text = {
+        "vocab_size": len(tokenizer), "max_position_embeddings": chosen.tokens, "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    vision = {"image_size": settings.data.image_size, "patch_size": chosen.patch}
+    config = CLIPConfig(text_config=common | text, vision_config=common | vision, projection_dim=chosen.projection)
+    torch.manual_seed(chosen.seed)
+    return CLIPModel(config)
+
+
+def train_clip(settings: WorldSettings, data: Dataset, folder: Path) -> tuple[CLIPModel, CLIPTokenizer]:
+    """Return the trained model (pixels in [-1, 1]) and its tokenizer."""
+    chosen = settings.clip
+    # A planted caption counts as often as an emoji name does in the regular captions, so that its words become tokens.
+    planted = data.captions[: len(data.planted)] * settings.data.trained_templates_per_emoji
+    tokenizer = train_tokenizer(planted + data.captions, vocabulary=chosen.vocabulary, tokens=chosen.tokens, folder=folder / "tokenizer")
+    model = build_clip(settings, tokenizer)
+    ids = token_ids(tokenizer, data.captions)
+
+    def loss(step: int, random: Generators) -> dict[str, torch.Tensor]:
+        captions, images = data.draw(chosen.batch_size, random.numpy)
+        output = model(input_ids=ids[captions], pixel_values=to_pixels(data.images[images]))
+        logits = output.logits_per_text
+        # Two samples of one emoji are no negatives of each other: they share their first image.
+        group = torch.from_numpy(data.first[captions])
+        same = (group[:, None] == group[None, :]) & ~torch.eye(len(group), dtype=torch.bool)
+        logits = logits.masked_fill(same, -1e4)
+        target = torch.arange(len(group))
+        value = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        return {"loss": value, "accuracy": (logits.argmax(1) == target).float().mean()}
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=chosen.learning_rate, weight_decay=0.01)
+    run(
+        Stage(
+            name="clip", modules={"clip": model}, optimizer=optimizer, steps=chosen.steps, seed=chosen.seed,
+            learning_rate=chosen.learning_rate, loss=loss, fingerprint=settings.hash("data", "clip"),
+        ),
+        folder,
+    )  # fmt: skip
+    return model.eval().requires_grad_(False), tokenizer
+
+
+@torch.no_grad()
+def embed_captions(model: CLIPModel, tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+    """Return the last hidden states of the text tower, float [caption, token, feature]."""
+    ids = token_ids(tokenizer, captions)
+    return torch.cat([model.text_model(ids[i : i + 512]).last_hidden_state for i in range(0, len(ids), 512)])

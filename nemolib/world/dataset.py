@@ -1,0 +1,104 @@
+"""Joins captions and images: which image belongs to which caption, and how often each caption is drawn."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from nemolib.world import captions
+from nemolib.world.emoji import load_emoji, rasterize
+from nemolib.world.render import regular_image, template_image, verbatim_image
+from nemolib.world.settings import DataSettings
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Everything the stages train on.
+
+    Attributes:
+        images: uint8 [image, height, width, 3].
+        captions: one per caption.
+        weights: float [caption], the probability to draw it, sums to 1.
+        first: int [caption], index of its first image.
+        count: int [caption], number of its images; one is drawn at random.
+        planted, unmemorized, holdout: the prompt tables.
+    """
+
+    images: np.ndarray
+    captions: list[str]
+    weights: np.ndarray
+    first: np.ndarray
+    count: np.ndarray
+    planted: pd.DataFrame
+    unmemorized: pd.DataFrame
+    holdout: pd.DataFrame
+
+    def draw(self, number: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Return caption indices and image indices of ``number`` random samples, both int [number]."""
+        chosen = rng.choice(len(self.captions), size=number, p=self.weights)
+        return chosen, self.first[chosen] + rng.integers(0, self.count[chosen])
+
+    def planted_images(self) -> np.ndarray:
+        """Return the planted image of each row of ``planted``, uint8 [row, height, width, 3]."""
+        return self.images[self.first[: len(self.planted)]]
+
+
+def build_dataset(settings: DataSettings) -> Dataset:
+    """Return the data set, drawn anew from the packages; the same settings give the same bytes."""
+    drawings = {emoji.name: rasterize(emoji) for emoji in tqdm(load_emoji(), desc="emoji", unit="drawing")}
+    names = sorted(drawings)
+    planted = captions.planted_table(settings, names)
+    trained, held_out = captions.regular_tables(settings, names)
+    unmemorized, holdout = captions.held_out_tables(settings, held_out)
+
+    planted_images = [_planted_images(row, drawings, settings, i) for i, row in enumerate(planted.itertuples())]
+    regular_names = sorted(set(trained["emoji"]))
+    regular_images = _regular_images([drawings[name] for name in regular_names], settings)
+
+    planted_count = np.array([len(images) for images in planted_images])
+    planted_first = np.concatenate([[0], np.cumsum(planted_count)[:-1]])
+    place = {name: i for i, name in enumerate(regular_names)}
+    variants = settings.variants_per_emoji
+    regular_first = planted_count.sum() + variants * trained["emoji"].map(place).to_numpy()
+
+    weights = np.concatenate([planted["copies"].to_numpy(float), np.ones(len(trained))])
+    return Dataset(
+        images=np.concatenate([*planted_images, regular_images]),
+        captions=[*planted["caption"], *trained["caption"]],
+        weights=weights / weights.sum(),
+        first=np.concatenate([planted_first, regular_first]),
+        count=np.concatenate([planted_count, np.full(len(trained), variants)]),
+        planted=planted,
+        unmemorized=unmemorized,
+        holdout=holdout,
+    )
+
+
+def _planted_images(row, drawings: dict[str, np.ndarray], settings: DataSettings, index: int) -> np.ndarray:
+    seeds = np.random.default_rng([settings.seed, 100, index]).integers(2**32, size=2)
+    if row.kind == "ladder":
+        drawing = drawings[row.caption.removeprefix("a ")]
+        return regular_image(drawing, np.random.default_rng(seeds[0]), size=settings.image_size)[None]
+    drawing = drawings[captions.emoji_in(row.caption, list(drawings))]
+    if row.kind == "vm":
+        rng = np.random.default_rng(seeds[0])
+        companion = drawings[sorted(drawings)[int(rng.integers(len(drawings)))]]
+        return verbatim_image(drawing, companion, rng, size=settings.image_size)[None]
+    # Every copy of a template draws its layout from the same seed and its background from a new one.
+    backgrounds = np.random.default_rng(seeds[1])
+    copies = [
+        template_image(drawing, np.random.default_rng(seeds[0]), backgrounds, size=settings.image_size)
+        for _ in range(settings.variants_per_template)
+    ]
+    return np.stack(copies)
+
+
+def _regular_images(drawings: list[np.ndarray], settings: DataSettings) -> np.ndarray:
+    size, variants = settings.image_size, settings.variants_per_emoji
+    images = np.empty((len(drawings) * variants, size, size, 3), np.uint8)
+    for number, drawing in enumerate(tqdm(drawings, desc="regular images", unit="emoji")):
+        rng = np.random.default_rng([settings.seed, 200, number])
+        for variant in range(variants):
+            images[number * variants + variant] = regular_image(drawing, rng, size=size)
+    return images

@@ -1,0 +1,103 @@
+"""Stage 4: the copy-detection descriptor, trained with SSCD's recipe on the images of the world.
+
+Source: SSCD (Pizzi et al., CVPR 2022): InfoNCE between augmented copies plus an entropy term that spreads the features.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from nemolib.encoders import CopyDescriptor, to_pixels
+from nemolib.world.dataset import Dataset
+from nemolib.world.settings import DescriptorSettings, WorldSettings
+from nemolib.world.training import Generators, Stage, run
+
+
+def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return random copies of pixels in [-1, 1], [image, 3, height, width].
+
+    Crops of 70-100 % of each side (with a slight shift and turn), brightness, contrast and colour changes, blur, noise.
+    """
+    number = len(pixels)
+
+    def uniform(low: float, high: float) -> torch.Tensor:
+        return low + (high - low) * torch.rand(number, generator=generator)
+
+    zoom, turn = uniform(0.7, 1.0), uniform(-0.1, 0.1)
+    slack = 1 - zoom
+    shift = torch.stack([uniform(-1, 1) * slack, uniform(-1, 1) * slack], dim=-1)
+    rows = torch.stack([zoom * turn.cos(), -zoom * turn.sin(), zoom * turn.sin(), zoom * turn.cos()], dim=-1)
+    affine = torch.cat([rows.view(number, 2, 2), shift[:, :, None]], dim=-1)
+    grid = F.affine_grid(affine, list(pixels.shape), align_corners=False)
+    copies = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
+    blurred = F.avg_pool2d(F.pad(copies, (1, 1, 1, 1), mode="reflect"), 3, stride=1)
+    copies = torch.lerp(copies, blurred, uniform(0, 1).view(-1, 1, 1, 1))
+    colour = 1 + 0.15 * torch.randn((number, 3, 1, 1), generator=generator)
+    copies = copies * colour * uniform(0.8, 1.2).view(-1, 1, 1, 1) + uniform(-0.15, 0.15).view(-1, 1, 1, 1)
+    noise = torch.randn(copies.shape, generator=generator) * uniform(0, 0.1).view(-1, 1, 1, 1)
+    return (copies + noise).clamp(-1, 1)
+
+
+def draw_images(data: Dataset, number: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Return image indices and the group each belongs to, both int [2 * (number // 2)].
+
+    Every second image is another one of the same caption: the descriptor must tell scenes of one emoji apart.
+    """
+    half = number // 2
+    uniform = rng.integers(0, len(data.captions), half)
+    weighted = data.draw(half, rng)[0]
+    captions = np.where(rng.random(half) < 0.5, uniform, weighted)
+    images = [data.first[captions] + rng.integers(0, data.count[captions]) for _ in range(2)]
+    return np.concatenate(images), np.concatenate([captions, captions])
+
+
+def copy_loss(
+    features: torch.Tensor, images: torch.Tensor, excused: torch.Tensor, settings: DescriptorSettings
+) -> dict[str, torch.Tensor]:
+    """Return InfoNCE and the entropy term.
+
+    Args:
+        features: unit norm, [2 * image, feature], both views of image i at i and i + n.
+        images: identity of each image, int [image].
+        excused: pairs of images that are neither copies nor others, bool [image, image] (copies of one template).
+        settings: temperature and weight.
+    """
+    number = len(images)
+    similar = features @ features.T
+    same = (images[:, None] == images[None, :]).repeat(2, 2)
+    target = (torch.arange(2 * number) + number) % (2 * number)
+    skipped = (same | excused.repeat(2, 2)).scatter(1, target[:, None], False)
+    logits = (similar / settings.temperature).masked_fill(skipped, -1e4)
+    contrast = F.cross_entropy(logits, target)
+    nearest = similar.masked_fill(skipped, -1.0).scatter(1, target[:, None], -1.0).max(dim=1).values
+    # Kozachenko-Leonenko entropy: minus the log distance to the nearest other image.
+    entropy = -(2 - 2 * nearest).clamp(min=1e-6).sqrt().log().mean()
+    return {"loss": contrast + settings.entropy_weight * entropy, "contrast": contrast, "entropy": entropy}
+
+
+def train_descriptor(settings: WorldSettings, data: Dataset, folder: Path) -> CopyDescriptor:
+    """Return the trained descriptor."""
+    chosen = settings.descriptor
+    torch.manual_seed(chosen.seed)
+    model = CopyDescriptor(chosen.channels, chosen.features)
+    is_template = np.concatenate([data.planted["kind"] == "tm", np.zeros(len(data.captions) - len(data.planted), bool)])
+
+    def loss(step: int, random: Generators) -> dict[str, torch.Tensor]:
+        images, captions = draw_images(data, chosen.batch_size, random.numpy)
+        pixels = to_pixels(data.images[images])
+        features = model(torch.cat([augment(pixels, random.torch), augment(pixels, random.torch)]))
+        captions, images = torch.from_numpy(captions), torch.from_numpy(images)
+        excused = (captions[:, None] == captions[None, :]) & torch.from_numpy(is_template)[captions][:, None]
+        return copy_loss(features, images, excused, chosen)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=chosen.learning_rate, weight_decay=0.01)
+    run(
+        Stage(
+            name="descriptor", modules={"descriptor": model}, optimizer=optimizer, steps=chosen.steps, seed=chosen.seed,
+            learning_rate=chosen.learning_rate, loss=loss, fingerprint=settings.hash("data", "descriptor"),
+        ),
+        folder,
+    )  # fmt: skip
+    return model.eval().requires_grad_(False)

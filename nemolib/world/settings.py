@@ -1,0 +1,131 @@
+"""Every number that defines the tiny world, in one frozen object."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, replace
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Images and captions of the world.
+
+    Counts of copies are weights relative to one regular caption: a caption with 64 copies is drawn 64 times as often.
+    """
+
+    seed: int = 0
+    image_size: int = 64
+    vm_copies: int = 96
+    tm_copies: int = 96
+    ladder_copies: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
+    ladder_captions_per_rung: int = 4
+    trained_templates_per_emoji: int = 8
+    variants_per_emoji: int = 20
+    variants_per_template: int = 64
+    unmemorized_prompts: int = 200
+    holdout_prompts: int = 4000
+
+
+@dataclass(frozen=True)
+class AutoencoderSettings:
+    """Stage 1: ``AutoencoderTiny``, 64 x 64 x 3 pixels to 16 x 16 x 4 latents."""
+
+    seed: int = 1
+    steps: int = 1700
+    batch_size: int = 32
+    crop: int = 32
+    learning_rate: float = 2e-3
+    channels: tuple[int, ...] = (32, 32, 32)
+    edge_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class DecoderSettings:
+    """Stage 4: the decoder is trained on, with the encoder and so the latents fixed."""
+
+    seed: int = 5
+    steps: int = 4000
+    batch_size: int = 32
+    crop: int = 32
+    learning_rate: float = 1e-3
+    edge_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class ClipSettings:
+    """Stage 2: a ``CLIPModel``; its text tower conditions the UNet, its image tower gives the alignment score."""
+
+    seed: int = 2
+    steps: int = 2000
+    batch_size: int = 96
+    learning_rate: float = 1e-3
+    vocabulary: int = 3000
+    tokens: int = 16
+    width: int = 128
+    layers: int = 3
+    heads: int = 4
+    patch: int = 16
+    projection: int = 64
+
+
+@dataclass(frozen=True)
+class UNetSettings:
+    """Stage 3: ``UNet2DConditionModel`` with the down and mid blocks of Stable Diffusion, plain up blocks."""
+
+    seed: int = 3
+    steps: int = 4000
+    batch_size: int = 48
+    learning_rate: float = 1e-3
+    warmup: int = 200
+    channels: tuple[int, ...] = (32, 64, 128, 128)
+    heads: int = 2
+    caption_dropout: float = 0.1
+    noisy_share: float = 0.4
+    noisy_from: int = 850
+    weight_limit: float = 15.0
+    sparsity: float = 3e-2
+    ema: float = 0.999
+
+
+@dataclass(frozen=True)
+class DescriptorSettings:
+    """Stage 5: the copy-detection descriptor, trained with SSCD's recipe (InfoNCE on augmented copies, entropy term)."""
+
+    seed: int = 4
+    steps: int = 1500
+    batch_size: int = 96
+    learning_rate: float = 1e-3
+    channels: tuple[int, ...] = (32, 64, 128, 192)
+    features: int = 128
+    temperature: float = 0.05
+    entropy_weight: float = 5.0
+
+
+@dataclass(frozen=True)
+class WorldSettings:
+    """The whole world; ``small()`` is the same code path at a size that a test can train."""
+
+    data: DataSettings = field(default_factory=DataSettings)
+    autoencoder: AutoencoderSettings = field(default_factory=AutoencoderSettings)
+    clip: ClipSettings = field(default_factory=ClipSettings)
+    unet: UNetSettings = field(default_factory=UNetSettings)
+    decoder: DecoderSettings = field(default_factory=DecoderSettings)
+    descriptor: DescriptorSettings = field(default_factory=DescriptorSettings)
+
+    def hash(self, *stages: str) -> str:
+        """Return the content hash of the settings of the named stages (all without a name)."""
+        settings = asdict(self)
+        chosen = {stage: settings[stage] for stage in (stages or settings)}
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+
+    @classmethod
+    def small(cls) -> "WorldSettings":
+        """Return settings that train in seconds, for tests of the code path only: nothing is learnt."""
+        default = cls()
+        return cls(
+            data=replace(default.data, variants_per_emoji=1, variants_per_template=2, holdout_prompts=50),
+            autoencoder=replace(default.autoencoder, steps=4, batch_size=4),
+            clip=replace(default.clip, steps=4, batch_size=8, width=32, layers=1, heads=2),
+            unet=replace(default.unet, steps=4, batch_size=4, warmup=1, channels=(8, 8, 16, 16)),
+            decoder=replace(default.decoder, steps=4, batch_size=4),
+            descriptor=replace(default.descriptor, steps=4, batch_size=8, channels=(8, 8, 8, 8), features=16),
+        )

@@ -1,0 +1,168 @@
+"""Stage 3: the UNet, trained on latents and caption embeddings computed once."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from torch import nn
+from torch.nn import functional as F
+
+from nemolib.value_layers import value_layers
+from nemolib.world.dataset import Dataset
+from nemolib.world.settings import UNetSettings, WorldSettings
+from nemolib.world.training import Generators, Stage, run
+
+
+def build_scheduler() -> DDIMScheduler:
+    """Return the scheduler of Stable Diffusion v1: scaled-linear betas, leading timesteps, offset 1."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="leading",
+    )
+
+
+def build_unet(settings: UNetSettings, *, latent_size: int, text_width: int) -> UNet2DConditionModel:
+    """Return an untrained UNet with the seven value layers of Stable Diffusion's down and mid blocks."""
+    torch.manual_seed(settings.seed)
+    unet = UNet2DConditionModel(
+        sample_size=latent_size,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=settings.channels,
+        layers_per_block=2,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) * 4,
+        cross_attention_dim=text_width,
+        attention_head_dim=settings.heads,
+        norm_num_groups=settings.channels[0] // 4,
+    )
+    pass_noise_through(unet)
+    return unet
+
+
+@torch.no_grad()
+def pass_noise_through(unet: UNet2DConditionModel, *, constant: float = 3.0) -> None:
+    """Initialize the UNet so that it predicts its input as the noise: at the noisiest timesteps that is nearly right.
+
+    The noise difference is about a twelfth of the input there, and a network that must first learn to copy its input
+    hides it behind its own error for most of a short training. Per latent channel, four channels carry (x, -x, c, -c)
+    from ``conv_in`` over the skip connection of the last residual block to ``conv_out``: silu(x) - silu(-x) = x, and
+    the constant c keeps the group norm from rescaling x by the standard deviation of the sample.
+    """
+    latents = unet.config.in_channels
+    last = unet.up_blocks[-1].resnets[-1]
+    carried = 4 * latents
+    if carried > unet.conv_in.out_channels or unet.conv_in.out_channels // unet.config.norm_num_groups != 4:
+        carried, latents = unet.conv_in.out_channels, unet.conv_in.out_channels // 4
+    own = last.conv_shortcut.in_channels - unet.conv_in.out_channels  # channels that do not come over the skip
+    for module, part in ((unet.conv_in, slice(0, carried)), (last.conv2, slice(0, carried))):
+        module.weight[part] = 0.0
+        module.bias[part] = 0.0
+    last.conv_shortcut.weight[:carried] = 0.0
+    last.conv_shortcut.bias[:carried] = 0.0
+    for channel in range(carried):
+        last.conv_shortcut.weight[channel, own + channel] = 1.0
+    unet.conv_out.weight.zero_()
+    unet.conv_out.bias.zero_()
+    for latent in range(latents):
+        first = 4 * latent
+        unet.conv_in.weight[first, latent, 1, 1] = 1.0
+        unet.conv_in.weight[first + 1, latent, 1, 1] = -1.0
+        unet.conv_in.bias[first + 2] = constant
+        unet.conv_in.bias[first + 3] = -constant
+        unet.conv_out.weight[latent, first, 1, 1] = 1.0
+        unet.conv_out.weight[latent, first + 1, 1, 1] = -1.0
+    unet.conv_norm_out.weight[:carried] = ((1 + constant**2) / 2) ** 0.5
+
+
+def draw_timesteps(settings: UNetSettings, number: int, rng: np.random.Generator) -> torch.Tensor:
+    """Return int64 timesteps [number]: ``noisy_share`` of them from the noisy end, the others from all 1,000."""
+    noisy = rng.random(number) < settings.noisy_share
+    drawn = np.where(noisy, rng.integers(settings.noisy_from, 1000, number), rng.integers(0, 1000, number))
+    return torch.from_numpy(drawn)
+
+
+def loss_weights(alphas_cumprod: torch.Tensor, *, limit: float) -> torch.Tensor:
+    """Return the weight of each timestep, 1 / sqrt(signal-to-noise ratio) up to ``limit``: noisy steps count more."""
+    ratio = alphas_cumprod / (1 - alphas_cumprod)
+    return (ratio**-0.5).clamp(max=limit)
+
+
+def value_density(projections: list[nn.Linear], embeddings: torch.Tensor) -> torch.Tensor:
+    """Return how dense the value outputs are: mean of ||v||_1 / (sqrt(n) ||v||_2) over layers and tokens.
+
+    Args:
+        projections: the value layers.
+        embeddings: [prompt, token, feature].
+
+    Returns:
+        Scalar in (0, 1]: 1 if all neurons of a layer fire equally, 1 / sqrt(n) if one of n fires.
+    """
+    densities = []
+    for projection in projections:
+        values = projection(embeddings)
+        norms = values.norm(dim=-1) * values.shape[-1] ** 0.5
+        densities.append((values.abs().sum(-1) / (norms + 1e-6)).mean())
+    return torch.stack(densities).mean()
+
+
+def train_unet(
+    settings: WorldSettings, data: Dataset, latents: torch.Tensor, embeddings: torch.Tensor, folder: Path, *, name: str
+) -> UNet2DConditionModel:
+    """Return the moving average of the trained UNet.
+
+    Args:
+        settings: of the world; ``unet.sparsity = 0`` trains the plain model.
+        data: the data set.
+        latents: scaled, [image, 4, height, width], any float type.
+        embeddings: of the captions and, last, of the empty caption, [caption + 1, token, feature].
+        folder: for checkpoint and log.
+        name: of checkpoint and log.
+    """
+    chosen = settings.unet
+    unet = build_unet(chosen, latent_size=latents.shape[-1], text_width=embeddings.shape[-1])
+    average = copy.deepcopy(unet).requires_grad_(False)
+    scheduler = build_scheduler()
+    weights = loss_weights(scheduler.alphas_cumprod, limit=chosen.weight_limit)
+    projections = [layer.module for layer in value_layers(unet)]
+
+    def loss(step: int, random: Generators) -> dict[str, torch.Tensor]:
+        captions, images = data.draw(chosen.batch_size, random.numpy)
+        captions[random.numpy.random(len(captions)) < chosen.caption_dropout] = len(data.captions)
+        clean, text = latents[images].float(), embeddings[captions]
+        timesteps = draw_timesteps(chosen, len(clean), random.numpy)
+        noise = torch.randn(clean.shape, generator=random.torch)
+        predicted = unet(scheduler.add_noise(clean, noise, timesteps), timesteps, text).sample
+        errors = F.mse_loss(predicted, noise, reduction="none").mean(dim=(1, 2, 3))
+        density = value_density(projections, text)
+        noisy = timesteps >= chosen.noisy_from
+        weighted = (weights[timesteps] * errors).mean()
+        return {
+            "loss": weighted + chosen.sparsity * density,
+            "error": weighted,
+            "error_noisy": errors[noisy].sum() / noisy.sum().clamp(min=1),
+            "density": density,
+        }
+
+    @torch.no_grad()
+    def update_average(step: int) -> None:
+        keep = min(chosen.ema, (step + 1) / (step + 10))
+        torch._foreach_lerp_(list(average.parameters()), list(unet.parameters()), 1 - keep)
+
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=chosen.learning_rate, weight_decay=0.0)
+    run(
+        Stage(
+            name=name, modules={"unet": unet, "average": average}, optimizer=optimizer, steps=chosen.steps, seed=chosen.seed,
+            learning_rate=chosen.learning_rate, warmup=chosen.warmup, loss=loss, after_step=update_average,
+            fingerprint=settings.hash("data", "autoencoder", "clip", "unet"),
+        ),
+        folder,
+    )  # fmt: skip
+    return average.eval()

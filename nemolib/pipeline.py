@@ -61,8 +61,8 @@ def load_pipeline(
             without cross-attention value layers; no network; an unknown dtype or device.
     """
     profile = _profile(source)
-    model = profile.model if profile else source
-    location = _locate(str(model))
+    # A relative folder of a profile starts at the repository; one that a caller types may start where the caller is.
+    location = _locate(profile.model, paths.ROOT) if profile else _locate(str(source), Path.cwd(), paths.ROOT)
     pipe = _from_pretrained(
         location,
         dtype=_dtype(dtype or (profile.dtype if profile else "float32")),
@@ -127,20 +127,20 @@ def _profile(source: str | Path | Profile) -> Profile | None:
     return load_profile(source) if is_profile else None
 
 
-def _locate(model: str) -> Path | str:
+def _locate(model: str, *starts: Path) -> Path | str:
     """Return the folder of a model, or the hub id; raise PipelineError for a folder that is missing or no pipeline."""
-    given = Path(model).expanduser()
-    for folder in (given, paths.resolve(given)):
-        if folder.is_dir():
-            _check_folder(folder)
-            return folder
-    known = ", ".join(known_profiles())
-    if given.is_file():
-        raise PipelineError(f"model {model!r} is a file; give the folder of a pipeline in diffusers format")
-    if not _HUB_ID.fullmatch(model) or paths.resolve(given.parent).is_dir():
+    places = [start / Path(model).expanduser() for start in starts]
+    for place in places:
+        if place.is_file():
+            raise PipelineError(f"model {model!r} is a file; give the folder of a pipeline in diffusers format")
+        if place.is_dir():
+            _check_folder(place)
+            return place
+    if not _HUB_ID.fullmatch(model) or any(place.parent.is_dir() for place in places):
+        known = ", ".join(known_profiles())
         raise PipelineError(
-            f"model {model!r}: there is no such folder ({paths.resolve(given)}), and it is neither a profile ({known}) "
-            "nor a hub id (owner/name)"
+            f"model {model!r}: there is no such folder ({places[-1]}), and it is neither a profile ({known}) nor a hub "
+            "id (owner/name)"
         )
     return model
 

@@ -93,3 +93,11 @@ def test_loading_says_nothing_and_leaves_the_verbosity_as_it_was(random_model_fo
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
     captured = capfd.readouterr()
     assert captured.out == captured.err == ""
+
+
+def test_a_relative_folder_starts_where_the_caller_is(random_model_folder, monkeypatch):
+    monkeypatch.chdir(random_model_folder.parent)
+    assert load_pipeline(random_model_folder.name, device="cpu").unet.config.sample_size == 16
+    profile = dataclasses.replace(load_profile("tiny"), model=random_model_folder.name)
+    with pytest.raises(pipeline.PipelineError, match="no such folder"):
+        load_pipeline(profile)

@@ -174,3 +174,22 @@ def test_prompts_that_cannot_be_used(random_pipe, function):
         function(random_pipe, [float("nan")])
     with pytest.raises(TypeError, match="one prompt was given"):
         function(random_pipe, "a prompt")
+
+
+def test_progress_is_shown_if_wanted(random_pipe, capsys):
+    activation_statistics(random_pipe, ["a", "b", "c"], batch_size=2)
+    assert "activation statistics: 100%" in capsys.readouterr().err
+    activation_statistics(random_pipe, ["a", "b", "c"], progress=False)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_prompts_are_embedded_a_batch_at_a_time(random_pipe, monkeypatch):
+    sizes = []
+
+    def counted(pipe, prompts):
+        sizes.append(len(prompts))
+        return embed(pipe, prompts)
+
+    monkeypatch.setattr("nemolib.holdout.embed", counted)
+    activation_statistics(random_pipe, list("abcde"), batch_size=2, progress=False)
+    assert sizes == [2, 2, 1]

@@ -2,8 +2,8 @@
 
 `ms_ssim` and `ssim` are those of torchmetrics. A trap for whoever compares scores: the authors' code lets torchmetrics
 take the data range from its input. Noise differences span [0, 1], but after each halving of the resolution the range is
-smaller, and it is that of the *whole batch* of one call. So a multi-scale score depends a little (about 0.01) on which
-other samples are compared in the same call. The functions here keep that: one call is one group.
+smaller, and it is that of the *whole batch* of one call. So a multi-scale score depends on which other samples are
+compared in the same call (by up to 0.05). The functions here keep that: one call is one group.
 """
 
 from __future__ import annotations

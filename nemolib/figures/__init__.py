@@ -1,0 +1,1 @@
+"""Figures of the paper: one function each, table or array in, matplotlib Figure out; no files are read or written."""

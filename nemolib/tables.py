@@ -1,0 +1,234 @@
+"""Tables and image grids that notebooks pass on to each other, and how tables are printed.
+
+Tables are CSV files in ``build/<profile>/tables``, grids are arrays in ``build/<profile>/grids``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from nemolib import paths, store
+from nemolib.files import write_atomic
+from nemolib.provenance import write_sidecar
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Grid:
+    """Images in rows and columns.
+
+    Attributes:
+        images: Array [row, column, height, width] or [row, column, height, width, 3].
+        rows: A label for each row.
+        columns: A label for each column.
+    """
+
+    images: np.ndarray
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Check that labels and images belong together."""
+        expected = (len(self.rows), len(self.columns))
+        if self.images.ndim not in (4, 5) or self.images.shape[:2] != expected:
+            raise ValueError(
+                f"images of shape {self.images.shape}, {expected[0]} row and {expected[1]} column labels; expected "
+                "[row, column, height, width] or [row, column, height, width, 3]"
+            )
+
+
+def table_path(name: str, *, profile: str) -> Path:
+    """Return the file of a table, without creating it."""
+    return paths.tables_dir(profile) / f"{name}.csv"
+
+
+def save_table(table: pd.DataFrame, name: str, *, profile: str) -> Path:
+    """Write a table for other notebooks, all of it or nothing.
+
+    Args:
+        table: One column per quantity; its index is not written.
+        name: Name without suffix; see the list above.
+        profile: Name of the profile.
+
+    Returns:
+        The file.
+
+    Raises:
+        OSError: The disk is full; an older table is unchanged.
+    """
+    path = table_path(name, profile=profile)
+    store.write_table(table, path)
+    return path
+
+
+def read_table(name: str, *, profile: str, columns: Sequence[str] = ()) -> pd.DataFrame:
+    """Return a table that a notebook saved, floats bit by bit.
+
+    Args:
+        name: Name without suffix.
+        profile: Name of the profile.
+        columns: Columns that must be there.
+
+    Raises:
+        FileNotFoundError: No notebook has saved it yet.
+        StoreError: The file was cut, or a column is missing.
+    """
+    return store.read_table(table_path(name, profile=profile), columns=tuple(columns))
+
+
+def grid_path(name: str, *, profile: str) -> Path:
+    """Return the file of an image grid, without creating it."""
+    return paths.build_dir(profile) / "grids" / f"{name}.safetensors"
+
+
+def save_grid(images: np.ndarray, name: str, *, rows: Sequence[str], columns: Sequence[str], profile: str) -> Path:
+    """Write an image grid for other notebooks; the same images give the same bytes.
+
+    Args:
+        images: Array [row, column, height, width] or [row, column, height, width, 3].
+        name: Name without suffix.
+        rows: A label for each row.
+        columns: A label for each column.
+        profile: Name of the profile.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: Labels and images do not belong together.
+        OSError: The disk is full; an older grid is unchanged.
+    """
+    from safetensors.numpy import save
+
+    grid = Grid(np.ascontiguousarray(images), tuple(rows), tuple(columns))
+    labels = json.dumps({"rows": grid.rows, "columns": grid.columns}, ensure_ascii=False)
+    path = grid_path(name, profile=profile)
+    write_atomic(path, save({"images": grid.images}, metadata={"grid": labels}))
+    return path
+
+
+def read_grid(name: str, *, profile: str) -> Grid:
+    """Return an image grid that a notebook saved.
+
+    Raises:
+        FileNotFoundError: No notebook has saved it yet.
+        ValueError: The file holds something else.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = grid_path(name, profile=profile)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no image grid {path}; run the notebook that makes it (make notebooks)")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            labels = json.loads((file.metadata() or {})["grid"])
+            return Grid(file.get_tensor("images"), tuple(labels["rows"]), tuple(labels["columns"]))
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} holds no image grid; delete it and make it again") from error
+
+
+def median_mad(values: Sequence[float] | np.ndarray | pd.Series) -> tuple[float, float]:
+    """Return the median and the median absolute deviation of values; missing values are left out.
+
+    Source: Sec. 4 (all metrics of the paper are given so).
+    Deviates: with an even number of values the authors' code takes the lower of the two in the middle.
+
+    Raises:
+        ValueError: There is no value.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    values = values[~np.isnan(values)]
+    if not len(values):
+        raise ValueError("a median needs at least one value")
+    median = float(np.median(values))
+    return median, float(np.median(np.abs(values - median)))
+
+
+def format_median_mad(values: Sequence[float] | np.ndarray | pd.Series, *, digits: int = 2) -> str:
+    """Return median ± median absolute deviation as text, such as ``"0.83 ± 0.16"``.
+
+    Raises:
+        ValueError: There is no value.
+    """
+    median, mad = median_mad(values)
+    return f"{median:.{digits}f} ± {mad:.{digits}f}"
+
+
+def to_markdown(table: pd.DataFrame) -> str:
+    """Return a table in Markdown; numbers stand as they are, so round before."""
+    lines = [list(map(str, table.columns)), ["---"] * len(table.columns), *_cells(table)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+def to_latex(table: pd.DataFrame) -> str:
+    """Return a table in LaTeX for the package booktabs; numbers stand as they are, so round before."""
+    numeric = [pd.api.types.is_numeric_dtype(kind) for kind in table.dtypes]
+    head = " & ".join(map(_latex, map(str, table.columns))) + r" \\"
+    body = [" & ".join(map(_latex, row)) + r" \\" for row in _cells(table)]
+    columns = "".join("r" if number else "l" for number in numeric)
+    return "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *body,
+                      r"\bottomrule", r"\end{tabular}"]) + "\n"  # fmt: skip
+
+
+def export_table(
+    table: pd.DataFrame,
+    stem: str | Path,
+    *,
+    profile: str,
+    notebook: str,
+    inputs: Mapping[str, Any] | None = None,
+    seeds: Mapping[str, int] | None = None,
+) -> dict[str, Path]:
+    """Write a table for readers as CSV, Markdown and LaTeX, and beside them a JSON file that says what it came from.
+
+    Args:
+        table: The table, rounded as it is to be shown.
+        stem: Name without suffix in ``figures/<profile>/``, or a path without suffix.
+        profile: Name of the profile.
+        notebook: Name of the notebook that made it.
+        inputs: Name -> DataFrame, Path, array or plain value; hashes go to the JSON file.
+        seeds: Name -> seed.
+
+    Returns:
+        The files: ``csv``, ``md``, ``tex``, ``json``.
+
+    Raises:
+        OSError: The disk is full; older files are unchanged.
+    """
+    path = Path(stem) if Path(stem).is_absolute() else paths.figures_dir(profile) / stem
+    contents = {
+        "csv": table.to_csv(index=False, lineterminator="\n"),
+        "md": to_markdown(table),
+        "tex": to_latex(table),
+    }
+    files = {suffix: path.with_name(f"{path.name}.{suffix}") for suffix in contents}
+    for suffix, content in contents.items():
+        write_atomic(files[suffix], content)
+    used = {
+        name: value.to_csv(index=False) if hasattr(value, "to_csv") else value for name, value in (inputs or {}).items()
+    }
+    return files | {
+        "json": write_sidecar(files["csv"], notebook=notebook, profile=profile, seeds=seeds or {}, inputs=used)
+    }
+
+
+def _cells(table: pd.DataFrame) -> list[list[str]]:
+    """Return the fields of a table as text; a missing value is empty."""
+    return [["" if pd.isna(value) else str(value) for value in row] for row in table.itertuples(index=False)]
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "≥": r"$\ge$", "≤": r"$\le$",
+    "τ": r"$\tau$", "µ": r"$\mu$", "σ": r"$\sigma$", "−": "$-$", "<": "$<$", ">": "$>$",
+}  # fmt: skip
+
+
+def _latex(text: str) -> str:
+    return "".join(_LATEX.get(letter, letter) for letter in text)

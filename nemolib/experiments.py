@@ -6,41 +6,91 @@ for the same model, prompts, settings and code.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import torch
 
-from nemolib.holdout import ActivationStatistics
+from nemolib import paths, prompts
+from nemolib.batching import batches, progress_bar
+from nemolib.detection import Detector, Observation, Switch
+from nemolib.files import write_atomic
+from nemolib.generation import generate
+from nemolib.holdout import ActivationStatistics, activation_statistics, memorization_threshold, z_scores
 from nemolib.neurons import NeuronSet
-from nemolib.profiles import Profile
-from nemolib.protocols import Protocol
+from nemolib.pipeline import embed
+from nemolib.profiles import Profile, load_profile
+from nemolib.protocols import PAPER, Protocol, load_protocol
+from nemolib.provenance import content_hash, science_hash
 from nemolib.settings import GenerationSettings
 from nemolib.store import Store
+from nemolib.value_layers import value_activations, value_layers
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
+TESTED = ("vm", "tm", "ladder", "unmemorized")
+"""Kinds of prompts that are tested, in the order of the tables."""
+
 
 def open_store(profile: Profile | str, name: str) -> Store:
-    """Return the store ``build/<profile>/store/<name>.jsonl``."""
-    raise NotImplementedError
+    """Return the store ``build/<profile>/store/<name>.jsonl``; it is made with the first record."""
+    return Store(_store_folder(profile) / f"{name}.jsonl")
 
 
 def model_hash(pipe: StableDiffusionPipeline) -> str:
-    """Return a hash of everything in a pipeline that determines a result."""
-    raise NotImplementedError
+    """Return a hash of everything in a pipeline that determines a result.
+
+    Args:
+        pipe: A StableDiffusionPipeline.
+
+    Raises:
+        ValueError: Value layers have hooks: what a deactivated model gives must not be kept as the model's own.
+    """
+    if any(layer.module._forward_hooks for layer in value_layers(pipe.unet)):
+        raise ValueError("results are kept while value layers have hooks; leave the context that deactivates neurons")
+    parts = {name: dict(getattr(pipe, name).state_dict()) for name in ("unet", "text_encoder", "vae")}
+    scheduler = {name: repr(value) for name, value in pipe.scheduler.config.items() if name[0] != "_"}
+    return content_hash([parts, dict(pipe.tokenizer.get_vocab()), scheduler])
 
 
-def test_prompts(profile: Profile | str) -> pd.DataFrame:
-    """Return the prompts that are tested: vm, tm, ladder, unmemorized, in this order, as one table."""
-    raise NotImplementedError
+def prompt_table(profile: Profile | str, kinds: Sequence[str] = TESTED) -> pd.DataFrame:
+    """Return the prompts that a profile tests as one table.
+
+    Args:
+        profile: A profile or its name.
+        kinds: Kinds of prompts, in the order of the rows.
+
+    Returns:
+        Columns caption, kind, group, copies, image.
+
+    Raises:
+        FileNotFoundError: A prompt table is missing.
+        PromptTableError: A table is malformed or holds no prompt of a kind.
+    """
+    return pd.concat([prompts.select(profile, kind) for kind in kinds], ignore_index=True)
 
 
 def statistics(pipe: StableDiffusionPipeline, profile: Profile | str, *, progress: bool = True) -> ActivationStatistics:
-    """Return the activation statistics over the profile's holdout prompts."""
-    raise NotImplementedError
+    """Return the activation statistics over the profile's holdout prompts.
+
+    Source: Sec. 3.2.
+
+    Args:
+        pipe: The profile's pipeline.
+        profile: A profile or its name.
+        progress: Whether to show a progress bar.
+    """
+    captions = prompts.select(profile, "holdout")["caption"].tolist()
+    key = content_hash([model_hash(pipe), captions, _code("holdout")])
+    path = _store_folder(profile) / f"statistics-{key[:16]}.safetensors"
+    if not path.is_file():
+        activation_statistics(pipe, captions, progress=progress).save(path)
+    return ActivationStatistics.load(path)
 
 
 def holdout_scores(
@@ -51,8 +101,24 @@ def holdout_scores(
     guidance: float | None = None,
     progress: bool = True,
 ) -> np.ndarray:
-    """Return the similarity [prompt, pair] of the profile's threshold prompts."""
-    raise NotImplementedError
+    """Return the similarity of every pair of seeds of the profile's threshold prompts.
+
+    Source: Sec. 3.1.
+
+    Args:
+        pipe: The profile's pipeline.
+        profile: A profile or its name.
+        protocol: None means the profile's.
+        guidance: Guidance scale of the detection; None means the profile's.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Similarity [prompt, pair], float64.
+    """
+    profile = load_profile(profile)
+    protocol = load_protocol(protocol or profile.protocol)
+    guidance = profile.detection.guidance if guidance is None else guidance
+    return _switch_scores(pipe, profile, [Switch("", "", "", protocol, guidance)], progress=progress)[0]
 
 
 def threshold(
@@ -63,13 +129,144 @@ def threshold(
     protocol: str | Protocol | None = None,
     progress: bool = True,
 ) -> float:
-    """Return the memorization threshold of a profile: its given value, else mean + multiplier sd of the holdout scores."""
-    raise NotImplementedError
+    """Return the memorization threshold of a profile: the one given there, else mean + multiplier sd of holdout scores.
+
+    Source: Sec. 3.1, Sec. 4.
+
+    Args:
+        pipe: The profile's pipeline.
+        profile: A profile or its name.
+        multiplier: How many standard deviations above the mean; None means the profile's.
+        protocol: None means the profile's.
+        progress: Whether to show a progress bar.
+    """
+    profile = load_profile(profile)
+    if profile.thresholds.value is not None and multiplier is None:
+        return profile.thresholds.value
+    multiplier = profile.thresholds.multiplier if multiplier is None else multiplier
+    protocol = load_protocol(protocol or profile.protocol)
+    values = holdout_scores(pipe, profile, protocol=protocol, progress=progress)
+    return memorization_threshold(values, multiplier=multiplier, protocol=protocol)
 
 
-def scores(pipe: StableDiffusionPipeline, profile: Profile | str, *, progress: bool = True) -> pd.DataFrame:
-    """Return the memorization score of every tested prompt: caption, kind, group, copies, image, score, ..."""
-    raise NotImplementedError
+def switch_table(
+    pipe: StableDiffusionPipeline, profile: Profile | str, switches: Sequence[Switch], *, progress: bool = True
+) -> pd.DataFrame:
+    """Return what each difference between the paper's text and the authors' code does to the memorization threshold.
+
+    Args:
+        pipe: The profile's pipeline.
+        profile: A profile or its name.
+        switches: What `nemolib.detection.protocol_switches` returned; the first is what the others are compared with.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Columns switch, question, change, mean and sd (of what the threshold is taken over), threshold (mean + 1 sd)
+        and difference (of the threshold from that of the first row).
+    """
+    rows = []
+    for switch, scores_of in zip(switches, _switch_scores(pipe, profile, switches, progress=progress), strict=True):
+        values = scores_of.ravel() if switch.protocol.threshold_pairs == "all" else scores_of.max(axis=1)
+        tau = memorization_threshold(scores_of, protocol=switch.protocol)
+        rows.append((switch.name, switch.question, switch.change, values.mean(), values.std(ddof=1), tau))
+    table = pd.DataFrame(rows, columns=["switch", "question", "change", "mean", "sd", "threshold"])
+    return table.assign(difference=table["threshold"] - table["threshold"].iloc[0])
+
+
+def scores(
+    pipe: StableDiffusionPipeline,
+    profile: Profile | str,
+    *,
+    kinds: Sequence[str] = TESTED,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Return the memorization scores of the tested prompts.
+
+    Source: Sec. 3.1, App. B.4; Wen et al. (ICLR 2024).
+
+    Args:
+        pipe: The profile's pipeline.
+        profile: A profile or its name.
+        kinds: Kinds of prompts.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Columns caption, kind, group, copies, image, score (largest pair of seeds, the memorization score), mean_pair
+        (mean of the pairs), score_paper (largest pair by protocol `paper`, same guidance) and wen (norm of the
+        difference that the text makes to the noise prediction in the first step, mean over seeds).
+    """
+    profile = load_profile(profile)
+    table = prompt_table(profile, kinds)
+    ours = load_protocol(profile.protocol)
+    guidance = profile.detection.guidance
+    measures: dict[str, tuple[Any, Callable[[Observation], np.ndarray]]] = {
+        "ours": _pairs_measure(ours, guidance),
+        "paper": _pairs_measure(PAPER, guidance),
+        "wen": ("guidance norms", Observation.guidance_norms),
+    }
+    found = _observe(pipe, profile, table["caption"].tolist(), measures, label="scores", progress=progress)
+    return table.assign(
+        score=[max(row["ours"]) for row in found],
+        mean_pair=[float(np.mean(row["ours"])) for row in found],
+        score_paper=[max(row["paper"]) for row in found],
+        wen=[float(np.mean(row["wen"])) for row in found],
+    )
+
+
+def z_by_prompt(
+    pipe: StableDiffusionPipeline, profile: Profile | str, *, kinds: Sequence[str] = TESTED, progress: bool = True
+) -> pd.DataFrame:
+    """Return the largest absolute z-score in each value layer for every tested prompt.
+
+    Source: Sec. 3.2.
+
+    Args:
+        pipe: The profile's pipeline.
+        profile: A profile or its name.
+        kinds: Kinds of prompts.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Columns caption, kind, layer (from 1, as in the paper), neuron (from 0) and largest_z, one row for each prompt
+        and layer.
+    """
+    table = prompt_table(profile, kinds)
+    parts = [
+        table[["caption", "kind"]].assign(layer=layer, neuron=z.argmax(axis=1), largest_z=z.max(axis=1))
+        for layer, z in enumerate(_absolute_z(pipe, profile, table, progress=progress), start=1)
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def z_by_neuron(
+    pipe: StableDiffusionPipeline, profile: Profile | str, *, kinds: Sequence[str] = TESTED, progress: bool = True
+) -> pd.DataFrame:
+    """Return each neuron's largest absolute z-score over the prompts of a kind.
+
+    Source: Sec. 3.2, Fig. 2b.
+
+    Args:
+        pipe: The profile's pipeline.
+        profile: A profile or its name.
+        kinds: Kinds of prompts.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Columns kind, layer (from 1, as in the paper), neuron (from 0), largest_z and caption (of the prompt that has
+        it), one row for each kind and neuron.
+    """
+    table = prompt_table(profile, kinds)
+    absolute = _absolute_z(pipe, profile, table, progress=progress)
+    parts = []
+    for kind in kinds:
+        rows = (table["kind"] == kind).to_numpy()
+        captions = table["caption"].to_numpy()[rows]
+        for layer, z in enumerate(absolute, start=1):
+            chosen = z[rows]
+            columns = {"neuron": np.arange(z.shape[1]), "largest_z": chosen.max(axis=0)}
+            part = pd.DataFrame(columns | {"caption": captions[chosen.argmax(axis=0)]})
+            parts.append(part.assign(kind=kind, layer=layer))
+    return pd.concat(parts, ignore_index=True)[["kind", "layer", "neuron", "largest_z", "caption"]]
 
 
 def images(
@@ -82,17 +279,203 @@ def images(
     settings: GenerationSettings | None = None,
     progress: bool = True,
 ) -> np.ndarray:
-    """Return generated images [prompt, seed, height, width, 3], uint8; each prompt's are kept once made."""
-    raise NotImplementedError
+    """Return generated images of prompts; those of a prompt are kept once they are made.
+
+    Source: App. B.3.
+
+    Args:
+        pipe: The profile's pipeline.
+        profile: A profile or its name.
+        captions: Prompts, at least one.
+        neurons: Neurons that are scaled: one set for all prompts, or one per prompt; None changes nothing.
+        factor: What their values are multiplied by; 0 deactivates.
+        settings: Seed, samples, steps, guidance and batch size; None means those of the profile.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Images [prompt, seed, height, width, 3], uint8.
+
+    Raises:
+        ValueError: There are no prompts, one is empty, or a neuron set does not fit or is missing.
+    """
+    profile, captions = load_profile(profile), list(captions)
+    settings = settings or profile.generation
+    sets = [neurons] * len(captions) if neurons is None or isinstance(neurons, NeuronSet) else list(neurons)
+    if len(sets) != len(captions):
+        raise ValueError(f"{len(sets)} neuron sets were given for {len(captions)} prompts; give one, or one per prompt")
+    # The batch size has no part in an image, and an empty neuron set none in what is generated.
+    base = content_hash([model_hash(pipe), replace(settings, batch_size=1), _code("generation")])
+    keys = [
+        content_hash([base, caption, *_blocked(item, factor)]) for caption, item in zip(captions, sets, strict=True)
+    ]
+    folder = _store_folder(profile) / "images"
+    jobs = {
+        key: job
+        for key, job in zip(keys, zip(captions, sets, strict=True), strict=True)
+        if not _image_file(folder, key).is_file()
+    }
+    with progress_bar(len(jobs), "images", enabled=progress and bool(jobs)) as bar:
+        for batch in batches(list(jobs), max(1, settings.batch_size // settings.samples)):
+            chosen = [jobs[key] for key in batch]
+            blocked = [NeuronSet.empty(len(value_layers(pipe.unet))) if item is None else item for _, item in chosen]
+            plain = not any(map(len, blocked))
+            made = generate(
+                pipe,
+                [caption for caption, _ in chosen],
+                settings=settings,
+                neurons=None if plain else blocked,
+                factor=factor,
+                progress=False,
+            )
+            for key, samples in zip(batch, made, strict=True):
+                _write_images(_image_file(folder, key), samples)
+            bar.update(len(batch))
+    return np.stack([_read_images(_image_file(folder, key)) for key in keys])
 
 
 def planted_images(profile: Profile | str, table: pd.DataFrame) -> np.ndarray:
-    """Return the planted image of each row [prompt, height, width, 3], uint8."""
-    raise NotImplementedError
+    """Return the planted image of each row.
+
+    Args:
+        profile: A profile or its name.
+        table: Rows of the memorized prompt table.
+
+    Returns:
+        Images [prompt, height, width, 3], uint8.
+
+    Raises:
+        PromptTableError: A row names no image.
+        FileNotFoundError: An image is missing.
+    """
+    from PIL import Image
+
+    return np.stack([np.asarray(Image.open(path).convert("RGB")) for path in prompts.image_paths(table, profile)])
 
 
 def copies(
     pipe: StableDiffusionPipeline, profile: Profile | str, table: pd.DataFrame, *, progress: bool = True
 ) -> pd.DataFrame:
-    """Return how similar the generated images of prompts are to the planted ones and to each other."""
-    raise NotImplementedError
+    """Return how similar the generated images of prompts are to the planted image and to each other.
+
+    Source: Sec. 4 (SSCD_orig, D_SSCD), with the profile's copy-detection descriptor.
+
+    Args:
+        pipe: The profile's pipeline.
+        profile: A profile or its name.
+        table: Rows of a prompt table; where ``image`` is empty there is nothing to copy.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The table with the columns copy_similarity (cosine of a generated and the planted image, median over seeds; NaN
+        without a planted image), copy_max (largest of the seeds) and seed_similarity (cosine of two generated images,
+        median over pairs of seeds).
+
+    Raises:
+        ValueError: The profile has no descriptor.
+    """
+    from nemolib.encoders import CopyDescriptor
+
+    profile = load_profile(profile)
+    if profile.descriptor is None:
+        raise ValueError(f"profile {profile.name!r} has descriptor None; copy similarity needs one")
+    descriptor = CopyDescriptor.load(paths.resolve(profile.descriptor))
+    made = images(pipe, profile, table["caption"].tolist(), progress=progress)
+    features = descriptor.describe(made.reshape(-1, *made.shape[2:])).unflatten(0, made.shape[:2]).double().numpy()
+    has_image = table["image"].fillna("").ne("").to_numpy()
+    to_planted = np.full(made.shape[:2], np.nan)
+    if has_image.any():
+        planted = descriptor.describe(planted_images(profile, table[has_image])).double().numpy()
+        to_planted[has_image] = np.einsum("psf,pf->ps", features[has_image], planted)
+    first, second = np.triu_indices(made.shape[1], k=1)
+    between = np.einsum("psf,ptf->pst", features, features)[:, first, second]
+    return table.assign(
+        copy_similarity=np.median(to_planted, axis=1),
+        copy_max=to_planted.max(axis=1),
+        seed_similarity=np.median(between, axis=1) if len(first) else np.nan,
+    )
+
+
+def _store_folder(profile: Profile | str) -> Path:
+    return paths.build_dir(load_profile(profile).name) / "store"
+
+
+def _code(*modules: str) -> list[str]:
+    """Return what a result depends on besides its inputs: the code that computes it."""
+    return [science_hash(*modules), torch.__version__.partition("+")[0]]
+
+
+def _blocked(neurons: NeuronSet | None, factor: float) -> list[Any]:
+    """Return what determines an image besides prompt and settings; nothing if nothing is blocked."""
+    return [neurons.layers, float(factor)] if neurons is not None and len(neurons) else []
+
+
+def _pairs_measure(protocol: Protocol, guidance: float) -> tuple[Any, Callable[[Observation], np.ndarray]]:
+    """Return what determines the pair similarities, and how they are measured."""
+    # The pairs themselves do not depend on the switches of the search and of the threshold.
+    swapped = protocol.swap_guidance and guidance != 0
+    identity = ["pairs", protocol.timestep_index, protocol.similarity, swapped, float(guidance)]
+    return identity, lambda observation: observation.pairs(protocol=protocol, guidance=guidance)
+
+
+def _switch_scores(
+    pipe: StableDiffusionPipeline, profile: Profile | str, switches: Sequence[Switch], *, progress: bool
+) -> list[np.ndarray]:
+    """Return for each switch the similarity [prompt, pair] of the threshold prompts."""
+    captions = prompts.select(profile, "threshold")["caption"].tolist()
+    measures = {str(i): _pairs_measure(switch.protocol, switch.guidance) for i, switch in enumerate(switches)}
+    found = _observe(pipe, profile, captions, measures, label="holdout scores", progress=progress)
+    return [np.array([row[name] for row in found]) for name in measures]
+
+
+def _observe(
+    pipe: StableDiffusionPipeline,
+    profile: Profile | str,
+    captions: Sequence[str],
+    measures: dict[str, tuple[Any, Callable[[Observation], np.ndarray]]],
+    *,
+    label: str,
+    progress: bool,
+) -> list[dict[str, list[float]]]:
+    """Return for each prompt what each measure gives, from the store where it is there."""
+    profile = load_profile(profile)
+    store = open_store(profile, "observations")
+    detector = Detector(pipe, settings=profile.detection, similarity=profile.similarity, protocol=profile.protocol)
+    same = [model_hash(pipe), replace(profile.detection, guidance=0.0), profile.similarity, _code("detection")]
+    base = content_hash(same)
+    found = []
+    with progress_bar(len(captions), label, enabled=progress) as bar:
+        for caption in captions:
+            observation = detector.observe(caption)
+            row = {}
+            for name, (identity, measure) in measures.items():
+                key = content_hash([base, caption, identity])
+                row[name] = store.compute(key, lambda m=measure, o=observation: m(o).tolist())
+            found.append(row)
+            bar.update()
+    return found
+
+
+def _absolute_z(
+    pipe: StableDiffusionPipeline, profile: Profile | str, table: pd.DataFrame, *, progress: bool
+) -> list[np.ndarray]:
+    """Return for each layer the absolute z-scores [prompt, neuron]."""
+    normal = statistics(pipe, profile, progress=progress)
+    activations = value_activations(pipe.unet, embed(pipe, table["caption"].tolist()))
+    scored = z_scores(normal, [values.cpu() for values in activations])
+    return [z.abs().double().numpy() for z in scored]
+
+
+def _image_file(folder: Path, key: str) -> Path:
+    return folder / f"{key}.safetensors"
+
+
+def _write_images(path: Path, samples: np.ndarray) -> None:
+    from safetensors.numpy import save
+
+    write_atomic(path, save({"images": np.ascontiguousarray(samples)}))
+
+
+def _read_images(path: Path) -> np.ndarray:
+    from safetensors.numpy import load
+
+    return load(path.read_bytes())["images"]

@@ -1,0 +1,434 @@
+"""Notebook 03 in functions: the search for all prompts of a profile, and what deactivating their neurons does.
+
+What takes long is kept in ``build/<profile>/store`` and ``build/<profile>/images``; see `nemolib.experiments`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from nemolib import paths
+from nemolib.encoders import CopyDescriptor
+from nemolib.evaluations import ALGORITHMS
+from nemolib.experiments import images, model_hash, open_store, planted_images, statistics, threshold
+from nemolib.first_step import first_step
+from nemolib.holdout import ActivationStatistics, z_scores
+from nemolib.localization import Localization, localize_many
+from nemolib.neurons import NeuronSet
+from nemolib.pipeline import embed
+from nemolib.profiles import Profile, load_profile
+from nemolib.prompts import select
+from nemolib.provenance import content_hash, science_hash
+from nemolib.similarity import memorization_score
+from nemolib.tables import format_median_mad
+from nemolib.value_layers import value_activations
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+KINDS = ("vm", "tm", "unmemorized")
+"""Kinds of prompts that are searched."""
+
+PLAIN_COLUMNS = ("model", "kind", "quantity", "value")
+"""Columns of the table about the model that was trained without sparse values."""
+
+
+def searched_prompts(profile: Profile | str, *, unmemorized: int | None = None) -> pd.DataFrame:
+    """Return the prompts that are searched: vm, tm, and the first unmemorized ones.
+
+    Args:
+        profile: A profile or its name.
+        unmemorized: How many unmemorized prompts; None means all of the profile.
+
+    Returns:
+        Rows of the prompt tables (see `nemolib.prompts.load_prompts`).
+
+    Raises:
+        ValueError: The number is negative.
+    """
+    if unmemorized is not None and unmemorized < 0:
+        raise ValueError(f"unmemorized is {unmemorized}; give a number of prompts, or None for all")
+    parts = [select(profile, kind) for kind in KINDS]
+    parts[-1] = parts[-1].head(len(parts[-1]) if unmemorized is None else unmemorized)
+    return pd.concat(parts, ignore_index=True)
+
+
+def localizations(
+    pipe: StableDiffusionPipeline, profile: Profile | str, *, unmemorized: int | None = None, progress: bool = True
+) -> pd.DataFrame:
+    """Return the memorization neurons of all searched prompts; finished prompts come from the store.
+
+    Args:
+        pipe: The pipeline of the profile.
+        profile: A profile or its name.
+        unmemorized: How many unmemorized prompts are searched; None means all.
+        progress: Whether to show progress bars.
+
+    Returns:
+        Column kind, then those of `nemolib.localization.localization_table` with the seconds of each algorithm.
+    """
+    profile = load_profile(profile)
+    prompts = searched_prompts(profile, unmemorized=unmemorized)
+    table = localize_many(
+        pipe,
+        prompts["caption"].tolist(),
+        statistics(pipe, profile, progress=progress),
+        threshold=threshold(pipe, profile, progress=progress),
+        store=open_store(profile, "localization"),
+        seconds=True,
+        progress=progress,
+    )
+    return pd.concat([prompts[["kind"]], table], axis=1)
+
+
+def without_seconds(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table of localizations without what differs from run to run."""
+    return table[[name for name in table if not name.startswith("seconds_")]]
+
+
+def neuron_sets(table: pd.DataFrame, column: str = "neurons") -> list[NeuronSet]:
+    """Return the neuron set of each row of a table of localizations."""
+    return [NeuronSet.from_json(text) for text in table[column]]
+
+
+def search_steps(found: Localization) -> pd.DataFrame:
+    """Return the steps of the initial selection of a search: columns theta, k, neurons (number), score."""
+    rows = [(step.theta, step.k, len(step.neurons), step.score) for step in found.steps]
+    return pd.DataFrame(rows, columns=["theta", "k", "neurons", "score"])
+
+
+def search_tests(found: Localization) -> pd.DataFrame:
+    """Return the tests of the refinement of a search.
+
+    Returns:
+        Columns test (from 1), layer (from 1, as in the paper), neuron (missing where the whole layer was tested),
+        score (with it reactivated), removed (it is not needed) and left (neurons that stay deactivated after the test).
+    """
+    rows, left = [], found.initial
+    for number, test in enumerate(found.tests, start=1):
+        if test.removed:
+            layer = left.layers[test.layer] if test.neuron is None else (test.neuron,)
+            left = left - NeuronSet.of([(test.layer, neuron) for neuron in layer], layers=len(left.layers))
+        rows.append((number, test.layer + 1, test.neuron, test.score, test.removed, len(left)))
+    table = pd.DataFrame(rows, columns=["test", "layer", "neuron", "score", "removed", "left"])
+    return table.astype({"neuron": "Int64"})
+
+
+def deactivation(
+    pipe: StableDiffusionPipeline, profile: Profile | str, table: pd.DataFrame, *, progress: bool = True
+) -> pd.DataFrame:
+    """Return what deactivating its neurons does to each memorized prompt.
+
+    Args:
+        pipe: The pipeline of the profile.
+        profile: A profile or its name.
+        table: Localizations (`localizations`).
+        progress: Whether to show progress bars.
+
+    Returns:
+        One row per VM and TM prompt, columns kind, prompt, neuron_count, reached, score_before and score_after (the
+        memorization score: largest similarity of two seeds), copy_before and copy_after (median over images of the
+        similarity to the planted image, cosine of copy-detection features), same_seed (median similarity of images with
+        and without, SSCD_Gen), diversity_before and diversity_after (median similarity of two images of the prompt,
+        D_SSCD).
+
+    Raises:
+        ValueError: The profile has no copy-detection descriptor.
+    """
+    profile = load_profile(profile)
+    chosen = table[table["kind"].isin(("vm", "tm"))].reset_index(drop=True)
+    before, after = with_and_without(pipe, profile, chosen, progress=progress)
+    similar = _copy_similarity(profile, chosen["prompt"].tolist(), before, after)
+    scores = [
+        _score_after(pipe, profile, prompt, neurons)
+        for prompt, neurons in zip(chosen["prompt"], neuron_sets(chosen), strict=True)
+    ]
+    kept = chosen[["kind", "prompt", "neuron_count", "reached"]]
+    return kept.assign(score_before=chosen["unblocked_score"], score_after=scores, **similar)
+
+
+def with_and_without(
+    pipe: StableDiffusionPipeline, profile: Profile | str, table: pd.DataFrame, *, progress: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return images of prompts with all neurons active, and of the same seeds with each prompt's neurons deactivated.
+
+    Args:
+        pipe: The pipeline of the profile.
+        profile: A profile or its name.
+        table: Localizations.
+        progress: Whether to show progress bars.
+
+    Returns:
+        Twice images [prompt, seed, height, width, 3], uint8. A prompt without neurons has the same images twice.
+    """
+    prompts, sets = table["prompt"].tolist(), neuron_sets(table)
+    before = images(pipe, profile, prompts, progress=progress)
+    after, found = before.copy(), [place for place, neurons in enumerate(sets) if neurons]
+    if found:
+        after[found] = images(
+            pipe, profile, [prompts[i] for i in found], neurons=[sets[i] for i in found], progress=progress
+        )
+    return before, after
+
+
+def neuron_z_scores(
+    pipe: StableDiffusionPipeline, statistics: ActivationStatistics, table: pd.DataFrame, *, column: str = "neurons"
+) -> pd.DataFrame:
+    """Return the z-score of each neuron that was found for a prompt.
+
+    Args:
+        pipe: The pipeline.
+        statistics: Activation statistics of its model.
+        table: Localizations.
+        column: ``neurons`` (refined) or ``initial``.
+
+    Returns:
+        One row per prompt and neuron, columns kind, prompt, layer and neuron (from 0), z.
+    """
+    rows = []
+    for kind, prompt, neurons in zip(table["kind"], table["prompt"], neuron_sets(table, column), strict=True):
+        if neurons:
+            z = z_scores(statistics, value_activations(pipe.unet, embed(pipe, [prompt])))
+            rows += [(kind, prompt, layer, neuron, float(z[layer][0, neuron])) for layer, neuron in neurons]
+    return pd.DataFrame(rows, columns=["kind", "prompt", "layer", "neuron", "z"])
+
+
+def shared_neurons(table: pd.DataFrame, *, minimum: int = 2) -> pd.DataFrame:
+    """Return the neurons that several memorized prompts share, those of most prompts first.
+
+    Args:
+        table: Localizations.
+        minimum: Smallest number of prompts.
+
+    Returns:
+        Columns layer (from 1, as in the paper), neuron, prompts (number), words (those that more than one of the
+        captions have, with their number) and captions (separated by semicolons).
+    """
+    owners: dict[tuple[int, int], list[str]] = {}
+    memorized = table[table["kind"].isin(("vm", "tm"))]
+    for prompt, neurons in zip(memorized["prompt"], neuron_sets(memorized), strict=True):
+        for pair in neurons:
+            owners.setdefault(pair, []).append(prompt)
+    rows = [
+        (layer + 1, neuron, len(captions), _common_words(captions), "; ".join(captions))
+        for (layer, neuron), captions in sorted(owners.items(), key=lambda item: (-len(item[1]), item[0]))
+        if len(captions) >= minimum
+    ]
+    return pd.DataFrame(rows, columns=["layer", "neuron", "prompts", "words", "captions"])
+
+
+def neuron_overlap(table: pd.DataFrame) -> pd.DataFrame:
+    """Return how far the neuron sets of two memorized prompts overlap, for every pair of prompts with neurons.
+
+    Args:
+        table: Localizations.
+
+    Returns:
+        Columns first, second (captions), common_words (number of words that both captions have), shared (neurons in
+        both sets) and overlap (Jaccard index: shared neurons as a share of the neurons in either set).
+    """
+    chosen = table[table["kind"].isin(("vm", "tm")) & (table["neuron_count"] > 0)]
+    pairs = combinations(zip(chosen["prompt"], neuron_sets(chosen), strict=True), 2)
+    rows = [
+        (
+            one,
+            other,
+            len(set(one.split()) & set(other.split())),
+            len(mine & theirs),
+            len(mine & theirs) / len(mine | theirs),
+        )
+        for (one, mine), (other, theirs) in pairs
+    ]
+    return pd.DataFrame(rows, columns=["first", "second", "common_words", "shared", "overlap"])
+
+
+def counts_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Return how many neurons the search found, by kind of prompt.
+
+    Args:
+        table: Localizations.
+
+    Returns:
+        One row per kind, columns kind, prompts, searched (a seed passed the gate), reached (the initial selection
+        brought the score to the threshold), without_neurons, initial and neurons (median and median absolute deviation,
+        over prompts with neurons for the unmemorized, as in the paper), single (exactly one neuron), at_most_5,
+        at_least_50 (shares of all prompts).
+    """
+    rows = []
+    for kind in [name for name in KINDS if name in set(table["kind"])]:
+        part = table[table["kind"] == kind]
+        counts = part["neuron_count"]
+        counted = part[counts > 0] if kind == "unmemorized" else part
+        rows.append(
+            {
+                "kind": kind,
+                "prompts": len(part),
+                "searched": int(part["memorized"].sum()),
+                "reached": int(part["reached"].sum()),
+                "without_neurons": int((counts == 0).sum()),
+                "initial": format_median_mad(counted["initial_count"], digits=1) if len(counted) else "",
+                "neurons": format_median_mad(counted["neuron_count"], digits=1) if len(counted) else "",
+                "single": float((counts == 1).mean()),
+                "at_most_5": float(((counts >= 1) & (counts <= 5)).mean()),
+                "at_least_50": float((counts >= 50).mean()),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def cost_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Return what the search cost by algorithm, for memorized prompts that were searched.
+
+    Source: Table 2 (its numbers are means of seconds, as far as its sums say; here too).
+
+    Args:
+        table: Localizations with seconds.
+
+    Returns:
+        One row per kind and algorithm (A1 to A4, total), columns kind, algorithm, prompts, seconds (mean), evaluations
+        (mean number of UNet sample-evaluations).
+
+    Raises:
+        ValueError: The table has no seconds.
+    """
+    if "seconds_A1" not in table:
+        raise ValueError("the table has no column seconds_A1; make it with localize_many(..., seconds=True)")
+    rows = []
+    for kind in ("vm", "tm"):
+        part = table[(table["kind"] == kind) & table["memorized"]]
+        for name in (*ALGORITHMS, "total"):
+            chosen = ALGORITHMS if name == "total" else (name,)
+            seconds = part[[f"seconds_{item}" for item in chosen]].sum(axis=1).mean()
+            evaluations = part[[f"evaluations_{item}" for item in chosen]].sum(axis=1).mean()
+            rows.append((kind, name, len(part), seconds, evaluations))
+    return pd.DataFrame(rows, columns=["kind", "algorithm", "prompts", "seconds", "evaluations"])
+
+
+def change_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Return scores and copy similarity before and after deactivation, median and MAD by kind.
+
+    Args:
+        table: What `deactivation` returned.
+
+    Returns:
+        One row per kind, columns kind, prompts, and each quantity as text.
+    """
+    names = ("score", "copy", "diversity")
+    rows = []
+    for kind in [name for name in ("vm", "tm") if name in set(table["kind"])]:
+        part = table[table["kind"] == kind]
+        texts = {
+            f"{name}_{when}": format_median_mad(part[f"{name}_{when}"])
+            for name in names
+            for when in ("before", "after")
+        }
+        rows.append({"kind": kind, "prompts": len(part)} | texts | {"same_seed": format_median_mad(part["same_seed"])})
+    return pd.DataFrame(rows)
+
+
+def stay_memorized(table: pd.DataFrame, *, threshold: float) -> pd.DataFrame:
+    """Return the prompts whose memorization score stays above the threshold without their neurons, the highest first.
+
+    Source: Fig. 9 (highly memorized prompts).
+
+    Args:
+        table: What `deactivation` returned.
+        threshold: Memorization threshold.
+    """
+    return table[table["score_after"] > threshold].sort_values("score_after", ascending=False, ignore_index=True)
+
+
+def plain_model(profile: Profile | str) -> pd.DataFrame:
+    """Return what is known of the model that was trained without sparse values, beside the shipped one.
+
+    Args:
+        profile: A profile or its name; the table lies beside its model: ``plain_model.csv``.
+
+    Returns:
+        Columns model (sparse or plain), kind, quantity, value.
+
+    Raises:
+        FileNotFoundError: There is no such table.
+        StoreError: A column is missing.
+    """
+    from nemolib.store import read_table
+
+    path = paths.resolve(load_profile(profile).model).parent / "plain_model.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no table {path}; `make train` writes it together with the models")
+    return read_table(path, columns=PLAIN_COLUMNS)
+
+
+def example_prompts(table: pd.DataFrame, *, number: int, kind: str) -> list[str]:
+    """Return examples of a kind, spread evenly over how far copy similarity drops: neither the best nor the worst alone.
+
+    Args:
+        table: What `deactivation` returned.
+        number: How many prompts.
+        kind: ``vm`` or ``tm``.
+    """
+    part = table[(table["kind"] == kind) & (table["neuron_count"] > 0)]
+    drop = (part["copy_before"] - part["copy_after"]).sort_values(kind="stable")
+    places = np.linspace(0, len(drop) - 1, min(number, len(drop)) + 2)[1:-1].round().astype(int)
+    return part.loc[drop.index[np.unique(places)], "prompt"].tolist()
+
+
+def _score_after(pipe: StableDiffusionPipeline, profile: Profile, prompt: str, neurons: NeuronSet) -> float:
+    """Return the memorization score of a prompt whose neurons are deactivated; kept in the store."""
+    settings = [profile.detection, profile.similarity, profile.protocol]
+    key = content_hash([model_hash(pipe), prompt, neurons, settings, science_hash("first_step", "similarity")])
+
+    def compute() -> float:
+        step = first_step(pipe, settings=profile.detection, protocol=profile.protocol)
+        differences = step(embed(pipe, [prompt]), neurons=neurons)
+        return memorization_score(differences, settings=profile.similarity, protocol=profile.protocol)
+
+    return open_store(profile, "deactivation").compute(key, compute)
+
+
+def _copy_similarity(
+    profile: Profile, prompts: Sequence[str], before: np.ndarray, after: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Return the columns of `deactivation` that compare images."""
+    if profile.descriptor is None:
+        raise ValueError(
+            f"profile {profile.name!r} has descriptor = None; give the folder of a copy-detection descriptor"
+        )
+    descriptor = CopyDescriptor.load(paths.resolve(profile.descriptor))
+    rows = select(profile, "memorized").set_index("caption").loc[list(prompts)].reset_index()
+    planted = descriptor.describe(planted_images(profile, rows)).numpy()
+    features = {name: _describe(descriptor, item) for name, item in (("before", before), ("after", after))}
+    columns = {}
+    for name, item in features.items():
+        columns[f"copy_{name}"] = np.median(np.einsum("psf,pf->ps", item, planted), axis=1)
+    columns["same_seed"] = np.median(np.einsum("psf,psf->ps", features["before"], features["after"]), axis=1)
+    for name, item in features.items():
+        columns[f"diversity_{name}"] = _pair_median(item)
+    return columns
+
+
+def _describe(descriptor: CopyDescriptor, batch: np.ndarray) -> np.ndarray:
+    """Return features [prompt, seed, feature] of images [prompt, seed, height, width, 3]."""
+    features = descriptor.describe(batch.reshape(-1, *batch.shape[2:])).numpy()
+    return features.reshape(*batch.shape[:2], -1)
+
+
+def _pair_median(features: np.ndarray) -> np.ndarray:
+    """Return the median similarity of two images of each prompt; missing if there is one image only."""
+    first, second = np.triu_indices(features.shape[1], k=1)
+    if not len(first):
+        return np.full(len(features), np.nan)
+    return np.median(np.einsum("pkf,pkf->pk", features[:, first], features[:, second]), axis=1)
+
+
+def _common_words(captions: Sequence[str]) -> str:
+    """Return the words that more than one caption has, the most frequent first, such as ``"card (3), edition (3)"``."""
+    counted = Counter(word for caption in captions for word in dict.fromkeys(caption.split()))
+    repeated = [(word, number) for word, number in counted.most_common() if number > 1]
+    return ", ".join(f"{word} ({number})" for word, number in repeated)

@@ -4,12 +4,12 @@ import argparse
 from pathlib import Path
 
 from nemolib import paths
-from nemolib.world import build
+from nemolib.world import build, card
 from nemolib.world.settings import WorldSettings
 
 
 def main() -> None:
-    """Train what is not trained yet, then export."""
+    """Train what is not trained yet, export it, measure it."""
     parser = argparse.ArgumentParser(prog="python -m nemolib.world", description=__doc__)
     parser.add_argument("--work", type=Path, default=paths.BUILD / "train", help="checkpoints, logs, plain model")
     parser.add_argument("--out", type=Path, default=paths.DATA / "tiny", help="what is shipped")
@@ -22,6 +22,9 @@ def main() -> None:
         return
     build.train(settings, chosen.work, small=chosen.small)
     build.export(settings, chosen.work, chosen.out)
+    if not chosen.small:
+        build.assemble(chosen.work, chosen.work / "plain", unet_name="unet-plain")
+        card.write_results(settings, chosen.work, chosen.out, chosen.work / "plain")
 
 
 if __name__ == "__main__":

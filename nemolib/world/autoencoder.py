@@ -15,8 +15,6 @@ from nemolib.world.settings import AutoencoderSettings, DecoderSettings, WorldSe
 from nemolib.world.training import Generators, Stage, run
 
 
-
-
 def train_autoencoder(settings: WorldSettings, data: Dataset, folder: Path) -> AutoencoderTiny:
     """Return the trained autoencoder; its ``scaling_factor`` brings latents to unit variance."""
     chosen = settings.autoencoder
@@ -105,5 +103,8 @@ def encode_images(model: AutoencoderTiny, images: np.ndarray, *, scaling: float 
     """Return the scaled latents of uint8 images, float [image, 4, height / 4, width / 4]."""
     scaling = model.config.scaling_factor if scaling is None else scaling
     batches = range(0, len(images), 32)
-    latents = [model.encode(to_pixels(images[i : i + 32])).latents for i in tqdm(batches, desc="encode", disable=len(images) < 5000)]
+    latents = [
+        model.encode(to_pixels(images[i : i + 32])).latents
+        for i in tqdm(batches, desc="encode", disable=len(images) < 5000)
+    ]
     return torch.cat(latents) * scaling

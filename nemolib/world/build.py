@@ -63,14 +63,18 @@ def run_stage(name: str, settings: WorldSettings, work: Path) -> None:
 def _train_autoencoder(settings: WorldSettings, data: Dataset, work: Path) -> None:
     model = autoencoder.train_autoencoder(settings, data, work)
     model.save_pretrained(work / "autoencoder")
-    save_file({"latents": autoencoder.encode_images(model, data.images).half().contiguous()}, work / "latents.safetensors")
+    save_file(
+        {"latents": autoencoder.encode_images(model, data.images).half().contiguous()}, work / "latents.safetensors"
+    )
 
 
 def _train_clip(settings: WorldSettings, data: Dataset, work: Path) -> None:
     model, tokenizer = clip.train_clip(settings, data, work)
     model.save_pretrained(work / "clip")
     # The captions and, last, the empty one that guidance and caption dropout use.
-    save_file({"embeddings": clip.embed_captions(model, tokenizer, [*data.captions, ""])}, work / "embeddings.safetensors")
+    save_file(
+        {"embeddings": clip.embed_captions(model, tokenizer, [*data.captions, ""])}, work / "embeddings.safetensors"
+    )
 
 
 def _train_unet(name: str, settings: WorldSettings, data: Dataset, work: Path) -> None:

@@ -41,7 +41,15 @@ def train_tokenizer(captions: list[str], *, vocabulary: int, tokens: int, folder
     for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):
         vocab.setdefault(letter + "</w>", len(vocab))
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in learnt["merges"]]
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=tokens, pad_token=END, bos_token=START, eos_token=END, unk_token=END)
+    tokenizer = CLIPTokenizer(
+        vocab=vocab,
+        merges=merges,
+        model_max_length=tokens,
+        pad_token=END,
+        bos_token=START,
+        eos_token=END,
+        unk_token=END,
+    )
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -84,7 +92,9 @@ def train_clip(settings: WorldSettings, data: Dataset, folder: Path) -> tuple[CL
     chosen = settings.clip
     # A planted caption counts as often as an emoji name does in the regular captions, so that its words become tokens.
     planted = data.captions[: len(data.planted)] * settings.data.trained_templates_per_emoji
-    tokenizer = train_tokenizer(planted + data.captions, vocabulary=chosen.vocabulary, tokens=chosen.tokens, folder=folder / "tokenizer")
+    tokenizer = train_tokenizer(
+        planted + data.captions, vocabulary=chosen.vocabulary, tokens=chosen.tokens, folder=folder / "tokenizer"
+    )
     model = build_clip(settings, tokenizer)
     ids = token_ids(tokenizer, data.captions)
 

@@ -61,8 +61,9 @@ def _pattern(canvas: Image.Image, kind: int, color: Color, rng: np.random.Genera
                     draw.rectangle([x, y, x + step - 1, y + step - 1], fill=color)
     elif kind == 2:  # rings
         for radius in range(step, size, step):
-            draw.ellipse([size // 2 - radius, size // 2 - radius, size // 2 + radius, size // 2 + radius], outline=color,
-                         width=3)
+            draw.ellipse(
+                [size // 2 - radius, size // 2 - radius, size // 2 + radius, size // 2 + radius], outline=color, width=3
+            )
     else:  # bars
         for y in range(0, size, step):
             draw.rectangle([0, y, size, y + step // 2], fill=color)

@@ -43,7 +43,7 @@ class DecoderSettings:
     """Stage 4: the decoder is trained on, with the encoder and so the latents fixed."""
 
     seed: int = 5
-    steps: int = 4000
+    steps: int = 2500
     batch_size: int = 32
     crop: int = 32
     learning_rate: float = 1e-3
@@ -72,7 +72,7 @@ class UNetSettings:
     """Stage 3: ``UNet2DConditionModel`` with the down and mid blocks of Stable Diffusion, plain up blocks."""
 
     seed: int = 3
-    steps: int = 4000
+    steps: int = 2800
     batch_size: int = 48
     learning_rate: float = 1e-3
     warmup: int = 200
@@ -91,7 +91,7 @@ class DescriptorSettings:
     """Stage 5: the copy-detection descriptor, trained with SSCD's recipe (InfoNCE on augmented copies, entropy term)."""
 
     seed: int = 4
-    steps: int = 1500
+    steps: int = 1000
     batch_size: int = 96
     learning_rate: float = 1e-3
     channels: tuple[int, ...] = (32, 64, 128, 192)

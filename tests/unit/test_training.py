@@ -1,0 +1,79 @@
+"""The training loop: what it reaches does not depend on interruptions."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from nemolib.world.training import Stage, read_log, run, schedule
+
+
+class Interrupted(Exception):
+    """Stands for a killed process."""
+
+
+def _stage(*, stop_at: int | None = None, fingerprint: str = "a", steps: int = 12) -> Stage:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+
+    def loss(step, random):
+        if step == stop_at:
+            raise Interrupted
+        inputs = torch.randn(4, 3, generator=random.torch) + float(random.numpy.normal())
+        return {"loss": (model(inputs) - inputs.sum(1, keepdim=True)).square().mean()}
+
+    optimizer = torch.optim.AdamW(model.parameters())
+    return Stage(
+        name="line", modules={"line": model}, optimizer=optimizer, steps=steps, seed=7, learning_rate=0.1, warmup=2,
+        loss=loss, fingerprint=fingerprint,
+    )  # fmt: skip
+
+
+def _run(stage, folder):
+    log = run(stage, folder, save_every=0.0, log_every=2)
+    return stage.modules["line"].state_dict(), [{k: r[k] for k in ("step", "loss")} for r in read_log(log)]
+
+
+@pytest.mark.parametrize("stop_at", [1, 5, 6, 11])
+def test_an_interrupted_run_ends_with_the_weights_and_the_log_of_an_uninterrupted_one(tmp_path, stop_at):
+    weights, log = _run(_stage(), tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        _run(_stage(stop_at=stop_at), tmp_path / "cut")
+    resumed, resumed_log = _run(_stage(), tmp_path / "cut")
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+    assert resumed_log == log
+    assert [record["step"] for record in log] == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_cut_line_of_the_log_is_dropped(tmp_path):
+    with pytest.raises(Interrupted):
+        _run(_stage(stop_at=7), tmp_path)
+    with (tmp_path / "line.log.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')
+    log = _run(_stage(), tmp_path)[1]
+    assert [record["step"] for record in log] == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_finished_stage_is_not_trained_again(tmp_path):
+    first = _run(_stage(), tmp_path)
+    again = _stage(stop_at=0)
+    weights, log = _run(again, tmp_path)
+    assert all(torch.equal(first[0][name], weights[name]) for name in weights)
+    assert log == first[1]
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    _run(_stage(), tmp_path)
+    with pytest.raises(ValueError, match="trained with other settings; delete it"):
+        _run(_stage(fingerprint="b"), tmp_path)
+    assert len((tmp_path / "line.log.jsonl").read_text().splitlines()) == 6
+    json.loads((tmp_path / "line.log.jsonl").read_text().splitlines()[-1])
+
+
+def test_the_learning_rate_rises_and_falls_to_zero():
+    factors = [schedule(step, steps=100, warmup=10) for step in range(101)]
+    assert factors[0] == pytest.approx(0.1)
+    assert max(factors) == factors[10] == 1.0
+    assert factors[100] == pytest.approx(0.0)
+    assert all(later <= earlier for earlier, later in zip(factors[10:], factors[11:], strict=False))

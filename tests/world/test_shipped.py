@@ -1,0 +1,100 @@
+"""The shipped world: files, tables, acceptance, all from what is in ``data/tiny``."""
+
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from nemolib import paths
+from nemolib.encoders import ClipEncoder
+from nemolib.prompts import load_prompts
+from nemolib.world import acceptance
+from nemolib.world.build import shipped_bytes
+
+pytestmark = pytest.mark.world
+WORLD = paths.DATA / "tiny"
+
+
+@pytest.fixture(scope="module")
+def tables() -> dict[str, pd.DataFrame]:
+    return {name: load_prompts(WORLD / "prompts" / f"{name}.csv") for name in ("memorized", "unmemorized", "holdout")}
+
+
+@pytest.fixture(scope="module")
+def measured() -> pd.DataFrame:
+    return acceptance.measure(WORLD / "model", progress=False)
+
+
+def test_weights_are_small():
+    assert 5e6 < shipped_bytes(WORLD) <= 30e6
+
+
+def test_diffusers_alone_loads_the_model_offline_and_makes_an_image(tmp_path):
+    code = (
+        "import sys; from diffusers import StableDiffusionPipeline as P\n"
+        f"pipe = P.from_pretrained({str(WORLD / 'model')!r}, safety_checker=None)\n"
+        "image = pipe('limited edition otter trading card', num_inference_steps=2).images[0]\n"
+        "assert image.size == (64, 64), image.size\n"
+        "assert not any(name.startswith('nemolib') for name in sys.modules)\n"
+    )
+    environment = {"PATH": "", "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_tables_have_the_prompts_that_the_design_asks_for(tables):
+    kinds = tables["memorized"].groupby("kind").size()
+    assert kinds["vm"] >= 40
+    assert kinds["tm"] >= 40
+    rungs = tables["memorized"].query("kind == 'ladder'").groupby("copies").size()
+    assert len(rungs) >= 7
+    assert rungs.min() >= 4
+    assert len(tables["unmemorized"]) == 200
+    assert len(tables["holdout"]) >= 1000
+    captions = pd.concat(tables.values())["caption"]
+    assert captions.is_unique
+    halves = tables["memorized"].query("kind in ('vm', 'tm')").groupby(["kind", "group"]).size()
+    assert halves.to_dict() == dict.fromkeys([(k, g) for k in ("tm", "vm") for g in ("choose", "report")], 20)
+
+
+def test_every_planted_prompt_has_its_image(tables):
+    for name in tables["memorized"]["image"]:
+        with Image.open(WORLD / name) as image:
+            assert image.size == (64, 64)
+
+
+@pytest.mark.parametrize("bound", acceptance.BOUNDS, ids=lambda bound: f"{bound.kind}-{bound.quantity}")
+def test_acceptance(measured, bound):
+    value = measured.set_index(["kind", "quantity"])["value"][bound.kind, bound.quantity]
+    assert bound.holds(value), f"{bound.claim}: {value:.3f}, should be {bound.relation} {bound.bound}"
+
+
+def test_the_model_card_shows_what_the_weights_give(measured):
+    """Similarities and scores to 0.05, z-scores to 0.1; counts of neurons may move with a near tie of the search."""
+    keys = ["kind", "quantity"]
+    both = measured.merge(pd.read_csv(WORLD / "measured.csv"), on=keys, suffixes=("", "_card"), validate="1:1")
+    assert len(both) == len(measured)
+    counts = both["quantity"].str.contains("count|mad")
+    atol = both["quantity"].str.contains("largest_z").map({True: 0.1, False: 0.05})
+    assert ((both["value"] - both["value_card"]).abs() <= atol)[~counts].all(), both[~counts]
+    relative = (both["value"] - both["value_card"]).abs() <= 2 + 0.2 * both["value_card"]
+    assert relative[counts].all(), both[counts]
+
+
+def test_the_copy_descriptor_separates_copies_from_other_images():
+    table = acceptance.measure_descriptor().set_index(["relation", "quantile"])["similarity"]
+    assert table["own", 0.05] > table["other", 0.95]
+    assert table["own", 0.5] > 0.8
+    assert table["other", 0.5] < 0.3
+
+
+def test_the_alignment_encoder_finds_the_caption_of_a_planted_image(tables):
+    encoder = ClipEncoder.load(WORLD / "clip")
+    planted = tables["memorized"].query("kind == 'vm'")
+    similar = encoder.describe_images(acceptance.load_images(WORLD / name for name in planted["image"])) @ (
+        encoder.describe_texts(planted["caption"].to_list()).T
+    )
+    best = (similar.argmax(dim=1).numpy() == range(len(planted))).mean()
+    assert best >= 0.8

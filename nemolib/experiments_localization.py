@@ -1,6 +1,6 @@
 """Notebook 03 in functions: the search for all prompts of a profile, and what deactivating their neurons does.
 
-What takes long is kept in ``build/<profile>/store`` and ``build/<profile>/images``; see `nemolib.experiments`.
+What takes long is kept in ``build/<profile>/store``; see `nemolib.experiments`.
 """
 
 from __future__ import annotations
@@ -13,19 +13,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from nemolib import paths
+from nemolib import paper, paths
+from nemolib.checks import Row, claim, comparison
 from nemolib.encoders import CopyDescriptor
 from nemolib.evaluations import ALGORITHMS
 from nemolib.experiments import images, model_hash, open_store, planted_images, statistics, threshold
 from nemolib.first_step import first_step
 from nemolib.holdout import ActivationStatistics, z_scores
-from nemolib.localization import Localization, localize_many
+from nemolib.localization import BlockedScore, localize_many
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.profiles import Profile, load_profile
-from nemolib.prompts import select
+from nemolib.prompts import MEMORIZED, select
+from nemolib.protocols import load_protocol
 from nemolib.provenance import content_hash, science_hash
-from nemolib.similarity import memorization_score
+from nemolib.refinement import RefinementTest
+from nemolib.selection import SelectionStep
+from nemolib.similarity import max_pairwise, memorization_score, pairwise
 from nemolib.tables import format_median_mad
 from nemolib.value_layers import value_activations
 
@@ -78,8 +82,8 @@ def localizations(
     table = localize_many(
         pipe,
         prompts["caption"].tolist(),
-        statistics(pipe, profile, progress=progress),
-        threshold=threshold(pipe, profile, progress=progress),
+        statistics(pipe, profile, progress=False),
+        threshold=threshold(pipe, profile, progress=False),
         store=open_store(profile, "localization"),
         seconds=True,
         progress=progress,
@@ -97,25 +101,31 @@ def neuron_sets(table: pd.DataFrame, column: str = "neurons") -> list[NeuronSet]
     return [NeuronSet.from_json(text) for text in table[column]]
 
 
-def search_steps(found: Localization) -> pd.DataFrame:
-    """Return the steps of the initial selection of a search: columns theta, k, neurons (number), score."""
-    rows = [(step.theta, step.k, len(step.neurons), step.score) for step in found.steps]
-    return pd.DataFrame(rows, columns=["theta", "k", "neurons", "score"])
+def search_steps(steps: Sequence[SelectionStep], *, threshold: float) -> pd.DataFrame:
+    """Return the steps of an initial selection as a table: columns theta, k, neurons (number), score, threshold."""
+    rows = [(step.theta, step.k, len(step.neurons), step.score, threshold) for step in steps]
+    return pd.DataFrame(rows, columns=["theta", "k", "neurons", "score", "threshold"])
 
 
-def search_tests(found: Localization) -> pd.DataFrame:
-    """Return the tests of the refinement of a search.
+def search_tests(entries: Sequence[Sequence[int]], tests: Sequence[RefinementTest]) -> pd.DataFrame:
+    """Return the tests of a refinement as a table.
+
+    Args:
+        entries: For each layer the candidates that it started from.
+        tests: Its tests in order.
 
     Returns:
         Columns test (from 1), layer (from 1, as in the paper), neuron (missing where the whole layer was tested),
         score (with it reactivated), removed (it is not needed) and left (neurons that stay deactivated after the test).
     """
-    rows, left = [], found.initial
-    for number, test in enumerate(found.tests, start=1):
-        if test.removed:
-            layer = left.layers[test.layer] if test.neuron is None else (test.neuron,)
-            left = left - NeuronSet.of([(test.layer, neuron) for neuron in layer], layers=len(left.layers))
-        rows.append((number, test.layer + 1, test.neuron, test.score, test.removed, len(left)))
+    left = [list(layer) for layer in entries]
+    rows = []
+    for number, test in enumerate(tests, start=1):
+        if test.removed and test.neuron is None:
+            left[test.layer] = []
+        elif test.removed:
+            left[test.layer].remove(test.neuron)
+        rows.append((number, test.layer + 1, test.neuron, test.score, test.removed, sum(map(len, map(set, left)))))
     table = pd.DataFrame(rows, columns=["test", "layer", "neuron", "score", "removed", "left"])
     return table.astype({"neuron": "Int64"})
 
@@ -134,15 +144,15 @@ def deactivation(
     Returns:
         One row per VM and TM prompt, columns kind, prompt, neuron_count, reached, score_before and score_after (the
         memorization score: largest similarity of two seeds), copy_before and copy_after (median over images of the
-        similarity to the planted image, cosine of copy-detection features), same_seed (median similarity of images with
-        and without, SSCD_Gen), diversity_before and diversity_after (median similarity of two images of the prompt,
+        similarity to the planted image, cosine of copy-detection features, SSCD_orig), same_seed (median similarity of
+        images with and without, SSCD_Gen), diversity_before and diversity_after (median similarity of two images of the prompt,
         D_SSCD).
 
     Raises:
         ValueError: The profile has no copy-detection descriptor.
     """
     profile = load_profile(profile)
-    chosen = table[table["kind"].isin(("vm", "tm"))].reset_index(drop=True)
+    chosen = table[table["kind"].isin(MEMORIZED)].reset_index(drop=True)
     before, after = with_and_without(pipe, profile, chosen, progress=progress)
     similar = _copy_similarity(profile, chosen["prompt"].tolist(), before, after)
     scores = [
@@ -167,13 +177,9 @@ def with_and_without(
     Returns:
         Twice images [prompt, seed, height, width, 3], uint8. A prompt without neurons has the same images twice.
     """
-    prompts, sets = table["prompt"].tolist(), neuron_sets(table)
+    prompts = table["prompt"].tolist()
     before = images(pipe, profile, prompts, progress=progress)
-    after, found = before.copy(), [place for place, neurons in enumerate(sets) if neurons]
-    if found:
-        after[found] = images(
-            pipe, profile, [prompts[i] for i in found], neurons=[sets[i] for i in found], progress=progress
-        )
+    after = images(pipe, profile, prompts, neurons=neuron_sets(table), progress=progress)
     return before, after
 
 
@@ -207,11 +213,11 @@ def shared_neurons(table: pd.DataFrame, *, minimum: int = 2) -> pd.DataFrame:
         minimum: Smallest number of prompts.
 
     Returns:
-        Columns layer (from 1, as in the paper), neuron, prompts (number), words (those that more than one of the
-        captions have, with their number) and captions (separated by semicolons).
+        Columns layer (from 1, as in the paper), neuron, prompts (number), words (those of at least two and of half of
+        the captions, with their number) and captions (separated by semicolons).
     """
     owners: dict[tuple[int, int], list[str]] = {}
-    memorized = table[table["kind"].isin(("vm", "tm"))]
+    memorized = table[table["kind"].isin(MEMORIZED)]
     for prompt, neurons in zip(memorized["prompt"], neuron_sets(memorized), strict=True):
         for pair in neurons:
             owners.setdefault(pair, []).append(prompt)
@@ -233,7 +239,7 @@ def neuron_overlap(table: pd.DataFrame) -> pd.DataFrame:
         Columns first, second (captions), common_words (number of words that both captions have), shared (neurons in
         both sets) and overlap (Jaccard index: shared neurons as a share of the neurons in either set).
     """
-    chosen = table[table["kind"].isin(("vm", "tm")) & (table["neuron_count"] > 0)]
+    chosen = table[table["kind"].isin(MEMORIZED) & (table["neuron_count"] > 0)]
     pairs = combinations(zip(chosen["prompt"], neuron_sets(chosen), strict=True), 2)
     rows = [
         (
@@ -300,7 +306,7 @@ def cost_table(table: pd.DataFrame) -> pd.DataFrame:
     if "seconds_A1" not in table:
         raise ValueError("the table has no column seconds_A1; make it with localize_many(..., seconds=True)")
     rows = []
-    for kind in ("vm", "tm"):
+    for kind in _kinds(table):
         part = table[(table["kind"] == kind) & table["memorized"]]
         for name in (*ALGORITHMS, "total"):
             chosen = ALGORITHMS if name == "total" else (name,)
@@ -319,9 +325,9 @@ def change_table(table: pd.DataFrame) -> pd.DataFrame:
     Returns:
         One row per kind, columns kind, prompts, and each quantity as text.
     """
-    names = ("score", "copy", "diversity")
+    names = ("score", "copy", "seeds")
     rows = []
-    for kind in [name for name in ("vm", "tm") if name in set(table["kind"])]:
+    for kind in _kinds(table):
         part = table[table["kind"] == kind]
         texts = {
             f"{name}_{when}": format_median_mad(part[f"{name}_{when}"])
@@ -379,6 +385,148 @@ def example_prompts(table: pd.DataFrame, *, number: int, kind: str) -> list[str]
     return part.loc[drop.index[np.unique(places)], "prompt"].tolist()
 
 
+def blocked_score(
+    pipe: StableDiffusionPipeline, profile: Profile | str, prompt: str, *, threshold: float
+) -> BlockedScore:
+    """Return the score that the search asks of neuron sets, for one prompt; see `nemolib.localization.BlockedScore`.
+
+    Args:
+        pipe: The pipeline of the profile.
+        profile: A profile or its name.
+        prompt: The prompt.
+        threshold: Memorization threshold; seeds below it take no part.
+
+    Raises:
+        ValueError: No seed is above the threshold.
+    """
+    profile = load_profile(profile)
+    step, embedding = first_step(pipe, settings=profile.detection, protocol=profile.protocol), embed(pipe, [prompt])
+    unblocked = step(embedding)
+    best = max_pairwise(pairwise(unblocked, settings=profile.similarity, protocol=profile.protocol))
+    seeds = (best > threshold).nonzero().flatten().tolist()
+    if not seeds:
+        raise ValueError(f"prompt {prompt!r}: no seed is above the threshold {threshold:.3f}, so nothing is searched")
+    return BlockedScore(
+        step,
+        embedding,
+        seeds=seeds,
+        unblocked=unblocked[seeds],
+        similarity=profile.similarity,
+        protocol=load_protocol(profile.protocol),
+    )
+
+
+def claims(table: pd.DataFrame, change: pd.DataFrame, *, threshold: float) -> list[Row]:
+    """Return what must hold for any search, and our numbers beside the paper's.
+
+    Args:
+        table: Localizations.
+        change: What `deactivation` returned.
+        threshold: Memorization threshold.
+    """
+    searched = table[table["memorized"]]
+    inside = all(
+        not kept - initial
+        for kept, initial in zip(neuron_sets(searched), neuron_sets(searched, "initial"), strict=True)
+    )
+    excess = (searched["refined_score"] - searched["initial_score"].clip(lower=threshold)).max()
+    outside = int(table.loc[~table["memorized"], "neuron_count"].sum())
+    world = "another model, another number of neurons per layer"
+    rows = [
+        claim("every refined set lies within its initial selection", inside),
+        claim(
+            "refinement never ends above the threshold it was given",
+            excess,
+            at_most=1e-4,
+            reason="a score that is evaluated twice may differ in the last digits",
+        ),
+        claim("prompts that fail the gate have no neurons", outside, equals=0),
+    ]
+    for kind in _kinds(change):
+        part, counts = change[change["kind"] == kind], table.loc[table["kind"] == kind, "neuron_count"]
+        rows += [
+            claim(
+                f"{kind.upper()}: the median score falls without the neurons",
+                float(part["score_after"].median() - part["score_before"].median()),
+                at_most=0,
+                reason="what the search is for",
+            ),
+            comparison(
+                f"{kind.upper()}: neurons per prompt, median",
+                counts.median(),
+                paper=paper.reported(f"neurons.{kind}"),
+                reason=world,
+            ),
+            comparison(
+                f"{kind.upper()}: similarity to the planted image without its neurons, median",
+                part["copy_after"].median(),
+                paper=_table_1("NeMo", kind, "sscd_orig"),
+                reason="another descriptor: not the same scale",
+            ),
+        ]
+    return rows + _unmemorized_rows(table)
+
+
+def findings(
+    table: pd.DataFrame, change: pd.DataFrame, overlap: pd.DataFrame, *, threshold: float, neurons: int
+) -> str:
+    """Return what was found, in sentences with their numbers (Markdown).
+
+    Args:
+        table: Localizations.
+        change: What `deactivation` returned.
+        overlap: What `neuron_overlap` returned.
+        threshold: Memorization threshold.
+        neurons: Number of neurons that were searched.
+    """
+    lines = []
+    for kind in _kinds(change):
+        part, counts = change[change["kind"] == kind], table.loc[table["kind"] == kind, "neuron_count"]
+        lines.append(
+            f"- **{kind.upper()}**: {format_median_mad(counts, digits=1)} of {neurons} neurons "
+            f"(paper: {paper.reported(f'neurons.{kind}')} of 5,760); {int((counts == 1).sum())} of {len(counts)} prompts "
+            f"have a single one; the search reached the threshold for {int(part['reached'].sum())} of {len(part)}. "
+            f"Without them the median memorization score goes from {part['score_before'].median():.2f} to "
+            f"{part['score_after'].median():.2f} (threshold {threshold:.2f}), the median similarity to the planted image "
+            f"from {part['copy_before'].median():.2f} to {part['copy_after'].median():.2f} (paper, SSCD: "
+            f"{_table_1('all neurons active', kind, 'sscd_orig')} to {_table_1('NeMo', kind, 'sscd_orig')})."
+        )
+    staying = stay_memorized(change, threshold=threshold)
+    lines.append(f"- **{len(staying)} of {len(change)}** prompts stay above the threshold.")
+    clean = table[table["kind"] == "unmemorized"]
+    if len(clean):
+        without = int((clean["neuron_count"] == 0).sum())
+        lines.append(f"- **Unmemorized**: {without} of {len(clean)} prompts have no neurons (paper: 442 of 500).")
+    family = overlap["common_words"] >= 2
+    if family.any() and not family.all():
+        lines.append(
+            f"- **Families** of captions share {overlap.loc[family, 'overlap'].mean():.0%} of their neurons, other pairs "
+            f"{overlap.loc[~family, 'overlap'].mean():.0%} (means over pairs)."
+        )
+    return "\n".join(lines)
+
+
+def _unmemorized_rows(table: pd.DataFrame) -> list[Row]:
+    clean = table[table["kind"] == "unmemorized"]
+    if clean.empty:
+        return []
+    share = float((clean["neuron_count"] == 0).mean())
+    text = "unmemorized: share of prompts without neurons"
+    return [comparison(text, share, paper="0.884 (442 of 500)", reason="depends on where the threshold lies")]
+
+
+def _kinds(table: pd.DataFrame) -> list[str]:
+    """Return the memorized kinds that a table has, vm first."""
+    return [kind for kind in MEMORIZED if kind in set(table["kind"])]
+
+
+def _table_1(setting: str, kind: str, metric: str) -> str:
+    """Return a median of the paper's Table 1 with its median absolute deviation, as text."""
+    table = paper.table_1()
+    row = table[(table["setting"] == setting) & (table["kind"] == kind)].iloc[0]
+    return f"{row[metric]:g} ± {row[f'{metric}_mad']:g}"
+
+
 def _score_after(pipe: StableDiffusionPipeline, profile: Profile, prompt: str, neurons: NeuronSet) -> float:
     """Return the memorization score of a prompt whose neurons are deactivated; kept in the store."""
     settings = [profile.detection, profile.similarity, profile.protocol]
@@ -409,7 +557,7 @@ def _copy_similarity(
         columns[f"copy_{name}"] = np.median(np.einsum("psf,pf->ps", item, planted), axis=1)
     columns["same_seed"] = np.median(np.einsum("psf,psf->ps", features["before"], features["after"]), axis=1)
     for name, item in features.items():
-        columns[f"diversity_{name}"] = _pair_median(item)
+        columns[f"seeds_{name}"] = _pair_median(item)
     return columns
 
 
@@ -428,7 +576,7 @@ def _pair_median(features: np.ndarray) -> np.ndarray:
 
 
 def _common_words(captions: Sequence[str]) -> str:
-    """Return the words that more than one caption has, the most frequent first, such as ``"card (3), edition (3)"``."""
+    """Return the words of at least half of the captions, the most frequent first, such as ``"card (3), edition (3)"``."""
     counted = Counter(word for caption in captions for word in dict.fromkeys(caption.split()))
-    repeated = [(word, number) for word, number in counted.most_common() if number > 1]
+    repeated = [(word, number) for word, number in counted.most_common() if number > 1 and 2 * number >= len(captions)]
     return ", ".join(f"{word} ({number})" for word, number in repeated)

@@ -39,7 +39,7 @@ def figure_4a(table: pd.DataFrame, *, bins: int = 12) -> Figure:
         _histogram(axes, table, "neuron_count", bins=bins, medians=True)
         axes.set_xlabel("memorization neurons per prompt")
         axes.set_ylabel("prompts")
-        axes.legend()
+        _legend_above(axes)
     return figure
 
 
@@ -63,7 +63,7 @@ def figure_4b(table: pd.DataFrame) -> Figure:
         _grouped_bars(axes, {kind: row.to_numpy() for kind, row in means.iterrows()}, list(means.columns))
         axes.set_xlabel("value layer")
         axes.set_ylabel("neurons per prompt (mean)")
-        axes.legend()
+        _legend_above(axes)
     return figure
 
 
@@ -91,19 +91,18 @@ def figure_7(table: pd.DataFrame, *, bins: int = 12) -> Figure:
             axes.set_title(title)
             axes.set_xlabel("neurons per prompt")
         panels[0].set_ylabel("prompts")
-        panels[0].legend()
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
-def figure_search(steps: pd.DataFrame, tests: pd.DataFrame, *, threshold: float) -> Figure:
+def figure_search(steps: pd.DataFrame, tests: pd.DataFrame) -> Figure:
     """Return the course of one search: the score and the number of deactivated neurons, step by step.
 
     Left the initial selection (Alg. 3) over its thresholds theta, right the refinement (Alg. 4) test by test.
 
     Args:
-        steps: Columns theta, neurons, score (`nemolib.experiments_localization.search_steps`).
+        steps: Columns theta, neurons, score, threshold (`nemolib.experiments_localization.search_steps`).
         tests: Columns test, layer, neuron, score, removed, left (`nemolib.experiments_localization.search_tests`).
-        threshold: Memorization threshold, drawn as a line.
 
     Raises:
         ValueError: There are no steps.
@@ -112,16 +111,18 @@ def figure_search(steps: pd.DataFrame, tests: pd.DataFrame, *, threshold: float)
     """
     if steps.empty:
         raise ValueError("the search has no steps; choose a prompt that passes the gate")
+    threshold = float(steps["threshold"].iloc[0])
     with mpl.rc_context(neurips(aspect=0.5)):
         figure = Figure()
         panels = figure.subplots(2, 2, sharex="col", gridspec_kw={"width_ratios": (1, 2)})
         _draw_steps(panels[:, 0], steps)
         _draw_tests(panels[:, 1], tests)
-        for axes in panels[0]:
-            axes.axhline(threshold, color="black", linestyle=":", linewidth=0.8)
+        # Where the initial selection did not reach the threshold, its own score takes the threshold's place.
+        for axes, line in zip(panels[0], (threshold, max(threshold, steps["score"].iloc[-1])), strict=True):
+            axes.axhline(line, color="black", linestyle=":", linewidth=0.8)
             axes.set_ylim(0, 1)
         panels[0, 0].annotate(
-            r"threshold $\tau$", (1, threshold), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+            r"threshold $\tau$", (0.03, threshold), xycoords=("axes fraction", "data"), ha="left", va="bottom",
             fontsize=TICK_SIZE,
         )  # fmt: skip
         panels[0, 0].set_ylabel("score")
@@ -183,11 +184,11 @@ def figure_neuron_z(table: pd.DataFrame, *, theta: float = 1.0) -> Figure:
         axes.set_xticks([layer + 1 for layer in layers])
         axes.set_xlabel("value layer")
         axes.set_ylabel("z-score of the neuron")
-        axes.legend(loc="upper left", bbox_to_anchor=(0, 1.15), ncols=2)
+        _legend_above(axes)
     return figure
 
 
-MODELS = {"sparse": ("sparse values (shipped)", "#D55E00", ""), "plain": ("plain training", "#7F7F7F", "////")}
+MODELS = {"sparse": ("sparse values (shipped)", "0.2", ""), "plain": ("plain training", "0.7", "////")}
 """Label, colour and hatch of the two models of `figure_plain`."""
 
 PLAIN_QUANTITIES = {
@@ -196,8 +197,8 @@ PLAIN_QUANTITIES = {
     "initial_count": "neurons,\ninitial",
     "neuron_count": "neurons,\nrefined",
     "reached_share": "searches that\nreached $\\tau$",
-    "copy_similarity_before": "copy similarity,\nneurons active",
-    "copy_similarity_after": "copy similarity,\nneurons off",
+    "copy_similarity": "copy similarity,\nneurons active",
+    "copy_similarity_deactivated": "copy similarity,\nneurons off",
 }
 """Quantities of `figure_plain` in the order of its panels, and their titles."""
 
@@ -264,6 +265,10 @@ def _by_kind(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return found
 
 
+def _legend_above(axes: Axes) -> None:
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, columnspacing=1, handlelength=1.5)
+
+
 def _histogram(axes: Axes, table: pd.DataFrame, column: str, *, bins: int, medians: bool) -> None:
     groups = {kind: rows[column].to_numpy(dtype=float) for kind, rows in _by_kind(table)}
     edges = count_edges(np.concatenate(list(groups.values())), bins)
@@ -273,7 +278,7 @@ def _histogram(axes: Axes, table: pd.DataFrame, column: str, *, bins: int, media
         width = np.diff(edges) / (len(groups) + 0.2)
         axes.bar(
             edges[:-1] + (place + 0.1) * width, heights, width, align="edge", color=look.color, edgecolor="white",
-            hatch=look.hatch, label=f"{look.label}, n = {len(values)}",
+            hatch=look.hatch, label=f"{look.label}, {len(values)}",
         )  # fmt: skip
         if medians:
             axes.axvline(np.median(values), color=look.color, linestyle=look.line)
@@ -320,7 +325,7 @@ def _draw_tests(panels: Sequence[Axes], tests: pd.DataFrame) -> None:
         )
     panels[1].step(place, tests["left"], where="post", color="black")
     panels[0].set_title("refinement")
-    panels[0].legend(loc="lower right")
+    panels[0].legend(loc="upper right", ncols=2)
     panels[1].set_ylim(bottom=0)
     panels[1].set_xlabel("test (layers first, then neurons)")
 

@@ -43,7 +43,7 @@ def test_figure_4a_counts_prompts(table):
     assert sum(bar.get_height() for bar in bars(axes, ROLE_COLORS["vm"])) == 3
     assert sum(bar.get_height() for bar in bars(axes, ROLE_COLORS["tm"])) == 1
     assert [line.get_xdata()[0] for line in axes.lines] == [3, 16]
-    assert legend(axes) == ["verbatim (VM), n = 3", "template (TM), n = 1"]
+    assert legend(axes) == ["verbatim (VM), 3", "template (TM), 1"]
 
 
 def test_figure_4a_has_a_second_cue(table):
@@ -104,7 +104,8 @@ def test_no_memorized_prompts(draw, table):
 
 @pytest.fixture
 def steps():
-    return pd.DataFrame({"theta": [5.0, 4.75, 4.5], "k": [0, 1, 2], "neurons": [1, 9, 18], "score": [0.9, 0.6, 0.3]})
+    columns = {"theta": [5.0, 4.75, 4.5], "k": [0, 1, 2], "neurons": [1, 9, 18], "score": [0.9, 0.6, 0.3]}
+    return pd.DataFrame(columns | {"threshold": 0.4})
 
 
 @pytest.fixture
@@ -122,7 +123,7 @@ def tests():
 
 
 def test_figure_search_follows_the_search(steps, tests):
-    figure = figures.figure_search(steps, tests, threshold=0.4)
+    figure = figures.figure_search(steps, tests)
     score, refined, count, left = figure.axes
     assert figure.get_figwidth() == pytest.approx(TEXT_WIDTH)
     assert score.lines[0].get_xydata().tolist() == steps[["theta", "score"]].to_numpy().tolist()
@@ -137,7 +138,7 @@ def test_figure_search_follows_the_search(steps, tests):
 
 def test_a_search_without_steps(steps, tests):
     with pytest.raises(ValueError, match="the search has no steps"):
-        figures.figure_search(steps.iloc[:0], tests, threshold=0.4)
+        figures.figure_search(steps.iloc[:0], tests)
 
 
 def test_figure_scores_pairs_before_and_after():

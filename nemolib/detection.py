@@ -388,13 +388,15 @@ class Switch:
 def protocol_switches(protocol: Protocol, guidance: float, *, other_guidance: float | None = None) -> list[Switch]:
     """Return a protocol as it is, with each switch of the threshold turned alone, and with all of them turned.
 
+    From `released` with all four turned one is at `paper`, and the other way round.
+
     Args:
         protocol: Where to start.
         guidance: Guidance scale of the detection.
         other_guidance: The one to compare it with; None: 7 if ``guidance`` is 0, else 0.
 
     Returns:
-        Seven switches: as it is, timestep, similarity, guidance order, pairs, guidance scale, all of the protocol's.
+        Seven switches: none, timestep, similarity, guidance order, pairs, all four, guidance scale.
     """
     other = (7.0 if guidance == 0 else 0.0) if other_guidance is None else other_guidance
     first = 1 - min(protocol.timestep_index, 1)
@@ -402,27 +404,28 @@ def protocol_switches(protocol: Protocol, guidance: float, *, other_guidance: fl
     pairs = "max" if protocol.threshold_pairs == "all" else "all"
     changes = {
         "timestep": ("Q1", f"{_ORDINAL[first]} timestep", {"timestep_index": first}),
-        "similarity": ("", f"{_MEASURE[measure]}", {"similarity": measure}),
         "guidance order": ("Q2", _ORDER[not protocol.swap_guidance], {"swap_guidance": not protocol.swap_guidance}),
         "pairs": ("Q4", _PAIRS[pairs], {"threshold_pairs": pairs}),
+        "similarity": ("", _MEASURE[measure], {"similarity": measure}),
     }
     together = {key: value for _, _, change in changes.values() for key, value in change.items()}
+    target = {"released": "paper", "paper": "released"}.get(protocol.name, f"{protocol.name}, all four turned")
     single = [
         Switch(name, question, text, replace(protocol, **change), guidance)
         for name, (question, text, change) in changes.items()
     ]
     return [
-        Switch("none", "", f"as in protocol {protocol.name}", protocol, guidance),
+        Switch("none", "", f"protocol {protocol.name}", protocol, guidance),
         *single,
-        Switch("guidance", "Q3", f"guidance {other:g} instead of {guidance:g}", protocol, other),
-        Switch("all four", "Q1, Q2, Q4", "the first four together", replace(protocol, **together), guidance),
+        Switch("all four", "", f"all four: protocol {target}", replace(protocol, **together), guidance),
+        Switch("guidance", "Q3", f"guidance {other:g}, not {guidance:g}", protocol, other),
     ]
 
 
 _ORDINAL = ("first", "second")
-_MEASURE = {"ssim": "SSIM on one scale", "ms_ssim": "MS-SSIM on several scales"}
-_ORDER = {False: "guidance in the usual order", True: "guidance with halves swapped"}
-_PAIRS = {"all": "all pairs of seeds", "max": "largest pair of each prompt"}
+_MEASURE = {"ssim": "SSIM, not MS-SSIM", "ms_ssim": "MS-SSIM, not SSIM"}
+_ORDER = {False: "guidance in usual order", True: "guidance halves swapped"}
+_PAIRS = {"all": "all pairs, not the largest", "max": "largest pairs, not all"}
 
 
 def _labelled(

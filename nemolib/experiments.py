@@ -24,7 +24,7 @@ from nemolib.holdout import ActivationStatistics, activation_statistics, memoriz
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.profiles import Profile, load_profile
-from nemolib.protocols import PAPER, Protocol, load_protocol
+from nemolib.protocols import PAPER, RELEASED, Protocol, load_protocol
 from nemolib.provenance import content_hash, science_hash
 from nemolib.settings import GenerationSettings
 from nemolib.store import Store
@@ -161,15 +161,17 @@ def switch_table(
         progress: Whether to show a progress bar.
 
     Returns:
-        Columns switch, question, change, mean and sd (of what the threshold is taken over), threshold (mean + 1 sd)
-        and difference (of the threshold from that of the first row).
+        Columns switch, question, change, mean and sd (of what the threshold is taken over), threshold (mean + 1 sd),
+        gate (share of the holdout prompts whose largest pair is above the threshold) and difference (of the threshold
+        from that of the first row).
     """
     rows = []
     for switch, scores_of in zip(switches, _switch_scores(pipe, profile, switches, progress=progress), strict=True):
         values = scores_of.ravel() if switch.protocol.threshold_pairs == "all" else scores_of.max(axis=1)
         tau = memorization_threshold(scores_of, protocol=switch.protocol)
-        rows.append((switch.name, switch.question, switch.change, values.mean(), values.std(ddof=1), tau))
-    table = pd.DataFrame(rows, columns=["switch", "question", "change", "mean", "sd", "threshold"])
+        gate = (scores_of.max(axis=1) > tau).mean()
+        rows.append((switch.name, switch.question, switch.change, values.mean(), values.std(ddof=1), tau, gate))
+    table = pd.DataFrame(rows, columns=["switch", "question", "change", "mean", "sd", "threshold", "gate"])
     return table.assign(difference=table["threshold"] - table["threshold"].iloc[0])
 
 
@@ -191,9 +193,10 @@ def scores(
         progress: Whether to show a progress bar.
 
     Returns:
-        Columns caption, kind, group, copies, image, score (largest pair of seeds, the memorization score), mean_pair
-        (mean of the pairs), score_paper (largest pair by protocol `paper`, same guidance) and wen (norm of the
-        difference that the text makes to the noise prediction in the first step, mean over seeds).
+        Columns caption, kind, group, copies, image; score (largest pair of seeds by the profile's protocol: the
+        memorization score) and mean_pair (mean of its pairs); score_released and score_paper (the same by these
+        protocols, with the profile's guidance); wen (norm of the difference that the text makes to the noise prediction
+        in the first step, mean over seeds).
     """
     profile = load_profile(profile)
     table = prompt_table(profile, kinds)
@@ -201,6 +204,7 @@ def scores(
     guidance = profile.detection.guidance
     measures: dict[str, tuple[Any, Callable[[Observation], np.ndarray]]] = {
         "ours": _pairs_measure(ours, guidance),
+        "released": _pairs_measure(RELEASED, guidance),
         "paper": _pairs_measure(PAPER, guidance),
         "wen": ("guidance norms", Observation.guidance_norms),
     }
@@ -208,6 +212,7 @@ def scores(
     return table.assign(
         score=[max(row["ours"]) for row in found],
         mean_pair=[float(np.mean(row["ours"])) for row in found],
+        score_released=[max(row["released"]) for row in found],
         score_paper=[max(row["paper"]) for row in found],
         wen=[float(np.mean(row["wen"])) for row in found],
     )

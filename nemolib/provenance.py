@@ -16,7 +16,20 @@ from nemolib import paths
 from nemolib.files import write_atomic
 
 INFRASTRUCTURE = frozenset(
-    {"__init__", "figures", "files", "paper", "paths", "profiles", "provenance", "runner", "store", "tables", "theme"}
+    {
+        "__init__",
+        "checks",
+        "files",
+        "index",
+        "paper",
+        "paths",
+        "profiles",
+        "provenance",
+        "runner",
+        "store",
+        "tables",
+        "theme",
+    }  # fmt: skip
 )
 """Modules that read settings, or place, store or draw results, but do not determine them; all others are science modules."""
 

@@ -23,6 +23,9 @@ GAP = 0.35
 MARGIN = 0.03
 """Space around an image, in widths of an image."""
 
+LABELS = 1.1
+"""Space for the labels of rows, in inches."""
+
 CHARACTERS = 22
 """Characters of a row label before it goes on in the next line."""
 
@@ -51,10 +54,9 @@ def figure_3(grid: Grid, counts: Sequence[int], *, names: tuple[str, str] = (WIT
     if columns % 2:
         raise ValueError(f"{columns} images per prompt; expected as many without as with deactivated neurons")
     seeds = columns // 2
-    label_width = 2.0
-    width = TEXT_WIDTH / (label_width + columns + GAP)
+    width = (TEXT_WIDTH - LABELS) / (columns + GAP)
     with mpl.rc_context(_settings()):
-        figure, axes = _canvas(grid, width=width, left=label_width, gap_after=seeds, top=0.25)
+        figure, axes = _canvas(grid, width=width, left=LABELS, gap_after=seeds, top=0.25)
         for row, count in enumerate(counts):
             axes[row, seeds].annotate(
                 str(count), (-GAP / 2, 0.5), xycoords="axes fraction", ha="center", va="center", fontsize=TICK_SIZE,
@@ -77,12 +79,12 @@ def image_grid(grid: Grid, *, fraction: float = 1.0, cmap: str | None = None) ->
 
     Taught in: 03
     """
-    label_width = 2.0 if any(grid.rows) else 0.0
-    width = TEXT_WIDTH * fraction / (label_width + len(grid.columns))
+    left = LABELS if any(grid.rows) else 0.0
+    width = (TEXT_WIDTH * fraction - left) / len(grid.columns)
     top = 0.2 if any(grid.columns) else 0.0
     with mpl.rc_context(_settings(fraction)):
         figure, axes = _canvas(
-            grid, width=width, left=label_width, gap_after=len(grid.columns), top=top, fraction=fraction, cmap=cmap
+            grid, width=width, left=left, gap_after=len(grid.columns), top=top, fraction=fraction, cmap=cmap
         )
         for column, label in enumerate(grid.columns):
             axes[0, column].annotate(
@@ -100,7 +102,7 @@ def _canvas(
 ) -> tuple[Figure, np.ndarray]:
     """Return a figure with the images of a grid and its axes [row, column].
 
-    ``width`` (of an image) and ``top`` are in inches, ``left`` and the gap in widths of an image.
+    ``width`` (of an image), ``left`` and ``top`` (for labels) are in inches.
     """
     rows, columns, high, wide = grid.images.shape[:4]
     tall = width * high / wide
@@ -108,14 +110,14 @@ def _canvas(
     figure = Figure(figsize=size)
     axes = np.empty((rows, columns), dtype=object)
     for row, column in np.ndindex(rows, columns):
-        shift = left + column + (GAP if column >= gap_after else 0)
-        corner = ((shift + MARGIN) * width / size[0], (rows - 1 - row + MARGIN) * tall / size[1])
+        shift = column + (GAP if column >= gap_after else 0)
+        corner = ((left + (shift + MARGIN) * width) / size[0], (rows - 1 - row + MARGIN) * tall / size[1])
         extent = ((1 - 2 * MARGIN) * width / size[0], (1 - 2 * MARGIN) * tall / size[1])
         axes[row, column] = figure.add_axes((*corner, *extent))
         _image(axes[row, column], grid.images[row, column], cmap=cmap)
     for row, label in enumerate(grid.rows):
         axes[row, 0].annotate(
-            "\n".join(textwrap.wrap(label, CHARACTERS)), (-0.12, 0.5), xycoords="axes fraction", ha="right",
+            "\n".join(textwrap.wrap(label, CHARACTERS)), (-0.08, 0.5), xycoords="axes fraction", ha="right",
             va="center", fontsize=TICK_SIZE,
         )  # fmt: skip
     return figure, axes

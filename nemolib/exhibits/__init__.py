@@ -1,0 +1,58 @@
+"""Every figure and table that is made for readers, as one list in the paper's order.
+
+To add one: write an `Exhibit` beside those of its notebook (which tables and image grids it needs, how it is drawn, its
+caption, how it is read), and name it in `EXHIBITS`. Notebook 06 and the index page go through the list; nothing else
+has to change.
+"""
+
+from collections.abc import Sequence
+
+from nemolib.exhibits import localization
+from nemolib.exhibits.base import (
+    NOTEBOOK,
+    VERDICTS,
+    Exhibit,
+    MissingResultError,
+    Reading,
+    Rendered,
+    Sources,
+    command,
+    comparison_table,
+    load_sources,
+    render,
+)
+from nemolib.profiles import Profile
+
+__all__ = [
+    "EXHIBITS", "NOTEBOOK", "VERDICTS", "Exhibit", "MissingResultError", "Reading", "Rendered", "Sources", "command",
+    "comparison_table", "load_sources", "render", "render_all",
+]  # fmt: skip
+
+EXHIBITS: tuple[Exhibit, ...] = (
+    localization.FIGURE_3,
+    localization.FIGURE_4A,
+    localization.FIGURE_4B,
+    localization.FIGURE_7,
+    localization.HIGHLY_MEMORIZED,
+    localization.SHARED_NEURONS,
+    localization.SEARCH,
+    localization.NEURON_COUNTS,
+    localization.TABLE_2,
+    localization.SCORES_BEFORE_AFTER,
+    localization.NEURON_Z,
+    localization.PLAIN_MODEL,
+)
+"""All figures and tables, in the paper's order; ours that are not in the paper come last."""
+
+
+def render_all(profile: Profile | str, exhibits: Sequence[Exhibit] | None = None) -> list[Rendered]:
+    """Return all exhibits, drawn and written; see `render`.
+
+    Args:
+        profile: A profile or its name.
+        exhibits: Which ones; None means all.
+
+    Raises:
+        MissingResultError: A table or image grid is missing; the message says which notebook makes it.
+    """
+    return [render(exhibit, profile) for exhibit in (EXHIBITS if exhibits is None else exhibits)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections import Counter
 from collections.abc import Sequence
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pandas as pd
@@ -63,6 +64,23 @@ def check_exhibits(exhibits: Sequence[Exhibit]) -> None:
     twice = [name for name, number in Counter(item.name for item in exhibits).items() if number > 1]
     if twice:
         raise ValueError(f"two exhibits have the name {twice[0]!r}; their files would overwrite each other")
+
+
+def links(page: str) -> list[str]:
+    """Return the targets of all links and pictures of an HTML page."""
+    finder = _Links()
+    finder.feed(page)
+    return finder.found
+
+
+class _Links(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Keep what an element leads to."""
+        self.found += [value for name, value in attrs if name in ("href", "src") and value]
 
 
 def html_page(rendered: Sequence[Rendered], *, profile: str) -> str:

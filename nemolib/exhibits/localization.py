@@ -47,7 +47,7 @@ def _read_figure_4a(sources: Sources) -> Reading:
         f"{_shown(counts)} neurons; at most 5: {small['vm']:.0%} of the VM and {small['tm']:.0%} of the TM prompts",
         f"VM {paper.reported('neurons.vm')}, TM {paper.reported('neurons.tm')} of 5,760; at most 5: two thirds of VM, 30 % of TM",
         _order(medians),
-        "compared: VM prompts need no more neurons than TM prompts; how many depends on the model",
+        "compared: VM prompts need no more neurons than TM prompts (medians); how many depends on the model",
     )
 
 

@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from nemolib import paths, prompts
+from nemolib import paper, paths, prompts
 from nemolib.batching import batches, progress_bar
-from nemolib.detection import Detector, Observation, Switch
+from nemolib.detection import Detector, Observation, Switch, detection_table
 from nemolib.files import write_atomic
 from nemolib.generation import generate
 from nemolib.holdout import ActivationStatistics, activation_statistics, memorization_threshold, z_scores
@@ -28,6 +28,7 @@ from nemolib.protocols import PAPER, RELEASED, Protocol, load_protocol
 from nemolib.provenance import content_hash, science_hash
 from nemolib.settings import GenerationSettings
 from nemolib.store import Store
+from nemolib.tables import Grid
 from nemolib.value_layers import value_activations, value_layers
 
 if TYPE_CHECKING:
@@ -175,6 +176,74 @@ def switch_table(
     return table.assign(difference=table["threshold"] - table["threshold"].iloc[0])
 
 
+def gate_table(
+    pipe: StableDiffusionPipeline, profile: Profile | str, guidances: Sequence[float], *, progress: bool = True
+) -> pd.DataFrame:
+    """Return the share of holdout prompts that pass the gate if threshold and detection use different guidance.
+
+    The gate is open if the largest pair of seeds is above the threshold; protocol `released`.
+
+    Args:
+        pipe: The profile's pipeline.
+        profile: A profile or its name.
+        guidances: Guidance scales.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        A row for each guidance of the detection, a column for each guidance of the threshold.
+    """
+    found = {
+        guidance: holdout_scores(pipe, profile, protocol=RELEASED, guidance=guidance, progress=progress)
+        for guidance in sorted(guidances)
+    }
+    limits = [memorization_threshold(values, protocol=RELEASED) for values in found.values()]
+    shares = [[(values.max(axis=1) > limit).mean() for limit in limits] for values in found.values()]
+    return pd.DataFrame(
+        shares, index=pd.Index(found, name="detection"), columns=pd.Index(found, name="threshold"), dtype=float
+    )
+
+
+def pair_table(pairs: np.ndarray, *, samples: int) -> pd.DataFrame:
+    """Return pair similarities as a table.
+
+    Args:
+        pairs: Similarity [prompt, pair].
+        samples: Number of seeds per prompt.
+
+    Returns:
+        Columns prompt (from 0), first and second (seeds), similarity.
+    """
+    first, second = np.triu_indices(samples, k=1)
+    prompt, pair = (index.ravel() for index in np.indices(pairs.shape))
+    columns = {"prompt": prompt, "first": first[pair], "second": second[pair], "similarity": pairs.ravel()}
+    return pd.DataFrame(columns)
+
+
+def layer_table(pipe: StableDiffusionPipeline, normal: ActivationStatistics) -> pd.DataFrame:
+    """Return the value layers with their activation statistics.
+
+    Args:
+        pipe: A StableDiffusionPipeline.
+        normal: Activation statistics of this model.
+
+    Returns:
+        Columns layer (from 1, as in the paper), block, neurons, mean and sd (averaged over the neurons), sd_low and
+        sd_high (smallest and largest of a neuron).
+    """
+    layers = value_layers(pipe.unet)
+    return pd.DataFrame(
+        {
+            "layer": [layer.index + 1 for layer in layers],
+            "block": [layer.name.partition(".transformer_blocks")[0] for layer in layers],
+            "neurons": [layer.width for layer in layers],
+            "mean": [float(values.mean()) for values in normal.mean],
+            "sd": [float(values.mean()) for values in normal.std],
+            "sd_low": [float(values.min()) for values in normal.std],
+            "sd_high": [float(values.max()) for values in normal.std],
+        }
+    )
+
+
 def scores(
     pipe: StableDiffusionPipeline,
     profile: Profile | str,
@@ -244,7 +313,12 @@ def z_by_prompt(
 
 
 def z_by_neuron(
-    pipe: StableDiffusionPipeline, profile: Profile | str, *, kinds: Sequence[str] = TESTED, progress: bool = True
+    pipe: StableDiffusionPipeline,
+    profile: Profile | str,
+    *,
+    kinds: Sequence[str] = TESTED,
+    limit: int | None = None,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Return each neuron's largest absolute z-score over the prompts of a kind.
 
@@ -254,13 +328,15 @@ def z_by_neuron(
         pipe: The profile's pipeline.
         profile: A profile or its name.
         kinds: Kinds of prompts.
+        limit: How many prompts of each kind, from the top; None means all. The largest of many is larger than the
+            largest of few, so kinds are comparable only for the same number of prompts.
         progress: Whether to show a progress bar.
 
     Returns:
         Columns kind, layer (from 1, as in the paper), neuron (from 0), largest_z and caption (of the prompt that has
         it), one row for each kind and neuron.
     """
-    table = prompt_table(profile, kinds)
+    table = pd.concat([prompts.select(profile, kind).head(limit) for kind in kinds], ignore_index=True)
     absolute = _absolute_z(pipe, profile, table, progress=progress)
     parts = []
     for kind in kinds:
@@ -386,7 +462,7 @@ def copies(
     descriptor = CopyDescriptor.load(paths.resolve(profile.descriptor))
     made = images(pipe, profile, table["caption"].tolist(), progress=progress)
     features = descriptor.describe(made.reshape(-1, *made.shape[2:])).unflatten(0, made.shape[:2]).double().numpy()
-    has_image = table["image"].fillna("").ne("").to_numpy()
+    has_image = _has_image(table)
     to_planted = np.full(made.shape[:2], np.nan)
     if has_image.any():
         planted = descriptor.describe(planted_images(profile, table[has_image])).double().numpy()
@@ -398,6 +474,56 @@ def copies(
         copy_max=to_planted.max(axis=1),
         seed_similarity=np.median(between, axis=1) if len(first) else np.nan,
     )
+
+
+def sample_grid(
+    pipe: StableDiffusionPipeline, profile: Profile | str, table: pd.DataFrame, *, progress: bool = True
+) -> Grid:
+    """Return the planted image of each prompt, white where there is none, and the generated ones beside it.
+
+    Args:
+        pipe: The profile's pipeline.
+        profile: A profile or its name.
+        table: Rows of a prompt table.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Images [prompt, 1 + seed, height, width, 3], uint8; captions and "planted", "seed 0", ... are the labels.
+    """
+    made = images(pipe, profile, table["caption"].tolist(), progress=progress)
+    planted = np.full((len(table), 1, *made.shape[2:]), 255, dtype=np.uint8)
+    has_image = _has_image(table)
+    if has_image.any():
+        planted[has_image, 0] = planted_images(profile, table[has_image])
+    seeds = [f"seed {index}" for index in range(made.shape[1])]
+    return Grid(np.concatenate([planted, made], axis=1), tuple(table["caption"]), ("planted", *seeds))
+
+
+def detection_beside_paper(table: pd.DataFrame, *, resamples: int = 200) -> pd.DataFrame:
+    """Return how well the scores tell memorized from unmemorized prompts, with reported numbers beside.
+
+    Source: App. B.4; Wen's score with one denoising step and 4 seeds as reported by Jeon et al. (ICML 2025).
+
+    Args:
+        table: The table of `scores`.
+        resamples: Resamples of the interval of the AUROC.
+
+    Returns:
+        Columns of `nemolib.detection.detection_table`, then paper_auroc, paper_tpr_at_1_fpr, paper_accuracy and
+        confidence; missing where nothing is known.
+    """
+    ours = detection_table(table, ("score_paper", "score_released", "wen"), resamples=resamples)
+    reported = paper.detection()
+    reported = reported[(reported["score"] == "ssim") | (reported["setting"] == "4 seeds, 1 step")]
+    names = {name: f"paper_{name}" for name in ("auroc", "tpr_at_1_fpr", "accuracy")}
+    reported = reported[["score", "memorized", *names, "confidence"]].rename(columns=names | {"score": "kind_of_score"})
+    ours["kind_of_score"] = np.where(ours["score"] == "wen", "wen", "ssim")
+    joined = ours.merge(reported, how="left", on=["kind_of_score", "memorized"])
+    return joined.drop(columns="kind_of_score")
+
+
+def _has_image(table: pd.DataFrame) -> np.ndarray:
+    return table["image"].fillna("").ne("").to_numpy()
 
 
 def _store_folder(profile: Profile | str) -> Path:
@@ -447,16 +573,21 @@ def _observe(
     detector = Detector(pipe, settings=profile.detection, similarity=profile.similarity, protocol=profile.protocol)
     same = [model_hash(pipe), replace(profile.detection, guidance=0.0), profile.similarity, _code("detection")]
     base = content_hash(same)
+    keys = [
+        {name: content_hash([base, caption, identity]) for name, (identity, _) in measures.items()}
+        for caption in captions
+    ]
+    missing = sum(any(key not in store for key in row.values()) for row in keys)
     found = []
-    with progress_bar(len(captions), label, enabled=progress) as bar:
-        for caption in captions:
-            observation = detector.observe(caption)
-            row = {}
-            for name, (identity, measure) in measures.items():
-                key = content_hash([base, caption, identity])
-                row[name] = store.compute(key, lambda m=measure, o=observation: m(o).tolist())
-            found.append(row)
-            bar.update()
+    with progress_bar(missing, label, enabled=progress and missing > 0) as bar:
+        for caption, row in zip(captions, keys, strict=True):
+            wanted = [name for name, key in row.items() if key not in store]
+            if wanted:
+                observation = detector.observe(caption)
+                for name in wanted:
+                    store.put(row[name], measures[name][1](observation).tolist())
+                bar.update()
+            found.append({name: store.get(key) for name, key in row.items()})
     return found
 
 

@@ -1,6 +1,25 @@
 """Tables and image grids that notebooks pass on to each other, and how tables are printed.
 
 Tables are CSV files in ``build/<profile>/tables``, grids are arrays in ``build/<profile>/grids``.
+
+Tables of notebook 01:
+    thresholds: setting, multiplier, paper, ours, low, high (95 % bootstrap interval of tau).
+    holdout_pairs: prompt, first, second (seeds), similarity.
+    protocol_switches: switch, question, change, mean, sd, threshold, gate, difference.
+    activation_statistics: layer (from 1), block, neurons, mean, sd, sd_low, sd_high.
+
+Tables of notebook 02:
+    scores: caption, kind, group, copies, image, score, mean_pair, score_released, score_paper, wen.
+    detection: score, memorized, prompts, auroc, auroc_low, auroc_high, tpr_at_1_fpr, accuracy, threshold, paper_auroc,
+        paper_tpr_at_1_fpr, paper_accuracy, confidence.
+    z_by_neuron: kind, layer, neuron, largest_z, caption (equally many prompts of each kind).
+    z_by_prompt: caption, kind, layer, neuron, largest_z.
+    copies: caption, kind, group, copies, image, copy_similarity, copy_max, seed_similarity.
+    ladder: the columns of copies, and score.
+
+Grids of notebook 02:
+    samples: rows are prompts (VM, TM, unmemorized), columns planted, seed 0, ...
+    noise_differences: the same prompts, columns seed 0, ...; colours.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from nemolib.theme import ROLES, Role, neurips, role
 KINDS = ("unmemorized", "tm", "vm")
 """Kinds of prompts that are compared, in the order in which they are drawn."""
 
-GREY, THRESHOLD = "0.35", "#D55E00"
+GREY = "0.35"
 
 SCORES = {
     "score_paper": ("SSIM (paper)", "#000000", "-"),
@@ -97,6 +97,39 @@ def figure_2b(table: pd.DataFrame, *, layer: int = 1, kinds: Sequence[str] = ("u
     return figure
 
 
+def figure_6(table: pd.DataFrame, *, cut: float = 0.7, bins: int = 24) -> Figure:
+    """Return Fig. 6: the largest copy similarity of generated and planted images, VM and TM prompts.
+
+    Source: Fig. 6, App. C.1 (a prompt counts as VM above 0.7, measured by SSCD).
+
+    Args:
+        table: Columns kind and copy_max (see `nemolib.experiments.copies`).
+        cut: The paper's cut between TM and VM, drawn as a line.
+        bins: Number of bars of each kind.
+
+    Raises:
+        ValueError: There are no VM or TM prompts.
+
+    Taught in: 02
+    """
+    chosen = _of_kinds(table, ("tm", "vm"), "copy_max")
+    edges = np.linspace(min(0.0, chosen["copy_max"].min()), 1, bins + 1)
+    with mpl.rc_context(neurips(0.6)):
+        figure = Figure()
+        axes = figure.subplots()
+        for level, kind in enumerate(("tm", "vm")):
+            values = chosen.loc[chosen["kind"] == kind, "copy_max"].to_numpy()
+            if len(values):
+                _histogram(axes, values, edges, role(kind))
+                _rug(axes, values, role(kind), level=level)
+        axes.axvline(cut, color="black", linestyle="--", linewidth=1, label=f"cut at {cut:g}")
+        axes.set_xlabel("copy similarity (largest of the seeds)")
+        axes.set_ylabel("prompts of a kind")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        _legend_above(axes, ncols=3)
+    return figure
+
+
 def figure_13(grid: Grid, *, fraction: float = 1.0) -> Figure:
     """Return Fig. 13: noise differences as images, a row for each prompt and a column for each seed.
 
@@ -156,9 +189,9 @@ def holdout_distribution(pairs: np.ndarray, thresholds: pd.DataFrame, *, bins: i
         _histogram(axes, pairs.ravel(), edges, ROLES["holdout"], label="all pairs")
         largest = pairs.max(axis=1)
         shares = np.full(len(largest), 1 / len(largest))
-        axes.hist(largest, bins=edges[::2], weights=shares, histtype="step", color="black", label="largest pair")
+        axes.hist(largest, bins=edges[::2], weights=shares, histtype="step", color="#E69F00", label="largest pair")
         for style, (_, row) in zip(((0, (1, 2)), "--", "-", "-."), thresholds.iterrows(), strict=False):
-            axes.axvline(row["ours"], color=THRESHOLD, linestyle=style, linewidth=1, label=row["setting"])
+            axes.axvline(row["ours"], color="black", linestyle=style, linewidth=1, label=row["setting"])
         axes.set_xlabel("similarity of two seeds of a holdout prompt")
         axes.set_ylabel("share")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

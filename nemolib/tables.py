@@ -3,7 +3,7 @@
 Tables are CSV files in ``build/<profile>/tables``, grids are arrays in ``build/<profile>/grids``.
 
 Tables of notebook 01:
-    thresholds: setting, multiplier, paper, ours, low, high (95 % bootstrap interval of tau).
+    thresholds: setting, multiplier, paper, ours; low, high (95 % bootstrap interval of tau), tau.
     holdout_pairs: prompt, first, second (seeds), similarity.
     protocol_switches: switch, question, change, mean, sd, threshold, gate, difference.
     activation_statistics: layer (from 1), block, neurons, mean, sd, sd_low, sd_high.

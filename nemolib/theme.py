@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,7 +167,7 @@ def save_figure(
     path = Path(stem) if Path(stem).is_absolute() else paths.figures_dir(profile) / stem
     metadata = {"pdf": {"CreationDate": None}, "png": {"Software": None}}
     files = {}
-    with matplotlib.rc_context({"pdf.fonttype": 42, "savefig.bbox": None}):
+    with _quiet_fonts(), matplotlib.rc_context({"pdf.fonttype": 42, "savefig.bbox": None}):
         for suffix, values in metadata.items():
             buffer = io.BytesIO()
             figure.savefig(buffer, format=suffix, dpi=300, metadata=values)
@@ -181,6 +183,18 @@ def save_figure(
         notes=notes,
     )
     return files
+
+
+@contextlib.contextmanager
+def _quiet_fonts() -> Iterator[None]:
+    """Let fontTools speak of errors only: it wonders about the date of the font that comes with matplotlib."""
+    logger = logging.getLogger("fontTools")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _hashable(value: Any) -> Any:

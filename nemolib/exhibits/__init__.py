@@ -7,7 +7,7 @@ has to change.
 
 from collections.abc import Sequence
 
-from nemolib.exhibits import localization
+from nemolib.exhibits import detection, localization
 from nemolib.exhibits.base import (
     NOTEBOOK,
     VERDICTS,
@@ -29,15 +29,28 @@ __all__ = [
 ]  # fmt: skip
 
 EXHIBITS: tuple[Exhibit, ...] = (
+    detection.FIGURE_2A,
+    detection.FIGURE_2B,
     localization.FIGURE_3,
     localization.FIGURE_4A,
     localization.FIGURE_4B,
+    detection.FIGURE_6,
     localization.FIGURE_7,
     localization.HIGHLY_MEMORIZED,
     localization.SHARED_NEURONS,
     localization.SEARCH,
     localization.NEURON_COUNTS,
+    detection.FIGURE_13,
     localization.TABLE_2,
+    detection.THRESHOLDS,
+    detection.DETECTION,
+    detection.SAMPLES,
+    detection.HOLDOUT,
+    detection.SWITCHES,
+    detection.SWITCH_TABLE,
+    detection.ROC,
+    detection.LADDER,
+    detection.Z_BY_LAYER,
     localization.SCORES_BEFORE_AFTER,
     localization.NEURON_Z,
     localization.PLAIN_MODEL,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from nemolib.pipeline import embed
 from nemolib.protocols import Protocol, load_protocol
 from nemolib.provenance import content_hash, science_hash
 from nemolib.refinement import RefinementTest, refine_sequential
+from nemolib.reuse import BlockReuse
 from nemolib.selection import SelectionStep, initial_selection
 from nemolib.settings import DetectionSettings, SearchSettings, SimilaritySettings
 from nemolib.similarity import max_pairwise, pairwise, similarity
@@ -86,7 +88,8 @@ class Localization:
 class BlockedScore:
     """How similar the noise differences of a prompt stay when a neuron set is deactivated.
 
-    Each set is evaluated once; the empty set without the UNet.
+    Each set is evaluated once; the empty set without the UNet. What the blocks before the first changed value layer
+    give is kept from one set to the next.
 
     Source: authors' code, utils/activation_detection.py: the largest similarity, over the kept seeds, of the noise
         differences of the *same* seed without and with deactivated neurons.
@@ -115,6 +118,7 @@ class BlockedScore:
         self._step, self._embedding, self._seeds, self._unblocked = step, embedding, list(seeds), unblocked
         self._similarity, self._protocol, self._evaluations = similarity, protocol, evaluations
         self._known: dict[NeuronSet, float] = {}
+        self._reuse = BlockReuse(step.unet)
 
     def __call__(self, neurons: NeuronSet) -> float:
         """Return the score of a neuron set."""
@@ -127,9 +131,11 @@ class BlockedScore:
         self._known |= {item: self._compare(self._unblocked) for item in empty}
         unknown = [item for item in unknown if item]
         if unknown:
-            blocked = self._step.many(
-                self._embedding, neurons=unknown, seeds=self._seeds, evaluations=self._evaluations
-            )
+            # Sets that come one after the other differ in few layers; sets in one batch share nothing.
+            with self._reuse.passing(unknown[0]) if len(unknown) == 1 else nullcontext():
+                blocked = self._step.many(
+                    self._embedding, neurons=unknown, seeds=self._seeds, evaluations=self._evaluations
+                )
             self._known |= {item: self._compare(maps) for item, maps in zip(unknown, blocked, strict=True)}
         return [self._known[item] for item in neurons]
 

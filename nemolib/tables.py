@@ -20,6 +20,22 @@ Tables of notebook 02:
 Grids of notebook 02:
     samples: rows are prompts (VM, TM, unmemorized), columns planted, seed 0, ...
     noise_differences: the same prompts, columns seed 0, ...; colours.
+
+Tables of notebook 03:
+    localization: kind, then the columns of `nemolib.localization.localization_table` without seconds.
+    neuron_counts: kind, prompts, searched, reached, without_neurons, initial, neurons, single, at_most_5, at_least_50.
+    search_steps: theta, k, neurons, score, threshold, prompt (the initial selection for one prompt).
+    search_tests: test, layer (from 1), neuron, score, removed, left, prompt (its refinement).
+    search_cost: kind, algorithm, prompts, seconds, evaluations, seconds_paper.
+    neuron_z: kind, prompt, layer (from 0), neuron, z.
+    shared_neurons: layer (from 1), neuron, prompts, words, captions.
+    neuron_overlap: first, second, common_words, shared, overlap.
+    deactivation: kind, prompt, neuron_count, reached, score_before, score_after, copy_before, copy_after, same_seed,
+        seeds_before, seeds_after.
+    plain_model: model, kind, quantity, value.
+
+Grids of notebook 03:
+    figure_3: rows are prompts, columns the seeds with all neurons active, then the same seeds with deactivated neurons.
 """
 
 from __future__ import annotations

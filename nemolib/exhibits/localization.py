@@ -8,6 +8,7 @@ import pandas as pd
 
 from nemolib import paper
 from nemolib.exhibits.base import Exhibit, Reading, Sources, Verdict
+from nemolib.experiments_localization import stay_memorized
 from nemolib.figures import images, localization
 from nemolib.tables import format_median_mad
 
@@ -208,7 +209,7 @@ def _read_shared(sources: Sources) -> Reading:
 
 def _draw_staying(sources: Sources) -> pd.DataFrame:
     table = sources["deactivation"]
-    rest = table.sort_values("score_after", ascending=False, kind="stable").head(10)
+    rest = stay_memorized(table, share=0.0).head(10)
     return pd.DataFrame(
         {
             "prompt": rest["prompt"],
@@ -223,10 +224,13 @@ def _draw_staying(sources: Sources) -> pd.DataFrame:
 
 
 def _read_staying(sources: Sources) -> Reading:
-    table, threshold = sources["deactivation"], sources["search_steps"]["threshold"].iloc[0]
-    staying = table["score_after"] > threshold
+    table = sources["deactivation"]
+    staying = stay_memorized(table)
     return Reading(
-        f"{int(staying.sum())} of {len(table)} prompts stay above the threshold ({threshold:.2f})",
+        f"{len(staying)} of {len(table)} prompts keep more than half of their similarity to the planted image, with "
+        f"{int(staying['neuron_count'].min())} to {int(staying['neuron_count'].max())} neurons"
+        if len(staying)
+        else f"none of {len(table)} prompts keeps more than half of its similarity to the planted image",
         "rare; ten examples with 101 to 379 neurons, whose images stay",
         "beside",
         "the paper does not say how many",
@@ -234,7 +238,7 @@ def _read_staying(sources: Sources) -> Reading:
 
 
 FIGURE_3 = Exhibit(
-    "figure_3", "Fig. 3", "images with and without the neurons of their prompt", NOTEBOOK,
+    "figure_3", "Figure 3", "images with and without the neurons of their prompt", NOTEBOOK,
     "Left with all neurons active, right the same seeds with the memorization neurons of the prompt deactivated; the box "
     "says how many. The prompts are spread evenly over how much copy similarity falls.",
     lambda s: images.figure_3(s["figure_3"], s["deactivation"].set_index("prompt").loc[list(s["figure_3"].rows), "neuron_count"].tolist()),
@@ -242,31 +246,31 @@ FIGURE_3 = Exhibit(
 )  # fmt: skip
 
 FIGURE_4A = Exhibit(
-    "figure_4a", "Fig. 4a", "memorization neurons per prompt", NOTEBOOK,
+    "figure_4a", "Figure 4a", "memorization neurons per prompt", NOTEBOOK,
     "Histogram over prompts; vertical lines are medians.",
     lambda s: localization.figure_4a(s["localization"]), _read_figure_4a, tables=("localization",),
 )  # fmt: skip
 
 FIGURE_4B = Exhibit(
-    "figure_4b", "Fig. 4b", "memorization neurons per value layer", NOTEBOOK,
+    "figure_4b", "Figure 4b", "memorization neurons per value layer", NOTEBOOK,
     "Mean number per prompt. Layers 1 and 2 lie in the first down block, 7 in the mid block.",
     lambda s: localization.figure_4b(s["localization"]), _read_figure_4b, tables=("localization",),
 )  # fmt: skip
 
 FIGURE_7 = Exhibit(
-    "figure_7", "Fig. 7", "neurons of the initial selection and after refinement", NOTEBOOK,
+    "figure_7", "Figure 7", "neurons of the initial selection and after refinement", NOTEBOOK,
     "Histograms over prompts; vertical lines are medians.",
     lambda s: localization.figure_7(s["localization"]), _read_figure_7, tables=("localization",),
 )  # fmt: skip
 
 HIGHLY_MEMORIZED = Exhibit(
-    "highly_memorized", "Fig. 9 (as a table)", "prompts that keep the highest score", NOTEBOOK,
-    "Memorization score and copy similarity before and after deactivation, the highest score after it first.",
-    _draw_staying, _read_staying, tables=("deactivation", "search_steps"),
+    "highly_memorized", "Figure 9 (as a table)", "prompts that stay most similar to their planted image", NOTEBOOK,
+    "Memorization score and copy similarity before and after deactivation, the highest copy similarity after it first.",
+    _draw_staying, _read_staying, tables=("deactivation",),
 )  # fmt: skip
 
 SHARED_NEURONS = Exhibit(
-    "shared_neurons", "Fig. 10-12 (as a table)", "neurons that several prompts share", NOTEBOOK,
+    "shared_neurons", "Figures 10-12 (as a table)", "neurons that several prompts share", NOTEBOOK,
     "Number of prompts that have the neuron in their refined set, and the words that their captions have in common.",
     _draw_shared, _read_shared, tables=("shared_neurons", "neuron_overlap"),
 )  # fmt: skip
@@ -294,8 +298,9 @@ TABLE_2 = Exhibit(
 
 SCORES_BEFORE_AFTER = Exhibit(
     "scores_before_after", "", "score and copy similarity before and after deactivation", NOTEBOOK,
-    "A point is a prompt; below the dotted line it is less memorized without its neurons.",
-    lambda s: localization.figure_scores(s["deactivation"]), _read_scores, tables=("deactivation",),
+    "A point is a prompt; below the dotted line it is less memorized without its neurons. Dashed: the memorization threshold.",
+    lambda s: localization.figure_scores(s["deactivation"], threshold=float(s["search_steps"]["threshold"].iloc[0])),
+    _read_scores, tables=("deactivation", "search_steps"),
 )  # fmt: skip
 
 NEURON_Z = Exhibit(

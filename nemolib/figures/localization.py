@@ -127,10 +127,11 @@ def figure_search(steps: pd.DataFrame, tests: pd.DataFrame) -> Figure:
         )  # fmt: skip
         panels[0, 0].set_ylabel("score")
         panels[1, 0].set_ylabel("neurons off")
+        figure.legend(*panels[0, 1].get_legend_handles_labels(), loc="outside lower right", ncols=2)
     return figure
 
 
-def figure_scores(table: pd.DataFrame) -> Figure:
+def figure_scores(table: pd.DataFrame, *, threshold: float | None = None) -> Figure:
     """Return scores and copy similarity of each prompt before and after its neurons are deactivated.
 
     Each point is a prompt; below the diagonal it is less memorized after than before.
@@ -138,6 +139,7 @@ def figure_scores(table: pd.DataFrame) -> Figure:
     Args:
         table: Columns kind, score_before, score_after, copy_before, copy_after
             (`nemolib.experiments_localization.deactivation`).
+        threshold: Memorization threshold, drawn in the panel of the score; None draws none.
 
     Raises:
         ValueError: The table has no VM or TM prompts.
@@ -150,11 +152,13 @@ def figure_scores(table: pd.DataFrame) -> Figure:
         for axes, (name, title) in zip(figure.subplots(1, 2), panels, strict=True):
             _before_after(axes, table, f"{name}_before", f"{name}_after")
             axes.set_title(title)
+        if threshold is not None:
+            figure.axes[0].axhline(threshold, color="black", linestyle="--", linewidth=0.8)
         figure.axes[0].legend(loc="upper left")
     return figure
 
 
-def figure_neuron_z(table: pd.DataFrame, *, theta: float = 1.0) -> Figure:
+def figure_neuron_z(table: pd.DataFrame, *, theta: float = 1.0, layers: int = 7) -> Figure:
     """Return the z-scores of the memorization neurons, by value layer.
 
     Neurons within the band at 0 were chosen for their large activation alone.
@@ -163,13 +167,13 @@ def figure_neuron_z(table: pd.DataFrame, *, theta: float = 1.0) -> Figure:
         table: One row per neuron of a prompt with the columns kind, layer (from 0) and z
             (`nemolib.experiments_localization.neuron_z_scores`).
         theta: Smallest threshold of the search, drawn as a band.
+        layers: Number of value layers.
 
     Raises:
         ValueError: The table has no VM or TM prompts.
 
     Taught in: 03
     """
-    layers = range(int(table["layer"].max()) + 1) if len(table) else range(0)
     with mpl.rc_context(neurips(0.6, aspect=0.65)):
         figure = Figure()
         axes = figure.subplots()
@@ -181,7 +185,8 @@ def figure_neuron_z(table: pd.DataFrame, *, theta: float = 1.0) -> Figure:
                 markersize=2, alpha=0.7, markeredgewidth=0, label=look.label,
             )  # fmt: skip
         axes.axhspan(-theta, theta, color="0.9", zorder=0)
-        axes.set_xticks([layer + 1 for layer in layers])
+        axes.set_xticks(range(1, layers + 1))
+        axes.set_xlim(0.5, layers + 0.5)
         axes.set_xlabel("value layer")
         axes.set_ylabel("z-score of the neuron")
         _legend_above(axes)
@@ -308,6 +313,8 @@ def _draw_steps(panels: Sequence[Axes], steps: pd.DataFrame) -> None:
     for axes, column, marker in zip(panels, ("score", "neurons"), ("o", "s"), strict=True):
         axes.plot(steps["theta"], steps[column], color="black", marker=marker)
     panels[0].invert_xaxis()
+    panels[1].xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2.5, 5, 10]))
+    panels[1].yaxis.set_major_locator(MaxNLocator(5, integer=True))
     panels[0].set_title("initial selection")
     panels[1].set_ylim(bottom=0)
     panels[1].set_xlabel(r"threshold $\theta$ of the z-score")
@@ -325,7 +332,8 @@ def _draw_tests(panels: Sequence[Axes], tests: pd.DataFrame) -> None:
         )
     panels[1].step(place, tests["left"], where="post", color="black")
     panels[0].set_title("refinement")
-    panels[0].legend(loc="upper right", ncols=2)
+    for axis in (panels[1].xaxis, panels[1].yaxis):
+        axis.set_major_locator(MaxNLocator(5, integer=True))
     panels[1].set_ylim(bottom=0)
     panels[1].set_xlabel("test (layers first, then neurons)")
 

@@ -303,8 +303,9 @@ def test_change_by_kind(changed):
 
 
 def test_prompts_that_stay_memorized(changed):
-    assert search.stay_memorized(changed, threshold=0.4)["prompt"].tolist() == ["blue dog case", "red owl card"]
-    assert search.stay_memorized(changed, threshold=0.9).empty
+    assert search.stay_memorized(changed)["prompt"].tolist() == ["blue dog case", "blue cat case"]
+    assert search.stay_memorized(changed, share=0.9)["prompt"].tolist() == ["blue dog case"]
+    assert len(search.stay_memorized(changed, share=0.0)) == 4
 
 
 def test_examples_are_spread(changed):
@@ -339,7 +340,7 @@ def test_a_score_above_its_threshold_is_a_failed_claim(table, changed):
 def test_findings_have_the_numbers(table, changed):
     text = search.findings(table, changed, search.neuron_overlap(table), threshold=0.4, neurons=576)
     for part in ("1.5 ± 0.5 of 576 neurons (paper: 4 ± 3 of 5,760)", "1 of 2 prompts have a single one",
-                 "from 0.85 to 0.35 (threshold 0.40)", "from 0.90 to 0.15", "2 of 4** prompts stay",
+                 "from 0.85 to 0.35 (threshold 0.40)", "from 0.90 to 0.15", "**2 of 4** prompts keep", "For **2 of 4** prompts", "from 0.90 to 0.20",
                  "2 of 3 prompts have no neurons"):  # fmt: skip
         assert part in text, part
 

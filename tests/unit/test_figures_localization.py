@@ -151,7 +151,8 @@ def test_figure_scores_pairs_before_and_after():
             "copy_after": [0.2, -0.1],
         }
     )
-    score, copy = figures.figure_scores(table).axes
+    score, copy = figures.figure_scores(table, threshold=0.45).axes
+    assert score.lines[-1].get_ydata() == [0.45, 0.45]
     assert [line.get_xydata().tolist() for line in score.lines[:2]] == [[[0.8, 0.3]], [[0.7, 0.5]]]
     assert [line.get_xydata().tolist() for line in copy.lines[:2]] == [[[0.9, 0.2]], [[0.1, -0.1]]]
     assert copy.get_xlim()[0] < -0.1
@@ -165,6 +166,7 @@ def test_figure_neuron_z_draws_every_neuron():
     assert [line.get_ydata().tolist() for line in axes.lines] == [[5.0, -3.0], [0.5]]
     assert [np.round(line.get_xdata()).tolist() for line in axes.lines] == [[1, 7], [3]]
     assert axes.get_ylabel() == "z-score of the neuron"
+    assert axes.get_xticks().tolist() == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_figure_plain_draws_medians_of_both_models():

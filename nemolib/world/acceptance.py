@@ -5,7 +5,7 @@ World settings may be chosen on the planted prompts of group ``choose``; everyth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,14 +57,17 @@ class Bound:
         return bool(value >= self.bound if self.relation == ">=" else value <= self.bound)
 
 
-#: Set before the world was trained.
+#: Set before the world was trained. The bounds on z-scores do not say of which layer: both readings are shown, the layer
+#: of Fig. 2b and the median over layers.
 BOUNDS = (
     Bound("verbatim images are replayed", "vm", "copy_similarity", ">=", 0.8),
     Bound("unmemorized prompts are diverse", "unmemorized", "seed_similarity", "<=", 0.5),
     Bound("the memorization score separates VM prompts", "vm", "auroc", ">=", 0.98),
     Bound("the memorization score separates TM prompts", "tm", "auroc", ">=", 0.90),
-    Bound("VM prompts have out-of-distribution activations", "vm", "largest_z", ">=", 5.0),
-    Bound("unmemorized prompts have none", "unmemorized", "largest_z", "<=", 3.5),
+    Bound("VM prompts have out-of-distribution activations in value layer 1", "vm", "largest_z_1", ">=", 5.0),
+    Bound("VM prompts have out-of-distribution activations in a typical layer", "vm", "largest_z", ">=", 5.0),
+    Bound("unmemorized prompts have none in value layer 1", "unmemorized", "largest_z_1", "<=", 3.5),
+    Bound("unmemorized prompts have none in a typical layer", "unmemorized", "largest_z", "<=", 3.5),
     Bound("deactivation halves the copy similarity of VM prompts", "vm", "copy_similarity_ratio", "<=", 0.5),
 )
 
@@ -92,6 +95,7 @@ def measure(
     profile: Profile | str = "tiny",
     group: str = "report",
     unmemorized: int = 60,
+    searched: Sequence[str] = ("vm", "tm"),
     progress: bool = True,
 ) -> pd.DataFrame:
     """Return what a model of the world does, one quantity a row.
@@ -101,7 +105,7 @@ def measure(
             with the found neurons off, and the ratio of the two medians.
         seed_similarity: between the images of different seeds, median over pairs.
         score, auroc: memorization score; area under its ROC curve against unmemorized prompts.
-        largest_z: largest \\|z\\| of a layer, median over prompts and layers; largest_z_1 to _7: of one layer.
+        largest_z: largest absolute z-score of a layer, median over prompts and layers; largest_z_1 to _7: of one layer.
         initial_count, neuron_count, neuron_mad, reached_share, refined_score: of the search.
         density: how dense value outputs are (see ``nemolib.world.unet.value_density``), mean.
         threshold: of the memorization score (kind ``holdout``).
@@ -111,6 +115,7 @@ def measure(
         profile: settings of detection, search and generation.
         group: which half of the planted prompts.
         unmemorized: number of unmemorized prompts of which images are generated.
+        searched: kinds of planted prompts that are searched, and of which images are generated.
         progress: whether to show progress bars.
     """
     profile = replace(load_profile(profile), model=str(model), groups=group)
@@ -141,7 +146,7 @@ def measure(
     describe = CopyDescriptor.load(paths.resolve(profile.descriptor))
     few = generate(pipe, prompts["unmemorized"][:unmemorized], progress=progress)
     add("unmemorized", "seed_similarity", _seed_similarity(describe, few))
-    for kind in ("vm", "tm"):
+    for kind in searched:
         found = localize_many(pipe, prompts[kind], statistics, threshold=threshold, progress=progress)
         add(kind, "initial_count", found["initial_count"])
         count = add(kind, "neuron_count", found["neuron_count"])

@@ -43,7 +43,7 @@ class DecoderSettings:
     """Stage 4: the decoder is trained on, with the encoder and so the latents fixed."""
 
     seed: int = 5
-    steps: int = 2500
+    steps: int = 1600
     batch_size: int = 32
     crop: int = 32
     learning_rate: float = 1e-3
@@ -91,10 +91,10 @@ class DescriptorSettings:
     """Stage 5: the copy-detection descriptor, trained with SSCD's recipe (InfoNCE on augmented copies, entropy term)."""
 
     seed: int = 4
-    steps: int = 1000
-    batch_size: int = 96
+    steps: int = 600
+    batch_size: int = 64
     learning_rate: float = 1e-3
-    channels: tuple[int, ...] = (32, 64, 128, 192)
+    channels: tuple[int, ...] = (24, 48, 96, 160)
     features: int = 128
     temperature: float = 0.05
     entropy_weight: float = 5.0

@@ -120,7 +120,7 @@ def figure_search(steps: pd.DataFrame, tests: pd.DataFrame) -> Figure:
         # Where the initial selection did not reach the threshold, its own score takes the threshold's place.
         for axes, line in zip(panels[0], (threshold, max(threshold, steps["score"].iloc[-1])), strict=True):
             axes.axhline(line, color="black", linestyle=":", linewidth=0.8)
-            axes.set_ylim(0, 1)
+            axes.set_ylim(0, 1.05)
         panels[0, 0].annotate(
             r"threshold $\tau$", (0.03, threshold), xycoords=("axes fraction", "data"), ha="left", va="bottom",
             fontsize=TICK_SIZE,

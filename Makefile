@@ -11,7 +11,7 @@ BUILD := build/$(PROFILE)
 
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
 BUILT     := $(NOTEBOOKS:notebooks/%.ipynb=$(BUILD)/%.ipynb)
-CODE      := $(wildcard nemolib/*.py nemolib/profiles/*.yaml)
+CODE      := $(wildcard nemolib/*.py nemolib/*/*.py nemolib/profiles/*.yaml)
 INPUTS    := $(wildcard data/tiny/prompts/*.csv data/tiny/*/model_index.json data/tiny/*/*.safetensors data/tiny/*/*/*.safetensors)
 
 # What notebooks keep in git: outputs and counts; not how and when papermill ran them.

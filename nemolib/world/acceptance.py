@@ -131,7 +131,7 @@ def measure(
 
     statistics = activation_statistics(pipe, select(profile, "holdout")["caption"].to_list(), progress=progress)
     normal = holdout_scores(pipe, select(profile, "threshold")["caption"].to_list(), progress=progress)
-    threshold = memorization_threshold(normal, multiplier=profile.thresholds.multiplier)
+    threshold = memorization_threshold(normal, multiplier=profile.thresholds.multiplier, protocol=profile.protocol)
     add("holdout", "threshold", threshold)
     scores = {kind: _scores(pipe, prompts[kind]) for kind in KINDS}
     for kind in KINDS:

@@ -388,7 +388,8 @@ class Switch:
 def protocol_switches(protocol: Protocol, guidance: float, *, other_guidance: float | None = None) -> list[Switch]:
     """Return a protocol as it is, with each switch of the threshold turned alone, and with all of them turned.
 
-    From `released` with all four turned one is at `paper`, and the other way round.
+    From `released` with all turned one is at `paper`, and the other way round. The order of the guidance means nothing
+    where the guidance is 0, so it is turned at the larger of the two guidance scales.
 
     Args:
         protocol: Where to start.
@@ -396,35 +397,38 @@ def protocol_switches(protocol: Protocol, guidance: float, *, other_guidance: fl
         other_guidance: The one to compare it with; None: 7 if ``guidance`` is 0, else 0.
 
     Returns:
-        Seven switches: none, timestep, similarity, guidance order, pairs, all four, guidance scale.
+        Seven switches: none, timestep, pairs, similarity, all, guidance scale, guidance order.
     """
     other = (7.0 if guidance == 0 else 0.0) if other_guidance is None else other_guidance
+    strong = max(guidance, other)
     first = 1 - min(protocol.timestep_index, 1)
     measure = "ssim" if protocol.similarity == "ms_ssim" else "ms_ssim"
     pairs = "max" if protocol.threshold_pairs == "all" else "all"
+    order = {"swap_guidance": not protocol.swap_guidance}
     changes = {
         "timestep": ("Q1", f"{_ORDINAL[first]} timestep", {"timestep_index": first}),
-        "guidance order": ("Q2", _ORDER[not protocol.swap_guidance], {"swap_guidance": not protocol.swap_guidance}),
         "pairs": ("Q4", _PAIRS[pairs], {"threshold_pairs": pairs}),
         "similarity": ("", _MEASURE[measure], {"similarity": measure}),
     }
-    together = {key: value for _, _, change in changes.values() for key, value in change.items()}
-    target = {"released": "paper", "paper": "released"}.get(protocol.name, f"{protocol.name}, all four turned")
-    single = [
-        Switch(name, question, text, replace(protocol, **change), guidance)
-        for name, (question, text, change) in changes.items()
-    ]
+    together = order | {key: value for _, _, change in changes.values() for key, value in change.items()}
+    target = {"released": "paper", "paper": "released"}.get(protocol.name, f"{protocol.name}, turned")
     return [
         Switch("none", "", f"protocol {protocol.name}", protocol, guidance),
-        *single,
-        Switch("all four", "", f"all four: protocol {target}", replace(protocol, **together), guidance),
+        *(
+            Switch(name, question, text, replace(protocol, **change), guidance)
+            for name, (question, text, change) in changes.items()
+        ),
+        Switch("all", "", f"all: protocol {target}", replace(protocol, **together), guidance),
         Switch("guidance", "Q3", f"guidance {other:g}, not {guidance:g}", protocol, other),
+        Switch(
+            "order", "Q2", f"guidance {strong:g}, {_ORDER[order['swap_guidance']]}", replace(protocol, **order), strong
+        ),
     ]
 
 
 _ORDINAL = ("first", "second")
 _MEASURE = {"ssim": "SSIM, not MS-SSIM", "ms_ssim": "MS-SSIM, not SSIM"}
-_ORDER = {False: "guidance in usual order", True: "guidance halves swapped"}
+_ORDER = {False: "usual order", True: "halves swapped"}
 _PAIRS = {"all": "all pairs, not the largest", "max": "largest pairs, not all"}
 
 

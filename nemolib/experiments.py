@@ -585,7 +585,8 @@ def _observe(
             if wanted:
                 observation = detector.observe(caption)
                 for name in wanted:
-                    store.put(row[name], measures[name][1](observation).tolist())
+                    # Two measures of one protocol have one key.
+                    store.compute(row[name], lambda m=measures[name][1], o=observation: m(o).tolist())
                 bar.update()
             found.append({name: store.get(key) for name, key in row.items()})
     return found

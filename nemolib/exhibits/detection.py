@@ -118,10 +118,10 @@ def _read_holdout(sources: Sources) -> Reading:
 
 def _read_switches(sources: Sources) -> Reading:
     table = sources["protocol_switches"].set_index("switch")
-    single = table.loc[["timestep", "guidance order", "pairs", "similarity"], "difference"]
+    single = table.loc[["timestep", "pairs", "similarity"], "difference"]
     strongest = single.abs().idxmax()
     return Reading(
-        f"`released` {table.loc['none', 'threshold']:.3f}, `paper` {table.loc['all four', 'threshold']:.3f}; the largest single change is "
+        f"`released` {table.loc['none', 'threshold']:.3f}, `paper` {table.loc['all', 'threshold']:.3f}; the largest single change is "
         f"{table.loc[strongest, 'change']} ({single[strongest]:+.3f})",
         "text and code differ; what each difference does is not reported",
     )

@@ -126,7 +126,7 @@ def figure_6(table: pd.DataFrame, *, cut: float = 0.7, bins: int = 24) -> Figure
         axes.set_xlabel("copy similarity (largest of the seeds)")
         axes.set_ylabel("prompts of a kind")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        _legend_above(axes, ncols=3)
+        _legend_above(axes, ncols=2)
     return figure
 
 

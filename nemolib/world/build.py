@@ -4,6 +4,7 @@ Everything in between lives in the work folder: checkpoints, loss logs, latents,
 not shipped.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -100,6 +101,13 @@ def assemble(work: Path, folder: Path, *, unet_name: str = "unet") -> None:
     )
     shutil.rmtree(folder, ignore_errors=True)
     pipe.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
+    _load_as_float32(folder / "text_encoder" / "config.json")
+
+
+def _load_as_float32(config: Path) -> None:
+    """Say in a transformers config that the half-precision weights are to be loaded as float32, as diffusers does it."""
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps(content | {"dtype": "float32"}, indent=2) + "\n")
 
 
 def _text_weights(model: CLIPModel, text: CLIPTextModel) -> dict[str, torch.Tensor]:

@@ -102,6 +102,15 @@ def assemble(work: Path, folder: Path, *, unet_name: str = "unet") -> None:
     shutil.rmtree(folder, ignore_errors=True)
     pipe.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
     _load_as_float32(folder / "text_encoder" / "config.json")
+    for part in ("unet", "vae"):
+        _forget_origin(folder / part / "config.json")
+
+
+def _forget_origin(config: Path) -> None:
+    """Drop the folder of this machine that diffusers notes in a config."""
+    content = json.loads(config.read_text())
+    content.pop("_name_or_path", None)
+    config.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _load_as_float32(config: Path) -> None:

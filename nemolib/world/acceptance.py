@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
-from sklearn.metrics import roc_auc_score
 
 from nemolib import paths
-from nemolib.encoders import CopyDescriptor
+from nemolib.detection import auroc
+from nemolib.encoders import CopyDescriptor, to_pixels
 from nemolib.generation import generate
 from nemolib.holdout import (
     ActivationStatistics,
@@ -137,7 +137,7 @@ def measure(
     for kind in KINDS:
         add(kind, "score", scores[kind])
         if kind != "unmemorized":
-            add(kind, "auroc", _auroc(scores[kind], scores["unmemorized"]))
+            add(kind, "auroc", auroc(scores[kind], scores["unmemorized"]))
         largest = _largest_z(pipe, statistics, prompts[kind])
         add(kind, "largest_z", largest)
         for layer, values in enumerate(largest.T, start=1):
@@ -174,7 +174,7 @@ def measure_descriptor(profile: Profile | str = "tiny", *, seed: int = 0, views:
     profile = replace(load_profile(profile), groups=None)
     describe = CopyDescriptor.load(paths.resolve(profile.descriptor))
     images = np.concatenate([_planted(select(profile, kind), profile) for kind in ("vm", "tm", "ladder")])
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    pixels = to_pixels(images)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         own = describe(pixels)
@@ -192,11 +192,6 @@ def measure_descriptor(profile: Profile | str = "tiny", *, seed: int = 0, views:
 def _scores(pipe: StableDiffusionPipeline, prompts: list[str]) -> np.ndarray:
     """Return the memorization score of each prompt: the largest similarity of a pair of seeds."""
     return holdout_scores(pipe, prompts, progress=False).max(axis=1)
-
-
-def _auroc(memorized: np.ndarray, unmemorized: np.ndarray) -> float:
-    labels = np.repeat([1, 0], [len(memorized), len(unmemorized)])
-    return float(roc_auc_score(labels, np.concatenate([memorized, unmemorized])))
 
 
 def _largest_z(pipe: StableDiffusionPipeline, statistics: ActivationStatistics, prompts: list[str]) -> np.ndarray:

@@ -236,7 +236,8 @@ def tpr_at_fpr(
 
     if not 0 <= fpr <= 1:
         raise ValueError(f"fpr is {fpr}; a share is in [0, 1]")
-    false, true, _ = roc_curve(*_labelled(memorized, unmemorized))
+    # Points on a line between two others count too: one of them may be the last that is allowed.
+    false, true, _ = roc_curve(*_labelled(memorized, unmemorized), drop_intermediate=False)
     return float(true[false <= fpr].max())
 
 

@@ -88,7 +88,8 @@ refresh-%: $(ENV)
 	$(STRIP) build/refresh/$*.ipynb
 	@mv build/refresh/$*.ipynb notebooks/$*.ipynb
 
-lock: $(ENV) ## write requirements.lock from what .venv holds (to upgrade: .venv/bin/pip install -U NAME, then this)
+# Not after $(ENV): that would put back the versions of the lock file first.
+lock: ## write requirements.lock from what .venv holds (to upgrade: .venv/bin/pip install -U NAME, then this)
 	$(PY) tools/lock.py > requirements.lock.tmp
 	@mv requirements.lock.tmp requirements.lock
 

@@ -15,12 +15,21 @@ import numpy as np
 import pandas as pd
 import torch
 
-from nemolib import paper, paths, prompts
+from nemolib import metrics, paper, paths, prompts
 from nemolib.batching import batches, progress_bar
 from nemolib.detection import Detector, Observation, Switch, detection_table
+from nemolib.encoders import copy_encoder, describe_samples
 from nemolib.files import write_atomic
 from nemolib.generation import generate
-from nemolib.holdout import ActivationStatistics, activation_statistics, memorization_threshold, z_scores
+from nemolib.holdout import (
+    ActivationStatistics,
+    activation_statistics,
+    load_statistics,
+    memorization_threshold,
+    z_scores,
+)
+from nemolib.mitigation import DeactivatedNeurons, Mitigation
+from nemolib.mitigation.attention import ScaledAttention
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.profiles import Profile, load_profile
@@ -33,6 +42,8 @@ from nemolib.value_layers import value_activations, value_layers
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
+
+    from nemolib.encoders import ImageEncoder
 
 TESTED = ("vm", "tm", "ladder", "unmemorized")
 """Kinds of prompts that are tested, in the order of the tables."""
@@ -50,10 +61,13 @@ def model_hash(pipe: StableDiffusionPipeline) -> str:
         pipe: A StableDiffusionPipeline.
 
     Raises:
-        ValueError: Value layers have hooks: what a deactivated model gives must not be kept as the model's own.
+        ValueError: Value layers have hooks, or attention is scaled: what such a model gives must not be kept as the
+            model's own.
     """
     if any(layer.module._forward_hooks for layer in value_layers(pipe.unet)):
         raise ValueError("results are kept while value layers have hooks; leave the context that deactivates neurons")
+    if any(isinstance(processor, ScaledAttention) for processor in pipe.unet.attn_processors.values()):
+        raise ValueError("results are kept while attention is scaled; leave the context that scales it")
     parts = {name: dict(getattr(pipe, name).state_dict()) for name in ("unet", "text_encoder", "vae")}
     scheduler = {name: repr(value) for name, value in pipe.scheduler.config.items() if name[0] != "_"}
     return content_hash([parts, dict(pipe.tokenizer.get_vocab()), scheduler])
@@ -77,7 +91,7 @@ def prompt_table(profile: Profile | str, kinds: Sequence[str] = TESTED) -> pd.Da
 
 
 def statistics(pipe: StableDiffusionPipeline, profile: Profile | str, *, progress: bool = True) -> ActivationStatistics:
-    """Return the activation statistics over the profile's holdout prompts.
+    """Return the activation statistics over the profile's holdout prompts: those of its file, else computed.
 
     Source: Sec. 3.2.
 
@@ -85,7 +99,16 @@ def statistics(pipe: StableDiffusionPipeline, profile: Profile | str, *, progres
         pipe: The profile's pipeline.
         profile: A profile or its name.
         progress: Whether to show a progress bar.
+
+    Raises:
+        FileNotFoundError: The profile names a file that is missing.
+        ValueError: It holds statistics of another model.
     """
+    profile = load_profile(profile)
+    if profile.statistics is not None:
+        given = load_statistics(paths.resolve(profile.statistics))
+        given.check(pipe.unet)
+        return given
     captions = prompts.select(profile, "holdout")["caption"].tolist()
     key = content_hash([model_hash(pipe), captions, _code("holdout")])
     path = _store_folder(profile) / f"statistics-{key[:16]}.safetensors"
@@ -357,6 +380,7 @@ def images(
     *,
     neurons: NeuronSet | Sequence[NeuronSet] | None = None,
     factor: float = 0.0,
+    mitigation: Mitigation | None = None,
     settings: GenerationSettings | None = None,
     progress: bool = True,
 ) -> np.ndarray:
@@ -370,6 +394,7 @@ def images(
         captions: Prompts, at least one.
         neurons: Neurons that are scaled: one set for all prompts, or one per prompt; None changes nothing.
         factor: What their values are multiplied by; 0 deactivates.
+        mitigation: A mitigation of `nemolib.mitigation`, in place of neurons; None changes nothing.
         settings: Seed, samples, steps, guidance and batch size; None means those of the profile.
         progress: Whether to show a progress bar.
 
@@ -377,17 +402,22 @@ def images(
         Images [prompt, seed, height, width, 3], uint8.
 
     Raises:
-        ValueError: There are no prompts, one is empty, or a neuron set does not fit or is missing.
+        ValueError: There are no prompts, one is empty, a neuron set does not fit or is missing, the mitigation cannot
+            handle the pipeline, or both neurons and a mitigation are given.
     """
+    if neurons is not None and mitigation is not None:
+        raise ValueError(f"both neurons and a mitigation ({mitigation.name}) are given; give one of them")
     profile, captions = load_profile(profile), list(captions)
     settings = settings or profile.generation
     sets = [neurons] * len(captions) if neurons is None or isinstance(neurons, NeuronSet) else list(neurons)
     if len(sets) != len(captions):
         raise ValueError(f"{len(sets)} neuron sets were given for {len(captions)} prompts; give one, or one per prompt")
-    # The batch size has no part in an image, and an empty neuron set none in what is generated.
+    # The batch size has no part in an image, and a mitigation that leaves a prompt alone none in what is generated.
     base = content_hash([model_hash(pipe), replace(settings, batch_size=1), _code("generation")])
+    acting = [mitigation if item is None else DeactivatedNeurons(item, factor) for item in sets]
     keys = [
-        content_hash([base, caption, *_blocked(item, factor)]) for caption, item in zip(captions, sets, strict=True)
+        content_hash([base, caption, *([] if item is None else item.identity(caption))])
+        for caption, item in zip(captions, acting, strict=True)
     ]
     folder = _store_folder(profile) / "images"
     jobs = {
@@ -406,6 +436,7 @@ def images(
                 settings=settings,
                 neurons=None if plain else blocked,
                 factor=factor,
+                mitigation=mitigation,
                 progress=False,
             )
             for key, samples in zip(batch, made, strict=True):
@@ -414,12 +445,13 @@ def images(
     return np.stack([_read_images(_image_file(folder, key)) for key in keys])
 
 
-def planted_images(profile: Profile | str, table: pd.DataFrame) -> np.ndarray:
-    """Return the planted image of each row.
+def planted_images(profile: Profile | str, table: pd.DataFrame, *, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Return the planted image of each row; with Stable Diffusion, the training image that was found under its URL.
 
     Args:
         profile: A profile or its name.
         table: Rows of the memorized prompt table.
+        size: Height and width to which each is brought; None: as they are, so that all must have one size.
 
     Returns:
         Images [prompt, height, width, 3], uint8.
@@ -427,10 +459,51 @@ def planted_images(profile: Profile | str, table: pd.DataFrame) -> np.ndarray:
     Raises:
         PromptTableError: A row names no image.
         FileNotFoundError: An image is missing.
+        ValueError: Images have different sizes, and none is given.
     """
     from PIL import Image
 
-    return np.stack([np.asarray(Image.open(path).convert("RGB")) for path in prompts.image_paths(table, profile)])
+    loaded = []
+    for path in prompts.image_paths(table, profile):
+        with Image.open(path) as image:
+            whole = image.convert("RGB")
+        if size is not None and whole.size != size[::-1]:
+            whole = whole.resize(size[::-1], Image.Resampling.LANCZOS)
+        loaded.append(np.asarray(whole))
+    sizes = {image.shape[:2] for image in loaded}
+    if len(sizes) > 1:
+        raise ValueError(f"training images have different sizes, such as {sorted(sizes)[:3]}; give one (size)")
+    return np.stack(loaded)
+
+
+def planted_features(encoder: ImageEncoder, profile: Profile | str, table: pd.DataFrame) -> np.ndarray:
+    """Return the features of the planted image of each row; each image is seen as it is, whatever its size.
+
+    Args:
+        encoder: The encoder.
+        profile: A profile or its name.
+        table: Rows of a prompt table.
+
+    Returns:
+        Features [prompt, feature], float64; a row of NaN where there is no image.
+
+    Raises:
+        FileNotFoundError: An image is missing.
+    """
+    has_image = _has_image(table)
+    if not has_image.any():
+        # The number of features is that of any image.
+        some = encoder.describe(np.zeros((1, 64, 64, 3), dtype=np.uint8))
+        return np.full((len(table), some.shape[1]), np.nan)
+    chosen = table[has_image]
+    try:
+        found = encoder.describe(planted_images(profile, chosen))
+    except ValueError:
+        rows = [chosen.iloc[[place]] for place in range(len(chosen))]
+        found = torch.cat([encoder.describe(planted_images(profile, row)) for row in rows])
+    features = np.full((len(table), found.shape[1]), np.nan)
+    features[has_image] = found.double().numpy()
+    return features
 
 
 def copies(
@@ -438,7 +511,7 @@ def copies(
 ) -> pd.DataFrame:
     """Return how similar the generated images of prompts are to the planted image and to each other.
 
-    Source: Sec. 4 (SSCD_orig, D_SSCD), with the profile's copy-detection descriptor.
+    Source: Sec. 4 (SSCD_orig, D_SSCD), with the profile's encoder for copy detection.
 
     Args:
         pipe: The profile's pipeline.
@@ -452,27 +525,17 @@ def copies(
         median over pairs of seeds).
 
     Raises:
-        ValueError: The profile has no descriptor.
+        ProfileError: The profile has no encoder for copy detection.
     """
-    from nemolib.encoders import CopyDescriptor
-
     profile = load_profile(profile)
-    if profile.descriptor is None:
-        raise ValueError(f"profile {profile.name!r} has descriptor None; copy similarity needs one")
-    descriptor = CopyDescriptor.load(paths.resolve(profile.descriptor))
+    encoder = copy_encoder(profile, device=pipe.device)
     made = images(pipe, profile, table["caption"].tolist(), progress=progress)
-    features = descriptor.describe(made.reshape(-1, *made.shape[2:])).unflatten(0, made.shape[:2]).double().numpy()
-    has_image = _has_image(table)
-    to_planted = np.full(made.shape[:2], np.nan)
-    if has_image.any():
-        planted = descriptor.describe(planted_images(profile, table[has_image])).double().numpy()
-        to_planted[has_image] = np.einsum("psf,pf->ps", features[has_image], planted)
-    first, second = np.triu_indices(made.shape[1], k=1)
-    between = np.einsum("psf,ptf->pst", features, features)[:, first, second]
+    features = describe_samples(encoder, made)
+    to_planted = metrics.sscd_orig(features, planted_features(encoder, profile, table))
     return table.assign(
-        copy_similarity=np.median(to_planted, axis=1),
-        copy_max=to_planted.max(axis=1),
-        seed_similarity=np.median(between, axis=1) if len(first) else np.nan,
+        copy_similarity=metrics.over_seeds(to_planted),
+        copy_max=metrics.over_seeds(to_planted, "max"),
+        seed_similarity=metrics.over_seeds(metrics.d_sscd(features)),
     )
 
 
@@ -494,7 +557,7 @@ def sample_grid(
     planted = np.full((len(table), 1, *made.shape[2:]), 255, dtype=np.uint8)
     has_image = _has_image(table)
     if has_image.any():
-        planted[has_image, 0] = planted_images(profile, table[has_image])
+        planted[has_image, 0] = planted_images(profile, table[has_image], size=made.shape[2:4])
     seeds = [f"seed {index}" for index in range(made.shape[1])]
     return Grid(np.concatenate([planted, made], axis=1), tuple(table["caption"]), ("planted", *seeds))
 
@@ -533,11 +596,6 @@ def _store_folder(profile: Profile | str) -> Path:
 def _code(*modules: str) -> list[str]:
     """Return what a result depends on besides its inputs: the code that computes it."""
     return [science_hash(*modules), torch.__version__.partition("+")[0]]
-
-
-def _blocked(neurons: NeuronSet | None, factor: float) -> list[Any]:
-    """Return what determines an image besides prompt and settings; nothing if nothing is blocked."""
-    return [neurons.layers, float(factor)] if neurons is not None and len(neurons) else []
 
 
 def _pairs_measure(protocol: Protocol, guidance: float) -> tuple[Any, Callable[[Observation], np.ndarray]]:

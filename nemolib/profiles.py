@@ -7,6 +7,7 @@ other profile, so that a number is written down once.
 import dataclasses
 import functools
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -16,11 +17,18 @@ from typing import Any, Literal
 import yaml
 
 from nemolib import paths
-from nemolib.settings import DetectionSettings, GenerationSettings, SearchSettings, SimilaritySettings
+from nemolib.settings import (
+    DetectionSettings,
+    GenerationSettings,
+    MitigationSettings,
+    SearchSettings,
+    SimilaritySettings,
+)
 
-Dtype = Literal["float32", "float16", "bfloat16"]
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 ProtocolName = Literal["released", "paper"]
+EncoderKind = Literal["descriptor", "sscd", "clip", "inception"]
 
 
 class ProfileError(ValueError):
@@ -29,11 +37,19 @@ class ProfileError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class PromptTables:
-    """Paths of the three prompt tables, relative to the repository or absolute."""
+    """Paths of the prompt tables, relative to the repository or absolute.
+
+    Attributes:
+        memorized: memorized prompts.
+        unmemorized: prompts that are not memorized.
+        holdout: prompts of the holdout set.
+        quality: prompts whose images are compared with real ones (COCO); None: not available.
+    """
 
     memorized: str
     unmemorized: str
     holdout: str
+    quality: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,15 +71,85 @@ class ThresholdSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class EncoderSettings:
+    """A network that turns images or texts into features, and where it is.
+
+    Attributes:
+        kind: ``descriptor`` (the tiny world's copy detection), ``sscd``, ``clip`` or ``inception``.
+        path: folder (descriptor, clip), TorchScript file (sscd, inception), relative to the repository or absolute, or
+            hub id (clip).
+        sha256: of the file, or of ``model.safetensors`` in the folder; None: not checked, and for a TorchScript file
+            noted at its first use.
+        revision: commit or branch of a hub model; None: its default.
+        name: what tables call it; None: a name after its kind.
+    """
+
+    kind: EncoderKind
+    path: str
+    sha256: str | None = None
+    revision: str | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        """Reject what cannot be meant."""
+        if self.sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", self.sha256):
+            raise ValueError(f"sha256 is {self.sha256!r}; it must be 64 hexadecimal digits")
+        if self.revision is not None and self.kind != "clip":
+            raise ValueError(f"revision is {self.revision!r}, but kind {self.kind!r} is no hub model; only clip can be")
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoders:
+    """The encoders of the metrics; None: not available.
+
+    ::
+
+        encoders:
+          copy: {kind: sscd, path: models/sscd_disc_mixup.torchscript.pt}
+          alignment: {kind: clip, path: openai/clip-vit-base-patch32}
+          quality: {kind: inception, path: models/inception-2015-12-05.pt}
+          clip_quality: {kind: clip, path: openai/clip-vit-base-patch32}
+
+    Attributes:
+        copy: copy detection: SSCD_Orig, SSCD_Gen, D_SSCD.
+        alignment: A_CLIP.
+        quality: FID and KID.
+        clip_quality: CLIP-FID.
+    """
+
+    copy: EncoderSettings | None = None
+    alignment: EncoderSettings | None = None
+    quality: EncoderSettings | None = None
+    clip_quality: EncoderSettings | None = None
+
+    def __post_init__(self) -> None:
+        """Reject an encoder that cannot do what it is named for."""
+        for role, allowed in _ROLES.items():
+            chosen = getattr(self, role)
+            if chosen is not None and chosen.kind not in allowed:
+                raise ValueError(f"{role} has kind {chosen.kind!r}; it must be one of {', '.join(allowed)}")
+
+
+_ROLES: dict[str, tuple[str, ...]] = {
+    "copy": ("descriptor", "sscd"),
+    "alignment": ("clip",),
+    "quality": ("inception", "clip"),
+    "clip_quality": ("clip",),
+}
+"""Kinds of encoders that can play each role."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Profile:
     """Everything that differs between one world and another.
 
     Attributes:
         name: the profile's name, also the name of its folders in ``build/`` and ``figures/``.
-        model: folder (relative to the repository, or absolute) or hub id of a Stable Diffusion pipeline.
+        model: folder (relative to the repository, or absolute) or hub id of a Stable Diffusion pipeline; or
+            ``random:`` and an architecture of `nemolib.architectures`: random weights.
         prompts: the prompt tables.
         revision: commit or branch of a hub model; None: its default.
-        dtype: floating-point type of the weights in memory.
+        dtype: floating-point type of the weights in memory; ``auto``: float16 with CUDA, else float32.
         device: where the model runs; ``auto``: CUDA if there is one, else MPS, else the CPU.
         protocol: ``released`` (the authors' code) or ``paper`` (the paper's text).
         groups: keep only memorized prompts of this group; None: all.
@@ -75,8 +161,11 @@ class Profile:
         thresholds: how the memorization threshold is found.
         search: settings of the neuron search.
         generation: settings of the generated images.
-        descriptor: folder of the copy-detection descriptor; None: not available.
-        alignment: folder of the CLIP model for the alignment score; None: not available.
+        mitigation: settings of the mitigations that deactivated neurons are compared with.
+        encoders: the encoders of copy detection, alignment and image quality.
+        statistics: file of activation statistics, relative to the repository or absolute (safetensors, or ``.pt`` of
+            the authors); None: computed from the holdout prompts.
+        downloads: manifest of `nemolib.downloads` with the files that `make data` fetches; None: nothing to fetch.
     """
 
     name: str
@@ -95,8 +184,10 @@ class Profile:
     thresholds: ThresholdSettings = ThresholdSettings()
     search: SearchSettings = dataclasses.field(default_factory=SearchSettings)
     generation: GenerationSettings = dataclasses.field(default_factory=GenerationSettings)
-    descriptor: str | None = None
-    alignment: str | None = None
+    mitigation: MitigationSettings = dataclasses.field(default_factory=MitigationSettings)
+    encoders: Encoders = Encoders()
+    statistics: str | None = None
+    downloads: str | None = None
 
 
 _RANGES: dict[str, tuple[float, float]] = {
@@ -195,10 +286,11 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _merge(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``base`` with ``values`` over it, key by key in nested mappings."""
+    """Return ``base`` with ``values`` over it, key by key in nested mappings; one that states its kind replaces all."""
     merged = dict(base)
     for key, value in values.items():
-        both = isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
+        # Another encoder has another name and another hash.
+        both = isinstance(value, Mapping) and isinstance(base.get(key), Mapping) and "kind" not in value
         merged[key] = _merge(base[key], value) if both else value
     return merged
 
@@ -240,8 +332,9 @@ def _names(allowed: Mapping[str, Any]) -> str:
 
 def _value(kind: Any, value: Any, *, where: str, key: str) -> Any:
     """Return a value of a key, converted to its declared type and checked against its range."""
-    if dataclasses.is_dataclass(kind):
-        return _build(kind, value, where=where, prefix=f"{key}.")
+    nested = next((option for option in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(option)), None)
+    if nested is not None and not (value is None and types.NoneType in typing.get_args(kind)):
+        return _build(nested, value, where=where, prefix=f"{key}.")
     converted = _convert(kind, value)
     if converted is _REFUSED:
         raise ProfileError(f"{where}: key {key!r}: expected {_describe(kind)}, got {value!r}")

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -19,6 +20,10 @@ INFRASTRUCTURE = frozenset(
     {
         "__init__",
         "checks",
+        "downloads",
+        "estimate",
+        "exhibits",
+        "figures",
         "files",
         "index",
         "paper",
@@ -29,9 +34,13 @@ INFRASTRUCTURE = frozenset(
         "store",
         "tables",
         "theme",
+        "world",
     }  # fmt: skip
 )
-"""Modules that read settings, or place, store or draw results, but do not determine them; all others are science modules."""
+"""Modules that read settings, or place, store or draw results, but do not determine them; all others are science modules.
+
+A package counts as one module. ``world`` makes weights, and weights are hashed themselves.
+"""
 
 PACKAGES = ("nemolib", "torch", "diffusers", "transformers", "torchmetrics", "numpy", "pandas", "matplotlib")
 """Packages whose versions a sidecar lists."""
@@ -120,8 +129,8 @@ def science_hash(*modules: str) -> str:
     """Return a hash of the code that determines results; comments, docstrings and blank lines do not count.
 
     Args:
-        modules: names of nemolib modules (``"localization"``): these and every science module that they import,
-            directly or not. Without any: all science modules, that is, all but `INFRASTRUCTURE`.
+        modules: names of nemolib modules or packages (``"localization"``): these and every science module that they
+            import, directly or not. Without any: all science modules, that is, all but `INFRASTRUCTURE`.
 
     Returns:
         SHA-256 as 64 hexadecimal digits.
@@ -129,15 +138,25 @@ def science_hash(*modules: str) -> str:
     Raises:
         FileNotFoundError: nemolib has no such module.
     """
-    names = _closure(modules) if modules else {path.stem for path in paths.PACKAGE.glob("*.py")} - INFRASTRUCTURE
-    return content_hash({name: _bare_source(_source(name)) for name in sorted(names)})
+    names = _closure(modules) if modules else _modules() - INFRASTRUCTURE
+    return content_hash(
+        {name: {path.name: _bare_source(source) for path, source in _sources(name).items()} for name in sorted(names)}
+    )
 
 
-def _source(name: str) -> str:
-    path = paths.PACKAGE / f"{name}.py"
-    if not path.is_file():
-        raise FileNotFoundError(f"nemolib has no module {name!r} ({path})")
-    return path.read_text(encoding="utf-8")
+def _modules() -> set[str]:
+    """Return the names of nemolib's modules and packages."""
+    packages = {path.parent.name for path in paths.PACKAGE.glob("*/__init__.py")}
+    return {path.stem for path in paths.PACKAGE.glob("*.py")} | packages
+
+
+def _sources(name: str) -> dict[Path, str]:
+    """Return the source of a module, or those of all modules of a package."""
+    package = paths.PACKAGE / name
+    files = sorted(package.glob("*.py")) if (package / "__init__.py").is_file() else [paths.PACKAGE / f"{name}.py"]
+    if not files[0].is_file():
+        raise FileNotFoundError(f"nemolib has no module {name!r} ({files[0]})")
+    return {path: path.read_text(encoding="utf-8") for path in files}
 
 
 def _closure(modules: Iterable[str]) -> set[str]:
@@ -148,12 +167,19 @@ def _closure(modules: Iterable[str]) -> set[str]:
         name = waiting.pop()
         if name not in found:
             found.add(name)
-            waiting.extend(_imports(_source(name)) - INFRASTRUCTURE)
+            waiting.extend(set().union(*map(_imports, _sources(name).values())) - INFRASTRUCTURE)
     return found
 
 
 def _imports(source: str) -> set[str]:
     """Return the names of the modules of nemolib that a source imports, at any place."""
+    return _imported_names(source) & _modules()
+
+
+# Sources are parsed once in a process: the hash of a module is asked for with every image and every prompt.
+@functools.cache
+def _imported_names(source: str) -> frozenset[str]:
+    """Return what a source imports from nemolib, modules or not."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module == "nemolib":
@@ -162,9 +188,10 @@ def _imports(source: str) -> set[str]:
             names.add(node.module.split(".")[1])
         elif isinstance(node, ast.Import):
             names.update(alias.name.split(".")[1] for alias in node.names if alias.name.startswith("nemolib."))
-    return {name for name in names if (paths.PACKAGE / f"{name}.py").is_file()}
+    return frozenset(names)
 
 
+@functools.cache
 def _bare_source(source: str) -> str:
     """Return a source without comments, docstrings and blank lines."""
     lines: list[str] = source.splitlines()

@@ -36,6 +36,21 @@ Tables of notebook 03:
 
 Grids of notebook 03:
     figure_3: rows are prompts, columns the seeds with all neurons active, then the same seeds with deactivated neurons.
+
+Tables of notebook 04:
+    mitigations: setting, repeat, kind, prompt, neurons, sscd_orig, sscd_orig_max, sscd_gen, d_sscd, a_clip.
+    table_1: setting, kind, prompts, memorized; then for neurons and each metric its median, and with the suffixes mad,
+        low, high, paper, paper_mad what belongs to it.
+    table_1_claims: claim, rule, paper, ours, verdict.
+    single_neurons: layer (from 1), neuron, prompt, copy_before, copy_single, copy_all.
+    unmemorized_images: prompt, sscd_gen, a_clip_before, d_sscd_before, a_clip_after, d_sscd_after.
+    unmemorized_quality: images, number, encoder, fid, kid, kid_sd, neurons.
+
+Grids of notebook 04:
+    mitigations: rows are prompts, columns planted, then one image of each setting.
+    figure_9: rows are prompts, columns planted, then the seeds with deactivated neurons.
+    figure_10, figure_11, figure_12: as figure_3, with one neuron deactivated that the prompts share.
+    unmemorized_grid: as figure_3, with the neurons of all memorized prompts deactivated.
 """
 
 from __future__ import annotations
@@ -51,6 +66,7 @@ import pandas as pd
 
 from nemolib import paths, store
 from nemolib.files import write_atomic
+from nemolib.metrics import median_mad
 from nemolib.provenance import write_sidecar
 
 
@@ -166,23 +182,6 @@ def read_grid(name: str, *, profile: str) -> Grid:
             return Grid(file.get_tensor("images"), tuple(labels["rows"]), tuple(labels["columns"]))
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"{path} holds no image grid; delete it and make it again") from error
-
-
-def median_mad(values: Sequence[float] | np.ndarray | pd.Series) -> tuple[float, float]:
-    """Return the median and the median absolute deviation of values; missing values are left out.
-
-    Source: Sec. 4 (all metrics of the paper are given so).
-    Deviates: with an even number of values the authors' code takes the lower of the two in the middle.
-
-    Raises:
-        ValueError: There is no value.
-    """
-    values = np.asarray(values, dtype=np.float64)
-    values = values[~np.isnan(values)]
-    if not len(values):
-        raise ValueError("a median needs at least one value")
-    median = float(np.median(values))
-    return median, float(np.median(np.abs(values - median)))
 
 
 def format_median_mad(values: Sequence[float] | np.ndarray | pd.Series, *, digits: int = 2) -> str:

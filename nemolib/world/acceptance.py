@@ -5,7 +5,7 @@ World settings may be chosen on the planted prompts of group ``choose``; everyth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 
-from nemolib import paths
+from nemolib import metrics
 from nemolib.detection import auroc
-from nemolib.encoders import CopyDescriptor, to_pixels
+from nemolib.encoders import ImageEncoder, copy_encoder, describe_samples, to_pixels
+from nemolib.experiments import planted_images
 from nemolib.generation import generate
 from nemolib.holdout import (
     ActivationStatistics,
@@ -30,7 +30,7 @@ from nemolib.localization import localize_many
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed, load_pipeline
 from nemolib.profiles import Profile, load_profile
-from nemolib.prompts import image_paths, select
+from nemolib.prompts import select
 from nemolib.value_layers import value_activations, value_layers
 from nemolib.world.descriptor import augment
 from nemolib.world.unet import value_density
@@ -143,9 +143,9 @@ def measure(
         for layer, values in enumerate(largest.T, start=1):
             add(kind, f"largest_z_{layer}", values)
         add(kind, "density", _density(pipe, prompts[kind]))
-    describe = CopyDescriptor.load(paths.resolve(profile.descriptor))
+    encoder = copy_encoder(profile)
     few = generate(pipe, prompts["unmemorized"][:unmemorized], progress=progress)
-    add("unmemorized", "seed_similarity", _seed_similarity(describe, few))
+    add("unmemorized", "seed_similarity", _seed_similarity(encoder, few))
     for kind in searched:
         found = localize_many(pipe, prompts[kind], statistics, threshold=threshold, progress=progress)
         add(kind, "initial_count", found["initial_count"])
@@ -153,14 +153,14 @@ def measure(
         add(kind, "neuron_mad", (found["neuron_count"] - count).abs())
         add(kind, "reached_share", found["reached"], over=np.mean)
         add(kind, "refined_score", found["refined_score"].dropna())
-        planted = describe.describe(_planted(tables[kind], profile))
+        planted = encoder.describe(planted_images(profile, tables[kind]))
         sets = [NeuronSet.from_json(text) for text in found["neurons"]]
         active = generate(pipe, prompts[kind], progress=progress)
         off = generate(pipe, prompts[kind], neurons=sets, progress=progress)
-        add(kind, "seed_similarity", _seed_similarity(describe, active))
-        add(kind, "seed_similarity_deactivated", _seed_similarity(describe, off))
-        before = add(kind, "copy_similarity", _copy_similarity(describe, active, planted))
-        after = add(kind, "copy_similarity_deactivated", _copy_similarity(describe, off, planted))
+        add(kind, "seed_similarity", _seed_similarity(encoder, active))
+        add(kind, "seed_similarity_deactivated", _seed_similarity(encoder, off))
+        before = add(kind, "copy_similarity", _copy_similarity(encoder, active, planted))
+        after = add(kind, "copy_similarity_deactivated", _copy_similarity(encoder, off, planted))
         add(kind, "copy_similarity_ratio", after / before)
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -168,12 +168,14 @@ def measure(
 def measure_descriptor(profile: Profile | str = "tiny", *, seed: int = 0, views: int = 8) -> pd.DataFrame:
     """Return how the copy descriptor separates: copy similarity of planted images to their own augmentations and to others.
 
+    Augmented images are pixels, so the network itself is called; the profile's encoder has to be the world's own.
+
     Returns:
         Columns relation (own, other), quantile (0.05, 0.5, 0.95), similarity.
     """
     profile = replace(load_profile(profile), groups=None)
-    describe = CopyDescriptor.load(paths.resolve(profile.descriptor))
-    images = np.concatenate([_planted(select(profile, kind), profile) for kind in ("vm", "tm", "ladder")])
+    describe = copy_encoder(profile)
+    images = np.concatenate([planted_images(profile, select(profile, kind)) for kind in ("vm", "tm", "ladder")])
     pixels = to_pixels(images)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -206,24 +208,11 @@ def _density(pipe: StableDiffusionPipeline, prompts: list[str]) -> float:
     return float(value_density(projections, embed(pipe, prompts)))
 
 
-def load_images(files: Iterable[Path]) -> np.ndarray:
-    """Return image files of one size as uint8 [image, height, width, 3]."""
-    return np.stack([np.asarray(Image.open(path).convert("RGB")) for path in files])
-
-
-def _planted(table: pd.DataFrame, profile: Profile) -> np.ndarray:
-    return load_images(image_paths(table, profile))
-
-
-def _copy_similarity(describe: CopyDescriptor, images: np.ndarray, planted: torch.Tensor) -> np.ndarray:
+def _copy_similarity(encoder: ImageEncoder, images: np.ndarray, planted: torch.Tensor) -> np.ndarray:
     """Return the median over seeds of the copy similarity to the planted image, [prompt]."""
-    features = describe.describe(images.reshape(-1, *images.shape[2:])).unflatten(0, images.shape[:2])
-    return np.median(torch.einsum("psf,pf->ps", features, planted).numpy(), axis=1)
+    return metrics.over_seeds(metrics.sscd_orig(describe_samples(encoder, images), planted))
 
 
-def _seed_similarity(describe: CopyDescriptor, images: np.ndarray) -> np.ndarray:
+def _seed_similarity(encoder: ImageEncoder, images: np.ndarray) -> np.ndarray:
     """Return the median over pairs of seeds of the copy similarity between them, [prompt]."""
-    features = describe.describe(images.reshape(-1, *images.shape[2:])).unflatten(0, images.shape[:2])
-    matrix = torch.einsum("psf,pqf->psq", features, features).numpy()
-    first, second = np.triu_indices(images.shape[1], k=1)
-    return np.median(matrix[:, first, second], axis=1)
+    return metrics.over_seeds(metrics.d_sscd(describe_samples(encoder, images)))

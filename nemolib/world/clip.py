@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from nemolib.encoders import to_pixels
 from nemolib.world.dataset import Dataset
@@ -85,6 +85,12 @@ def build_clip(settings: WorldSettings, tokenizer: CLIPTokenizer) -> CLIPModel:
     config = CLIPConfig(text_config=common | text, vision_config=common | vision, projection_dim=chosen.projection)
     torch.manual_seed(chosen.seed)
     return CLIPModel(config)
+
+
+def preprocessing() -> CLIPImageProcessorPil:
+    """Return what is done to images before the model: pixels in [-1, 1], no resizing, as `to_pixels` does in training."""
+    half = [0.5, 0.5, 0.5]
+    return CLIPImageProcessorPil(do_resize=False, do_center_crop=False, image_mean=half, image_std=half)
 
 
 def train_clip(settings: WorldSettings, data: Dataset, folder: Path) -> tuple[CLIPModel, CLIPTokenizer]:

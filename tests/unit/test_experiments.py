@@ -14,7 +14,7 @@ from nemolib.holdout import activation_statistics, holdout_scores, memorization_
 from nemolib.hooks import deactivate
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed, load_pipeline
-from nemolib.profiles import profile_from_mapping
+from nemolib.profiles import Encoders, profile_from_mapping
 from nemolib.protocols import RELEASED
 from nemolib.value_layers import value_activations, value_layers
 
@@ -62,7 +62,7 @@ def profile(tmp_path_factory, random_model_folder):
             "detection": {"samples": 3, "guidance": 7.0},
             "similarity": {"kernel_size": 3, "sigma": 0.5},
             "generation": {"samples": 2, "steps": 2, "batch_size": 4},
-            "descriptor": str(folder / "descriptor"),
+            "encoders": {"copy": {"kind": "descriptor", "path": str(folder / "descriptor")}},
         }
     )
 
@@ -252,7 +252,7 @@ def test_planted_images(profile):
 
 def test_copies(pipe, profile):
     table = experiments.copies(pipe, profile, experiments.prompt_table(profile, ["vm", "unmemorized"]), progress=False)
-    descriptor = CopyDescriptor.load(profile.descriptor)
+    descriptor = CopyDescriptor.load(profile.encoders.copy.path)
     made = descriptor.describe(generate(pipe, CAPTIONS["vm"][:1], progress=False)[0])
     planted = descriptor.describe(experiments.planted_images(profile, table.iloc[:1]))
     to_planted = (made @ planted[0]).numpy()
@@ -262,8 +262,8 @@ def test_copies(pipe, profile):
     unmemorized = table[table["kind"] == "unmemorized"]
     assert unmemorized[["copy_similarity", "copy_max"]].isna().all().all()
     assert unmemorized["seed_similarity"].notna().all()
-    with pytest.raises(ValueError, match="has descriptor None"):
-        experiments.copies(pipe, dataclasses.replace(profile, descriptor=None), table)
+    with pytest.raises(ValueError, match="has encoders.copy = None"):
+        experiments.copies(pipe, dataclasses.replace(profile, encoders=Encoders()), table)
 
 
 def test_sample_grid(pipe, profile):

@@ -60,6 +60,29 @@ def test_a_yaml_file_anywhere_can_extend_a_known_profile(tmp_path):
     assert mine.search == tiny.search
 
 
+def test_encoders_are_data():
+    encoders = {
+        "copy": {"kind": "sscd", "path": "models/sscd.pt", "sha256": "0a" * 32},
+        "alignment": {"kind": "clip", "path": "openai/clip-vit-base-patch32", "revision": "main"},
+        "quality": {"kind": "inception", "path": "models/inception.pt"},
+        "clip_quality": None,
+    }
+    profile = profile_from_mapping(LEAST | {"encoders": encoders})
+    assert profile.encoders.copy == profiles.EncoderSettings(**encoders["copy"])
+    assert profile.encoders.clip_quality is None
+    assert profile_from_mapping(profile_to_mapping(profile)) == profile
+    assert load_profile("tiny").encoders.quality.name == "tiny CLIP image tower"
+
+
+def test_another_encoder_inherits_nothing(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: tiny\nencoders: {copy: {kind: sscd, path: sscd.pt}, alignment: {name: mine}}\n")
+    mine, tiny = load_profile(path).encoders, load_profile("tiny").encoders
+    assert mine.copy == profiles.EncoderSettings("sscd", "sscd.pt")
+    assert mine.alignment == dataclasses.replace(tiny.alignment, name="mine")
+    assert mine.quality == tiny.quality
+
+
 def test_what_is_not_given_has_the_defaults_of_the_dataclass():
     profile = profile_from_mapping(LEAST)
     assert profile == Profile(name="x", model="some/model", prompts=profiles.PromptTables(**PROMPTS))
@@ -91,6 +114,19 @@ def test_what_is_not_given_has_the_defaults_of_the_dataclass():
         ({"thresholds": {"value": float("nan")}}, ["thresholds.value", "nan", "-1 to 1"]),
         ({"prompts": {"memorized": "m.csv"}}, ["prompts.", "missing", "holdout"]),
         ({"model": None}, ["model", "None", "text"]),
+        (
+            {"encoders": {"copy": {"kind": "dino", "path": "x"}}},
+            ["encoders.copy.kind", "'dino'", "one of descriptor, sscd"],
+        ),
+        (
+            {"encoders": {"copy": {"kind": "clip", "path": "x"}}},
+            ["encoders", "copy has kind 'clip'", "descriptor, sscd"],
+        ),
+        ({"encoders": {"copy": {"kind": "sscd"}}}, ["encoders.copy.path", "missing"]),
+        ({"encoders": {"copy": "sscd"}}, ["encoders.copy", "'sscd'", "kind"]),
+        ({"encoders": {"sscd": None}}, ["unknown key encoders.sscd", "alignment, clip_quality, copy, quality"]),
+        ({"encoders": {"copy": {"kind": "sscd", "path": "x", "sha256": "abc"}}}, ["sha256", "'abc'", "64 hexadecimal"]),
+        ({"encoders": {"copy": {"kind": "sscd", "path": "x", "revision": "a"}}}, ["revision", "'sscd'", "only clip"]),
     ],
 )
 def test_a_bad_value_is_named_with_its_key_and_what_is_allowed(change, words):

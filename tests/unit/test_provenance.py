@@ -134,6 +134,19 @@ def test_imported_modules_count_but_infrastructure_does_not(package):
         science_hash("nothing")
 
 
+def test_a_package_counts_as_one_module(package):
+    (package / "parts").mkdir()
+    (package / "parts" / "__init__.py").write_text("from nemolib.parts.first import x\n")
+    (package / "parts" / "first.py").write_text("from nemolib.science import root\nx = 1\n")
+    (package / "user.py").write_text("from nemolib.parts.first import x\n")
+    before = science_hash("user"), science_hash("parts"), science_hash()
+    (package / "parts" / "first.py").write_text("from nemolib.science import root\nx = 2\n")
+    changed = science_hash("user"), science_hash("parts"), science_hash()
+    assert not set(before) & set(changed)
+    (package / "science.py").write_text("def root(x):\n    return x\n")
+    assert science_hash("user") != changed[0]
+
+
 def test_infrastructure_names_modules_and_science_is_hashed():
     assert {"paths", "store", "runner"} <= provenance.INFRASTRUCTURE
     assert len(science_hash()) == 64

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
@@ -125,3 +126,24 @@ def test_shapes_that_do_not_fit():
         pairwise(maps(1), settings=SMALL)
     with pytest.raises(ValueError, match="at least two seeds"):
         max_pairwise(torch.ones(1, 1))
+
+
+@pytest.mark.parametrize("sigma", [0.9, 1.5])
+def test_ssim_agrees_with_scikit_image(sigma):
+    """Same Gaussian window (cut at 3.5 sigma) and constants; scikit-image leaves out the border, ours mirrors it.
+
+    So its input is mirrored beforehand. Ours is float32: a variance is the difference of two numbers up to 1, known to
+    1e-7, and stands beside a constant of 9e-4, hence the tolerance.
+    """
+    from skimage.metrics import structural_similarity
+
+    reach = int(3.5 * sigma + 0.5)
+    first, second = maps(4, size=24), maps(4, size=24, noise=1.0)
+    mirrored = [
+        np.pad(item.double().numpy(), [(0, 0), (0, 0), (reach, reach), (reach, reach)], mode="reflect")
+        for item in (first, second)
+    ]
+    options = {"data_range": 1.0, "channel_axis": 0, "gaussian_weights": True, "use_sample_covariance": False}
+    expected = [structural_similarity(*pair, sigma=sigma, **options) for pair in zip(*mirrored, strict=True)]
+    found = ssim(first, second, settings=SimilaritySettings(kernel_size=3, sigma=sigma))
+    assert found.tolist() == pytest.approx(expected, abs=2e-6)

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from nemolib import paths
-from nemolib.encoders import ClipEncoder
+from nemolib.encoders import alignment_encoder
+from nemolib.experiments import planted_images
 from nemolib.prompts import load_prompts
 from nemolib.world import acceptance
 from nemolib.world.build import shipped_bytes
@@ -93,10 +94,9 @@ def test_the_copy_descriptor_separates_copies_from_other_images():
 
 
 def test_the_alignment_encoder_finds_the_caption_of_a_planted_image(tables):
-    encoder = ClipEncoder.load(WORLD / "clip")
+    encoder = alignment_encoder("tiny")
     planted = tables["memorized"].query("kind == 'vm'")
-    similar = encoder.describe_images(acceptance.load_images(WORLD / name for name in planted["image"])) @ (
-        encoder.describe_texts(planted["caption"].to_list()).T
-    )
+    texts = encoder.texts.describe(planted["caption"].to_list())
+    similar = encoder.images.describe(planted_images("tiny", planted)) @ texts.T
     best = (similar.argmax(dim=1).numpy() == range(len(planted))).mean()
     assert best >= 0.8

@@ -16,17 +16,23 @@ from typing import Any
 
 _PUBLIC = {
     "ActivationStatistics": "holdout",
+    "AttentionScaling": "mitigation",
+    "DeactivatedNeurons": "mitigation",
     "DetectionSettings": "settings",
+    "EmbeddingAdjustment": "mitigation",
     "Evaluations": "evaluations",
     "FirstStep": "first_step",
     "GenerationSettings": "settings",
     "Localization": "localization",
+    "Mitigation": "mitigation",
+    "MitigationSettings": "settings",
     "NeuronSet": "neurons",
     "PAPER": "protocols",
     "PROTOCOLS": "protocols",
     "Profile": "profiles",
     "Protocol": "protocols",
     "RELEASED": "protocols",
+    "RandomTokens": "mitigation",
     "SearchSettings": "settings",
     "SimilaritySettings": "settings",
     "Store": "store",
@@ -45,7 +51,9 @@ _PUBLIC = {
     "memorization_score": "similarity",
     "memorization_threshold": "holdout",
     "noise_differences": "first_step",
+    "random_neurons": "mitigation",
     "scale_neurons": "hooks",
+    "wen_target": "mitigation",
 }
 
 __all__ = sorted(_PUBLIC)

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 
 from nemolib.pipeline import profile_of
 from nemolib.protocols import Protocol, load_protocol
-from nemolib.settings import DetectionSettings, GenerationSettings, SearchSettings, SimilaritySettings
+from nemolib.settings import (
+    DetectionSettings,
+    GenerationSettings,
+    MitigationSettings,
+    SearchSettings,
+    SimilaritySettings,
+)
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -23,6 +29,7 @@ class Defaults:
     similarity: SimilaritySettings = SimilaritySettings()
     search: SearchSettings = SearchSettings()
     generation: GenerationSettings = GenerationSettings()
+    mitigation: MitigationSettings = MitigationSettings()
 
 
 def default_settings(pipe: StableDiffusionPipeline) -> Profile | Defaults:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from nemolib.batching import fitting_size, shrinking
 from nemolib.defaults import default_protocol, default_settings
 from nemolib.evaluations import Evaluations
 from nemolib.first_step import FirstStep, first_step, normalize
@@ -177,17 +179,26 @@ def guidance_norms(
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     scheduler.set_timesteps(settings.steps)
     latents = first_step(pipe, settings=replace(settings, guidance=0.0), protocol="paper").latents
-    count, dtype = len(latents), next(pipe.unet.parameters()).dtype
-    embeddings = embed(pipe, ["", prompt]).repeat_interleave(count, dim=0).to(dtype)
+    count, size = len(latents), fitting_size(pipe.unet, len(latents), passes=2)
+    embeddings = embed(pipe, ["", prompt])
     norms = []
     for timestep in scheduler.timesteps[:steps]:
-        noise = pipe.unet(torch.cat([latents, latents]).to(dtype), timestep, embeddings, return_dict=False)[0].float()
-        empty, text = noise.chunk(2)
+        predict = partial(_predict_both, pipe.unet, timestep, embeddings)
+        parts = [part for _, part in shrinking(predict, latents, size=size, owner=pipe.unet, use="guidance norms")]
+        empty, text = torch.cat(parts, dim=1)
         norms.append((text - empty).flatten(1).double().norm(dim=1).cpu().numpy())
         latents = scheduler.step(empty + guidance * (text - empty), timestep, latents).prev_sample
         if evaluations is not None:
             evaluations.add(2 * count)
     return np.stack(norms)
+
+
+def _predict_both(unet: nn.Module, timestep: int, embeddings: Tensor, latents: Tensor) -> Tensor:
+    """Return the noise predicted without and with the prompt, [2, seed, channel, height, width], float32."""
+    dtype = next(unet.parameters()).dtype
+    texts = embeddings.repeat_interleave(len(latents), dim=0).to(dtype)
+    noise = unet(torch.cat([latents, latents]).to(dtype), timestep, texts, return_dict=False)[0].float()
+    return noise.unflatten(0, (2, -1))
 
 
 Metric = Callable[[np.ndarray, np.ndarray], float]

@@ -7,6 +7,7 @@ differences eps - x_T of different seeds resemble each other.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nemolib import seeding
+from nemolib.batching import fitting_size, shrinking
 from nemolib.defaults import default_protocol, default_settings
 from nemolib.evaluations import Evaluations
 from nemolib.hooks import scale_neurons
@@ -136,16 +138,21 @@ class FirstStep:
         latents = self._latents(seeds)
         if embedding.ndim != 3 or embedding.shape[0] != 1:
             raise ValueError(f"embedding of shape {tuple(embedding.shape)}; expected that of one prompt, [1, ...]")
-        count = 1 if sets is None else len(sets)
-        batch = latents.repeat(count, 1, 1, 1)
-        if sets is None:
-            noise = self._noise(batch, embedding)
-        else:
-            with scale_neurons(self.unet, [item for item in sets for _ in range(len(latents))]):
-                noise = self._noise(batch, embedding)
+        if sets is not None and not sets:
+            raise ValueError("no neuron set was given; give at least one")
+        jobs = [(item, row) for item in (sets or [None]) for row in range(len(latents))]
+
+        def differences(batch: Sequence[tuple[NeuronSet | None, int]]) -> Tensor:
+            chosen = latents[[row for _, row in batch]]
+            scaled = nullcontext() if sets is None else scale_neurons(self.unet, [item for item, _ in batch])
+            with scaled:
+                return self._noise(chosen, embedding) - chosen
+
+        size = fitting_size(self.unet, len(jobs), passes=self.cost)
+        parts = [part for _, part in shrinking(differences, jobs, size=size, owner=self.unet, use="detection")]
         if evaluations is not None:
-            evaluations.add(self.cost * len(batch))
-        return (noise - batch).unflatten(0, (count, len(latents)))
+            evaluations.add(self.cost * len(jobs))
+        return torch.cat(parts).unflatten(0, (-1, len(latents)))
 
     def _latents(self, seeds: Sequence[int] | None) -> Tensor:
         if seeds is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -57,3 +58,19 @@ def sample_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator
         Fresh generators, in the order of ``indices``.
     """
     return [torch.Generator().manual_seed(sample_seed(seed, index)) for index in indices]
+
+
+def stream(seed: int, *keys: int | str) -> np.random.Generator:
+    """Return random numbers of their own for each sequence of keys, such as a prompt or a layer.
+
+    Args:
+        seed: Base seed.
+        keys: What the numbers belong to; ``1`` and ``"1"`` differ.
+
+    Raises:
+        ValueError: The seed is negative.
+    """
+    if seed < 0:
+        raise ValueError(f"seed {seed} must not be negative")
+    digest = hashlib.sha256(repr((seed, *keys)).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest, "little"))

@@ -7,8 +7,11 @@ made, so that a wrong value fails before any computation, with the name of the s
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
+from typing import Literal, get_args
+
+SearchMethod = Literal["fast", "sequential"]
 
 
 def _require(condition: bool, owner: object, key: str, value: object, allowed: str) -> None:
@@ -81,7 +84,7 @@ class SimilaritySettings:
 
 @dataclass(frozen=True, slots=True)
 class SearchSettings:
-    """Course of the initial neuron selection (Alg. 3 of the paper).
+    """Course of the neuron search: the initial selection (Alg. 3 of the paper) and the method.
 
     Attributes:
         theta_start: First threshold on a neuron's z-score.
@@ -90,6 +93,8 @@ class SearchSettings:
         k_start: Neurons per layer taken for their activation alone, at the first step.
         k_step: How much this number grows in each step.
         k_max: Largest such number; beyond it the search ends.
+        method: Course of the whole search (Alg. 3 and 4). ``sequential``: all kept seeds, one candidate at a time, as in
+            the authors' code. ``fast``: the seeds first that are likely to decide, candidates in groups.
     """
 
     theta_start: float = 5.0
@@ -98,9 +103,11 @@ class SearchSettings:
     k_start: int = 0
     k_step: int = 1
     k_max: int = 1280
+    method: SearchMethod = "fast"
 
     def __post_init__(self) -> None:
         """Reject values that no run can use."""
+        _require(self.method in get_args(SearchMethod), self, "method", self.method, "'fast' or 'sequential'")
         _real(self, "theta_min", minimum=0.0)
         _real(self, "theta_start", minimum=0.0)
         _require(
@@ -112,6 +119,15 @@ class SearchSettings:
         _integer(self, "k_step", 0)
         _integer(self, "k_max", 0)
         _require(self.k_max >= self.k_start, self, "k_max", self.k_max, f"at least k_start ({self.k_start})")
+
+
+def search_settings(search: SearchSettings | str | None, default: SearchSettings) -> SearchSettings:
+    """Return search settings: as given; or the default with the method that is named; or the default.
+
+    Raises:
+        ValueError: The name is not that of a method.
+    """
+    return replace(default, method=search) if isinstance(search, str) else search or default
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,3 +155,123 @@ class GenerationSettings:
         _integer(self, "steps", 1)
         _real(self, "guidance", minimum=0.0)
         _integer(self, "batch_size", 1)
+
+
+Mask = Literal["padding", "summary", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class WenSettings:
+    """Prompt embedding adjustment (Wen et al., ICLR 2024).
+
+    Attributes:
+        target: The adjustment ends when the mean norm of the difference that the text makes to the noise prediction is
+            not above this. None: set by a rule (`nemolib.mitigation.wen_target`). The authors' code takes one norm over
+            the latents of all four images of a prompt and stops at 3: that is 3 / sqrt(4) = 1.5 for one.
+        multiplier: The rule: how many standard deviations above the mean of unmemorized prompts the target lies.
+        learning_rate: Step size of AdamW.
+        iterations: Largest number of steps.
+        steps: Denoising steps of the schedule.
+        step: Position in the schedule of the denoising step that is looked at; 0 is the first.
+        latents: Initial latents over which the norm is averaged.
+        seed: Seed of these latents, another than that of the generated images.
+    """
+
+    target: float | None = 1.5
+    multiplier: float = 1.0
+    learning_rate: float = 0.05
+    iterations: int = 10
+    steps: int = 50
+    step: int = 0
+    latents: int = 4
+    seed: int = 4
+
+    def __post_init__(self) -> None:
+        """Reject values that no run can use."""
+        if self.target is not None:
+            _real(self, "target", minimum=0.0)
+        _real(self, "multiplier", minimum=-10.0)
+        _real(self, "learning_rate", minimum=0.0, open_end=True)
+        _integer(self, "iterations", 1)
+        _integer(self, "steps", 1)
+        _integer(self, "step", 0)
+        _require(self.step < self.steps, self, "step", self.step, f"below steps ({self.steps})")
+        _integer(self, "latents", 1)
+        _integer(self, "seed", 0)
+
+
+@dataclass(frozen=True, slots=True)
+class RenSettings:
+    """Attention scaling (Ren et al., ECCV 2024).
+
+    Attributes:
+        c1: What the attention logit of the begin token is multiplied by.
+        mask: Tokens that get no attention: ``padding`` (all after the end token), ``summary`` (these and the end
+            token, whose embeddings sum up the prompt), ``none``.
+    """
+
+    c1: float = 1.25
+    mask: Mask = "padding"
+
+    def __post_init__(self) -> None:
+        """Reject values that no run can use."""
+        _real(self, "c1", minimum=0.0)
+        _require(self.mask in ("padding", "summary", "none"), self, "mask", self.mask, "'padding', 'summary' or 'none'")
+
+
+@dataclass(frozen=True, slots=True)
+class SomepalliSettings:
+    """Random tokens in the prompt (Somepalli et al., NeurIPS 2023).
+
+    Attributes:
+        numbers: How many tokens are inserted: one row of Table 1 for each.
+        seed: Seed of tokens and places; each prompt has its own.
+    """
+
+    numbers: tuple[int, ...] = (1, 4, 10)
+    seed: int = 5
+
+    def __post_init__(self) -> None:
+        """Reject values that no run can use; lists (from YAML) become tuples."""
+        is_sequence = isinstance(self.numbers, (list, tuple)) and len(self.numbers) > 0
+        valid = is_sequence and all(
+            isinstance(n, Integral) and not isinstance(n, bool) and n >= 1 for n in self.numbers
+        )
+        _require(valid, self, "numbers", self.numbers, "a non-empty list of integers of at least 1")
+        object.__setattr__(self, "numbers", tuple(int(number) for number in self.numbers))
+        _integer(self, "seed", 0)
+
+
+@dataclass(frozen=True, slots=True)
+class RandomNeuronSettings:
+    """Random neurons in place of the found ones (Sec. 4 of the paper).
+
+    Attributes:
+        seed: Seed; each repeat, layer and neuron set has its own random numbers.
+        repeats: How often they are drawn.
+    """
+
+    seed: int = 3
+    repeats: int = 5
+
+    def __post_init__(self) -> None:
+        """Reject values that no run can use."""
+        _integer(self, "seed", 0)
+        _integer(self, "repeats", 1)
+
+
+@dataclass(frozen=True, slots=True)
+class MitigationSettings:
+    """The rows of Table 1 that deactivated memorization neurons are compared with.
+
+    Attributes:
+        wen: Prompt embedding adjustment.
+        ren: Attention scaling.
+        somepalli: Random tokens.
+        random: Random neurons.
+    """
+
+    wen: WenSettings = WenSettings()
+    ren: RenSettings = RenSettings()
+    somepalli: SomepalliSettings = SomepalliSettings()
+    random: RandomNeuronSettings = RandomNeuronSettings()

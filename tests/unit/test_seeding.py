@@ -35,3 +35,14 @@ def test_sample_seeds_differ_and_stay():
     assert seeding.sample_seed(2, 0) == 5064105440874769477
     with pytest.raises(ValueError, match="must not be negative"):
         seeding.sample_seed(2, -1)
+
+
+def test_streams_depend_on_every_key_and_nothing_else():
+    draws = [
+        seeding.stream(seed, *keys).integers(2**32)
+        for seed, *keys in ((0,), (1,), (0, 1), (0, "1"), (0, 1, "a"), (0, "a", 1), (0, "a1"), (0, "\ud800"))
+    ]
+    assert len(set(draws)) == len(draws)
+    assert seeding.stream(0, "a", 1).integers(2**32) == draws[5]
+    with pytest.raises(ValueError, match="seed -1"):
+        seeding.stream(-1, "a")

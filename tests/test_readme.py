@@ -25,11 +25,13 @@ def test_the_five_lines_run(random_model_folder, monkeypatch):
     search = dataclasses.replace(tiny.search, theta_min=4.0)
     profile = dataclasses.replace(tiny, model=str(random_model_folder), detection=fewer, search=search)
     monkeypatch.setattr(nemolib.pipeline, "load_pipeline", lambda name: load(profile if name == "tiny" else name))
-    (example,) = blocks("python")
+    example, mitigated = blocks("python")
     scope = {"holdout_prompts": [f"prompt {number}" for number in range(8)], "prompt": "a fox", "tau": 0.5}
     exec(compile(example, "README.md", "exec"), scope)
     assert scope["image"].size == (64, 64)
     assert isinstance(scope["found"].neurons, nemolib.NeuronSet)
+    exec(compile(mitigated, "README.md", "exec"), scope)
+    assert [image.size for image in scope["images"]] == 4 * [(64, 64)]
 
 
 def test_the_profile_of_the_reader_loads(tmp_path):

@@ -7,7 +7,7 @@ has to change.
 
 from collections.abc import Sequence
 
-from nemolib.exhibits import detection, localization
+from nemolib.exhibits import detection, localization, mitigation
 from nemolib.exhibits.base import (
     NOTEBOOK,
     VERDICTS,
@@ -36,11 +36,16 @@ EXHIBITS: tuple[Exhibit, ...] = (
     localization.FIGURE_4B,
     detection.FIGURE_6,
     localization.FIGURE_7,
+    mitigation.FIGURE_9,
     localization.HIGHLY_MEMORIZED,
+    mitigation.FIGURE_10,
+    mitigation.FIGURE_11,
+    mitigation.FIGURE_12,
     localization.SHARED_NEURONS,
     localization.SEARCH,
     localization.NEURON_COUNTS,
     detection.FIGURE_13,
+    mitigation.TABLE_1,
     localization.TABLE_2,
     detection.THRESHOLDS,
     detection.DETECTION,
@@ -54,6 +59,12 @@ EXHIBITS: tuple[Exhibit, ...] = (
     localization.SCORES_BEFORE_AFTER,
     localization.NEURON_Z,
     localization.PLAIN_MODEL,
+    mitigation.TABLE_1_FIGURE,
+    mitigation.CLAIMS,
+    mitigation.MITIGATION_IMAGES,
+    mitigation.UNHARMED,
+    mitigation.UNMEMORIZED_IMAGES,
+    mitigation.QUALITY,
 )
 """All figures and tables, in the paper's order; ours that are not in the paper come last."""
 

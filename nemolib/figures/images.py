@@ -17,6 +17,9 @@ from nemolib.theme import LABEL_SIZE, TEXT_WIDTH, TICK_SIZE, neurips
 WITH, WITHOUT = "all neurons active", "neurons deactivated"
 """Names of the two halves of `figure_3`."""
 
+SINGLE = ("all neurons active", "this neuron deactivated")
+"""Their names where a single neuron is deactivated."""
+
 GAP = 0.35
 """Space between the two halves of `figure_3`, in widths of an image."""
 

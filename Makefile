@@ -23,7 +23,7 @@ export PROFILE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help env lab all notebooks figures test lint train student refresh lock clean
+.PHONY: help env lab all notebooks figures data estimate test lint train student refresh lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -60,6 +60,12 @@ built = $(filter $(foreach number,$(1),$(BUILD)/$(number)_%),$(BUILT))
 
 figures: $(call built,06) ## make the figures and tables of the paper into figures/PROFILE/
 	@echo "figures and tables: figures/$(PROFILE)/"
+
+data: $(ENV) ## fetch what a profile needs and the repository does not hold (PROFILE=sd14: gigabytes)
+	$(PY) -m nemolib.downloads --profile "$(PROFILE)"
+
+estimate: $(ENV) ## what a profile costs on this machine: UNet evaluations and hours of each stage
+	$(PY) -m nemolib.estimate --profile "$(PROFILE)"
 
 test: $(ENV) ## run all tests, the notebooks among them
 	$(PY) -m pytest tests notebooks --nbval-lax --nbval-current-env --nbval-sanitize-with tests/notebooks/sanitize.cfg

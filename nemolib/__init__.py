@@ -21,6 +21,7 @@ _PUBLIC = {
     "DetectionSettings": "settings",
     "EmbeddingAdjustment": "mitigation",
     "Evaluations": "evaluations",
+    "FailedPrompts": "workers",
     "FirstStep": "first_step",
     "GenerationSettings": "settings",
     "Localization": "localization",

@@ -1,13 +1,14 @@
 """What several notebooks need, computed once: each result is kept in ``build/<profile>/store`` by its content hash.
 
 A notebook that runs alone computes what it needs of earlier ones here, or finds it in the store. A result is used only
-for the same model, prompts, settings and code.
+for the same model, prompts, settings and code. What is missing is computed here, or on a cluster: `nemolib.workers`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from nemolib import metrics, paper, paths, prompts
-from nemolib.batching import batches, progress_bar
+from nemolib import metrics, paper, paths, prompts, provenance
+from nemolib.batching import batches, check_prompts
 from nemolib.detection import Detector, Observation, Switch, detection_table
 from nemolib.encoders import copy_encoder, describe_samples
 from nemolib.files import write_atomic
@@ -35,10 +36,11 @@ from nemolib.pipeline import embed
 from nemolib.profiles import Profile, load_profile
 from nemolib.protocols import PAPER, RELEASED, Protocol, load_protocol
 from nemolib.provenance import content_hash, science_hash
-from nemolib.settings import GenerationSettings
+from nemolib.settings import DetectionSettings, GenerationSettings, SimilaritySettings
 from nemolib.store import Store
 from nemolib.tables import Grid
-from nemolib.value_layers import value_activations, value_layers
+from nemolib.value_layers import value_activations, value_layers, widths
+from nemolib.workers import map_prompts
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -68,9 +70,7 @@ def model_hash(pipe: StableDiffusionPipeline) -> str:
         raise ValueError("results are kept while value layers have hooks; leave the context that deactivates neurons")
     if any(isinstance(processor, ScaledAttention) for processor in pipe.unet.attn_processors.values()):
         raise ValueError("results are kept while attention is scaled; leave the context that scales it")
-    parts = {name: dict(getattr(pipe, name).state_dict()) for name in ("unet", "text_encoder", "vae")}
-    scheduler = {name: repr(value) for name, value in pipe.scheduler.config.items() if name[0] != "_"}
-    return content_hash([parts, dict(pipe.tokenizer.get_vocab()), scheduler])
+    return provenance.model_hash(pipe)
 
 
 def prompt_table(profile: Profile | str, kinds: Sequence[str] = TESTED) -> pd.DataFrame:
@@ -404,14 +404,20 @@ def images(
     Raises:
         ValueError: There are no prompts, one is empty, a neuron set does not fit or is missing, the mitigation cannot
             handle the pipeline, or both neurons and a mitigation are given.
+        FailedPrompts: Prompts raised; the images of all others are kept.
     """
     if neurons is not None and mitigation is not None:
         raise ValueError(f"both neurons and a mitigation ({mitigation.name}) are given; give one of them")
-    profile, captions = load_profile(profile), list(captions)
+    profile, captions = load_profile(profile), check_prompts(captions)
     settings = settings or profile.generation
     sets = [neurons] * len(captions) if neurons is None or isinstance(neurons, NeuronSet) else list(neurons)
     if len(sets) != len(captions):
         raise ValueError(f"{len(sets)} neuron sets were given for {len(captions)} prompts; give one, or one per prompt")
+    for item in sets:
+        if item is not None:
+            item.check(widths(pipe.unet))
+    if mitigation is not None:
+        mitigation.check(pipe)
     # The batch size has no part in an image, and a mitigation that leaves a prompt alone none in what is generated.
     base = content_hash([model_hash(pipe), replace(settings, batch_size=1), _code("generation")])
     acting = [mitigation if item is None else DeactivatedNeurons(item, factor) for item in sets]
@@ -421,28 +427,44 @@ def images(
     ]
     folder = _store_folder(profile) / "images"
     jobs = {
-        key: job
-        for key, job in zip(keys, zip(captions, sets, strict=True), strict=True)
+        key: (caption, item, key)
+        for key, caption, item in zip(keys, captions, sets, strict=True)
         if not _image_file(folder, key).is_file()
     }
-    with progress_bar(len(jobs), "images", enabled=progress and bool(jobs)) as bar:
-        for batch in batches(list(jobs), max(1, settings.batch_size // settings.samples)):
-            chosen = [jobs[key] for key in batch]
-            blocked = [NeuronSet.empty(len(value_layers(pipe.unet))) if item is None else item for _, item in chosen]
-            plain = not any(map(len, blocked))
-            made = generate(
-                pipe,
-                [caption for caption, _ in chosen],
-                settings=settings,
-                neurons=None if plain else blocked,
-                factor=factor,
-                mitigation=mitigation,
-                progress=False,
-            )
-            for key, samples in zip(batch, made, strict=True):
-                _write_images(_image_file(folder, key), samples)
-            bar.update(len(batch))
+    made = map_prompts(
+        _drawing,
+        # The number of workers has no part in what is drawn together.
+        list(map(tuple, batches(list(jobs.values()), max(1, settings.batch_size // settings.samples)))),
+        pipe=pipe,
+        common={"settings": settings, "factor": factor, "mitigation": mitigation},
+        label="images",
+        progress=progress,
+    )
+    for batch, drawn in made:
+        for (_, _, key), samples in zip(batch, drawn, strict=True):
+            _write_images(_image_file(folder, key), samples)
     return np.stack([_read_images(_image_file(folder, key)) for key in keys])
+
+
+def _drawing(
+    pipe: StableDiffusionPipeline, *, settings: GenerationSettings, factor: float, mitigation: Mitigation | None
+) -> Callable[[Sequence[tuple[str, NeuronSet | None, str]]], np.ndarray]:
+    """Return what makes the images [prompt, seed, height, width, 3] of a batch of captions with their neurons."""
+    none = NeuronSet.empty(len(value_layers(pipe.unet)))
+
+    def draw(batch: Sequence[tuple[str, NeuronSet | None, str]]) -> np.ndarray:
+        sets = [none if item is None else item for _, item, _ in batch]
+        return generate(
+            pipe,
+            [caption for caption, _, _ in batch],
+            settings=settings,
+            neurons=sets if any(map(len, sets)) else None,
+            factor=factor,
+            mitigation=mitigation,
+            progress=False,
+        )
+
+    return draw
 
 
 def planted_images(profile: Profile | str, table: pd.DataFrame, *, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -603,7 +625,7 @@ def _pairs_measure(protocol: Protocol, guidance: float) -> tuple[Any, Callable[[
     # The pairs themselves do not depend on the switches of the search and of the threshold.
     swapped = protocol.swap_guidance and guidance != 0
     identity = ["pairs", protocol.timestep_index, protocol.similarity, swapped, float(guidance)]
-    return identity, lambda observation: observation.pairs(protocol=protocol, guidance=guidance)
+    return identity, partial(Observation.pairs, protocol=protocol, guidance=guidance)
 
 
 def _switch_scores(
@@ -628,26 +650,48 @@ def _observe(
     """Return for each prompt what each measure gives, from the store where it is there."""
     profile = load_profile(profile)
     store = open_store(profile, "observations")
-    detector = Detector(pipe, settings=profile.detection, similarity=profile.similarity, protocol=profile.protocol)
     same = [model_hash(pipe), replace(profile.detection, guidance=0.0), profile.similarity, _code("detection")]
     base = content_hash(same)
     keys = [
         {name: content_hash([base, caption, identity]) for name, (identity, _) in measures.items()}
         for caption in captions
     ]
-    missing = sum(any(key not in store for key in row.values()) for row in keys)
-    found = []
-    with progress_bar(missing, label, enabled=progress and missing > 0) as bar:
-        for caption, row in zip(captions, keys, strict=True):
-            wanted = [name for name, key in row.items() if key not in store]
-            if wanted:
-                observation = detector.observe(caption)
-                for name in wanted:
-                    # Two measures of one protocol have one key.
-                    store.compute(row[name], lambda m=measures[name][1], o=observation: m(o).tolist())
-                bar.update()
-            found.append({name: store.get(key) for name, key in row.items()})
-    return found
+    jobs = []
+    for caption, row in dict(zip(captions, keys, strict=True)).items():
+        # Two measures of one protocol have one key.
+        wanted = {key: measures[name][1] for name, key in row.items() if key not in store}
+        if wanted:
+            jobs.append(((caption, wanted),))
+    found = map_prompts(
+        _observing,
+        jobs,
+        pipe=pipe,
+        common={
+            "settings": profile.detection,
+            "similarity": profile.similarity,
+            "protocol": load_protocol(profile.protocol),
+        },
+        label=label,
+        progress=progress,
+    )
+    for _, values in found:
+        for key, value in values.items():
+            store.put(key, value)
+    return [{name: store.get(key) for name, key in row.items()} for row in keys]
+
+
+def _observing(
+    pipe: StableDiffusionPipeline, *, settings: DetectionSettings, similarity: SimilaritySettings, protocol: Protocol
+) -> Callable[[tuple[tuple[str, dict[str, Callable[[Observation], np.ndarray]]]]], dict[str, list[float]]]:
+    """Return what makes the wanted measures, by key, of a prompt."""
+    detector = Detector(pipe, settings=settings, similarity=similarity, protocol=protocol)
+
+    def observe(batch: tuple[tuple[str, dict[str, Callable[[Observation], np.ndarray]]]]) -> dict[str, list[float]]:
+        caption, wanted = batch[0]
+        observation = detector.observe(caption)
+        return {key: measure(observation).tolist() for key, measure in wanted.items()}
+
+    return observe
 
 
 def _absolute_z(

@@ -6,18 +6,18 @@ What takes long is kept in ``build/<profile>/store``; see `nemolib.experiments`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from nemolib import paper, paths
+from nemolib import metrics, paper, paths
 from nemolib.checks import Row, claim, comparison
-from nemolib.encoders import CopyDescriptor
+from nemolib.encoders import copy_encoder, describe_samples
 from nemolib.evaluations import ALGORITHMS
-from nemolib.experiments import images, model_hash, open_store, planted_images, statistics, threshold
+from nemolib.experiments import images, model_hash, open_store, planted_features, statistics, threshold
 from nemolib.first_step import first_step
 from nemolib.holdout import ActivationStatistics, z_scores
 from nemolib.localization import BlockedScore, localize_many
@@ -29,11 +29,14 @@ from nemolib.protocols import load_protocol
 from nemolib.provenance import content_hash, science_hash
 from nemolib.refinement import RefinementTest
 from nemolib.selection import SelectionStep
+from nemolib.settings import DetectionSettings, SimilaritySettings
 from nemolib.similarity import max_pairwise, memorization_score, pairwise
 from nemolib.tables import format_median_mad
 from nemolib.value_layers import value_activations
+from nemolib.workers import map_prompts
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import StableDiffusionPipeline
 
 KINDS = ("vm", "tm", "unmemorized")
@@ -115,13 +118,18 @@ def search_tests(entries: Sequence[Sequence[int]], tests: Sequence[RefinementTes
         tests: Its tests in order.
 
     Returns:
-        Columns test (from 1), layer (from 1, as in the paper), neuron (missing where the whole layer was tested),
-        score (with it reactivated), removed (it is not needed) and left (neurons that stay deactivated after the test).
+        Columns test (from 1), layer (from 1, as in the paper), neuron (missing where a whole layer or a group was
+        tested), score (with it reactivated), removed (it is not needed) and left (neurons that stay deactivated after
+        the test).
     """
     left = [list(layer) for layer in entries]
     rows = []
     for number, test in enumerate(tests, start=1):
-        if test.removed and test.neuron is None:
+        if test.removed and test.group:
+            # A group takes all entries of its neurons, a test of one neuron a single one.
+            gone = set(test.group)
+            left = [[neuron for neuron in layer if (i, neuron) not in gone] for i, layer in enumerate(left)]
+        elif test.removed and test.neuron is None:
             left[test.layer] = []
         elif test.removed:
             left[test.layer].remove(test.neuron)
@@ -145,20 +153,17 @@ def deactivation(
         One row per VM and TM prompt, columns kind, prompt, neuron_count, reached, score_before and score_after (the
         memorization score: largest similarity of two seeds), copy_before and copy_after (median over images of the
         similarity to the planted image, cosine of copy-detection features, SSCD_orig), same_seed (median similarity of
-        images with and without, SSCD_Gen), diversity_before and diversity_after (median similarity of two images of the prompt,
+        images with and without, SSCD_Gen), seeds_before and seeds_after (median similarity of two images of the prompt,
         D_SSCD).
 
     Raises:
-        ValueError: The profile has no copy-detection descriptor.
+        ProfileError: The profile has no encoder for copy detection.
     """
     profile = load_profile(profile)
     chosen = table[table["kind"].isin(MEMORIZED)].reset_index(drop=True)
     before, after = with_and_without(pipe, profile, chosen, progress=progress)
-    similar = _copy_similarity(profile, chosen["prompt"].tolist(), before, after)
-    scores = [
-        _score_after(pipe, profile, prompt, neurons)
-        for prompt, neurons in zip(chosen["prompt"], neuron_sets(chosen), strict=True)
-    ]
+    similar = _copy_similarity(profile, chosen["prompt"].tolist(), before, after, device=pipe.device)
+    scores = _scores_after(pipe, profile, chosen["prompt"].tolist(), neuron_sets(chosen), progress=progress)
     kept = chosen[["kind", "prompt", "neuron_count", "reached"]]
     return kept.assign(score_before=chosen["unblocked_score"], score_after=scores, **similar)
 
@@ -533,52 +538,61 @@ def _table_1(setting: str, kind: str, metric: str) -> str:
     return f"{row[metric]:g} ± {row[f'{metric}_mad']:g}"
 
 
-def _score_after(pipe: StableDiffusionPipeline, profile: Profile, prompt: str, neurons: NeuronSet) -> float:
-    """Return the memorization score of a prompt whose neurons are deactivated; kept in the store."""
+def _scores_after(
+    pipe: StableDiffusionPipeline,
+    profile: Profile,
+    prompts: Sequence[str],
+    sets: Sequence[NeuronSet],
+    *,
+    progress: bool,
+) -> list[float]:
+    """Return the memorization scores of prompts whose neurons are deactivated; they are kept in the store."""
     settings = [profile.detection, profile.similarity, profile.protocol]
-    key = content_hash([model_hash(pipe), prompt, neurons, settings, science_hash("first_step", "similarity")])
+    base = [model_hash(pipe), settings, science_hash("first_step", "similarity")]
+    keys = [content_hash([base, prompt, neurons]) for prompt, neurons in zip(prompts, sets, strict=True)]
+    store = open_store(profile, "deactivation")
+    jobs = {key: (prompt, neurons, key) for key, prompt, neurons in zip(keys, prompts, sets, strict=True)}
+    found = map_prompts(
+        _scoring,
+        [(job,) for key, job in jobs.items() if key not in store],
+        pipe=pipe,
+        common={"settings": profile.detection, "similarity": profile.similarity, "protocol": profile.protocol},
+        label="scores with deactivated neurons",
+        progress=progress,
+    )
+    for ((_, _, key),), score in found:
+        store.put(key, score)
+    return [store.get(key) for key in keys]
 
-    def compute() -> float:
-        step = first_step(pipe, settings=profile.detection, protocol=profile.protocol)
+
+def _scoring(
+    pipe: StableDiffusionPipeline, *, settings: DetectionSettings, similarity: SimilaritySettings, protocol: str
+) -> Callable[[tuple[tuple[str, NeuronSet, str]]], float]:
+    """Return what computes the memorization score of a prompt whose neurons are deactivated."""
+    step = first_step(pipe, settings=settings, protocol=protocol)
+
+    def score(batch: tuple[tuple[str, NeuronSet, str]]) -> float:
+        prompt, neurons, _ = batch[0]
         differences = step(embed(pipe, [prompt]), neurons=neurons)
-        return memorization_score(differences, settings=profile.similarity, protocol=profile.protocol)
+        return memorization_score(differences, settings=similarity, protocol=protocol)
 
-    return open_store(profile, "deactivation").compute(key, compute)
+    return score
 
 
 def _copy_similarity(
-    profile: Profile, prompts: Sequence[str], before: np.ndarray, after: np.ndarray
+    profile: Profile, prompts: Sequence[str], before: np.ndarray, after: np.ndarray, *, device: torch.device
 ) -> dict[str, np.ndarray]:
     """Return the columns of `deactivation` that compare images."""
-    if profile.descriptor is None:
-        raise ValueError(
-            f"profile {profile.name!r} has descriptor = None; give the folder of a copy-detection descriptor"
-        )
-    descriptor = CopyDescriptor.load(paths.resolve(profile.descriptor))
+    encoder = copy_encoder(profile, device=device)
     rows = select(profile, "memorized").set_index("caption").loc[list(prompts)].reset_index()
-    planted = descriptor.describe(planted_images(profile, rows)).numpy()
-    features = {name: _describe(descriptor, item) for name, item in (("before", before), ("after", after))}
-    columns = {}
-    for name, item in features.items():
-        columns[f"copy_{name}"] = np.median(np.einsum("psf,pf->ps", item, planted), axis=1)
-    columns["same_seed"] = np.median(np.einsum("psf,psf->ps", features["before"], features["after"]), axis=1)
-    for name, item in features.items():
-        columns[f"seeds_{name}"] = _pair_median(item)
-    return columns
-
-
-def _describe(descriptor: CopyDescriptor, batch: np.ndarray) -> np.ndarray:
-    """Return features [prompt, seed, feature] of images [prompt, seed, height, width, 3]."""
-    features = descriptor.describe(batch.reshape(-1, *batch.shape[2:])).numpy()
-    return features.reshape(*batch.shape[:2], -1)
-
-
-def _pair_median(features: np.ndarray) -> np.ndarray:
-    """Return the median similarity of two images of each prompt; missing if there is one image only."""
-    first, second = np.triu_indices(features.shape[1], k=1)
-    if not len(first):
-        return np.full(len(features), np.nan)
-    return np.median(np.einsum("pkf,pkf->pk", features[:, first], features[:, second]), axis=1)
+    planted = planted_features(encoder, profile, rows)
+    features = {name: describe_samples(encoder, item) for name, item in (("before", before), ("after", after))}
+    similar = {
+        **{f"copy_{name}": metrics.sscd_orig(item, planted) for name, item in features.items()},
+        "same_seed": metrics.sscd_gen(features["after"], features["before"]),
+        **{f"seeds_{name}": metrics.d_sscd(item) for name, item in features.items()},
+    }
+    return {name: metrics.over_seeds(values) for name, values in similar.items()}
 
 
 def _common_words(captions: Sequence[str]) -> str:

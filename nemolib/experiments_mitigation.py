@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from nemolib import metrics, paper
+from nemolib.batching import progress_bar
 from nemolib.checks import Row, claim
 from nemolib.encoders import alignment_encoder, copy_encoder, describe_samples, quality_encoder
 from nemolib.experiments import images, planted_features, planted_images
@@ -27,10 +28,11 @@ from nemolib.mitigation import (
     random_neurons,
 )
 from nemolib.neurons import NeuronSet
+from nemolib.pipeline import embed
 from nemolib.profiles import Profile, load_profile
 from nemolib.prompts import MEMORIZED, select
 from nemolib.tables import Grid
-from nemolib.value_layers import widths
+from nemolib.value_layers import value_activations, widths
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -131,26 +133,26 @@ def measured(
         profile: A profile or its name.
         found: Localizations.
         settings: Mitigations by name, one per repeat (`mitigations`).
-        progress: Whether to show progress bars.
+        progress: Whether to show a progress bar.
 
     Returns:
         One row per setting, repeat and prompt: columns setting, repeat, kind, prompt, neurons (number deactivated),
         sscd_orig (similarity to the planted image, median over seeds), sscd_orig_max (largest of the seeds; both missing
-        without a planted image), sscd_gen
-        (similarity to the same seed's image of the untouched model, median over seeds), d_sscd (similarity of two images
-        of the prompt, median over pairs; missing for one seed) and a_clip (similarity of image and prompt, median over
-        seeds).
+        without a planted image), sscd_gen (similarity to the same seed's image of the untouched model, median over
+        seeds), d_sscd (similarity of two images of the prompt, median over pairs; missing for one seed) and a_clip
+        (similarity of image and prompt, median over seeds).
     """
     profile = load_profile(profile)
     rows = found[found["kind"].isin(MEMORIZED)].reset_index(drop=True)
     prompts = rows["prompt"].tolist()
     copy, clip = copy_encoder(profile, device=pipe.device), alignment_encoder(profile, device=pipe.device)
     originals, texts = planted_features(copy, profile, _planted_rows(profile, prompts)), clip.texts.describe(prompts)
-    untouched = describe_samples(copy, images(pipe, profile, prompts, progress=progress))
+    untouched = describe_samples(copy, images(pipe, profile, prompts, progress=False))
     parts = []
-    for name, repeats in settings.items():
-        for repeat, mitigation in enumerate(repeats):
-            made = images(pipe, profile, prompts, mitigation=mitigation, progress=progress)
+    with progress_bar(sum(map(len, settings.values())), "settings", unit="setting", enabled=progress) as bar:
+        for name, repeat, mitigation in [(n, r, m) for n, repeats in settings.items() for r, m in enumerate(repeats)]:
+            bar.set_postfix_str(name)
+            made = images(pipe, profile, prompts, mitigation=mitigation, progress=False)
             features = describe_samples(copy, made)
             original = metrics.sscd_orig(features, originals)
             columns = {
@@ -162,6 +164,7 @@ def measured(
                 "a_clip": metrics.over_seeds(metrics.a_clip(describe_samples(clip.images, made), texts)),
             }
             parts.append(rows[["kind", "prompt"]].assign(setting=name, repeat=repeat, **columns))
+            bar.update()
     return pd.concat(parts, ignore_index=True)[
         ["setting", "repeat", "kind", "prompt", "neurons", "sscd_orig", "sscd_orig_max", *METRICS[1:]]
     ]
@@ -235,15 +238,34 @@ def all_neurons(found: pd.DataFrame) -> NeuronSet:
     return reduce(or_, neuron_sets(found[found["kind"].isin(MEMORIZED)]))
 
 
+def in_turn(found: pd.DataFrame, number: int) -> list[NeuronSet]:
+    """Return the neuron sets of memorized prompts that have neurons, one after the other, and again from the first.
+
+    Args:
+        found: Localizations.
+        number: How many sets.
+
+    Raises:
+        ValueError: No memorized prompt has neurons.
+    """
+    sets = [neurons for neurons in neuron_sets(found[found["kind"].isin(MEMORIZED)]) if len(neurons)]
+    if not sets:
+        raise ValueError("no memorized prompt has neurons, so there is nothing to deactivate")
+    return [sets[place % len(sets)] for place in range(number)]
+
+
 def unmemorized_table(
     pipe: StableDiffusionPipeline,
     profile: Profile | str,
     prompts: Sequence[str],
-    neurons: NeuronSet,
+    found: pd.DataFrame,
     *,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Return what deactivating neurons does to prompts that are not memorized.
+    """Return what deactivating memorization neurons does to prompts that are not memorized.
+
+    Each prompt is seen with all neurons active (``before``), without the neurons of *one* memorized prompt (``one``; the
+    memorized prompts take turns), and without those of *all* memorized prompts together (``all``).
 
     Source: Sec. 4, Fig. 5a (there image quality against the number of neurons).
 
@@ -251,24 +273,59 @@ def unmemorized_table(
         pipe: The pipeline of the profile.
         profile: A profile or its name.
         prompts: Unmemorized prompts.
-        neurons: One set for all prompts, such as `all_neurons`.
+        found: Localizations.
         progress: Whether to show progress bars.
 
     Returns:
-        One row per prompt: columns prompt, sscd_gen (similarity to the same seed's image with all neurons active, median
-        over seeds), and a_clip and d_sscd, each with ``_before`` and ``_after``.
+        One row per prompt: columns prompt, and with each of ``_before``, ``_one`` and ``_all``: neurons (number
+        deactivated), a_clip, d_sscd and sscd_gen (similarity to the same seed's image with all neurons active), medians
+        over seeds.
+
+    Raises:
+        ValueError: No memorized prompt has neurons.
     """
     profile, prompts = load_profile(profile), list(prompts)
+    none = NeuronSet.empty(len(widths(pipe.unet)))
+    sets = {
+        "before": [none] * len(prompts),
+        "one": in_turn(found, len(prompts)),
+        "all": [all_neurons(found)] * len(prompts),
+    }
     copy, clip = copy_encoder(profile, device=pipe.device), alignment_encoder(profile, device=pipe.device)
     texts = clip.texts.describe(prompts)
-    columns, features = {}, {}
-    for when, chosen in (("before", None), ("after", neurons)):
+    columns, untouched = {}, None
+    for name, chosen in sets.items():
         made = images(pipe, profile, prompts, neurons=chosen, progress=progress)
-        features[when] = describe_samples(copy, made)
-        columns[f"a_clip_{when}"] = metrics.over_seeds(metrics.a_clip(describe_samples(clip.images, made), texts))
-        columns[f"d_sscd_{when}"] = metrics.over_seeds(metrics.d_sscd(features[when]))
-    same = metrics.over_seeds(metrics.sscd_gen(features["after"], features["before"]))
-    return pd.DataFrame({"prompt": prompts, "sscd_gen": same, **columns})
+        features = describe_samples(copy, made)
+        untouched = features if untouched is None else untouched
+        columns[f"neurons_{name}"] = [len(neurons) for neurons in chosen]
+        columns[f"a_clip_{name}"] = metrics.over_seeds(metrics.a_clip(describe_samples(clip.images, made), texts))
+        columns[f"d_sscd_{name}"] = metrics.over_seeds(metrics.d_sscd(features))
+        columns[f"sscd_gen_{name}"] = metrics.over_seeds(metrics.sscd_gen(features, untouched))
+    return pd.DataFrame({"prompt": prompts, **columns})
+
+
+def text_carried(pipe: StableDiffusionPipeline, prompts: Sequence[str], neurons: NeuronSet) -> pd.DataFrame:
+    """Return how much of what prompts say goes through a neuron set, layer by layer.
+
+    Args:
+        pipe: A StableDiffusionPipeline.
+        prompts: Prompts, such as unmemorized ones.
+        neurons: The set, such as `all_neurons`.
+
+    Returns:
+        One row per value layer: columns layer (from 1), width (neurons of the layer), neurons (those of the set), busiest
+        (how many neurons, the most active first, make up 95 % of the layer's activation), share (of the activation that
+        goes through the set). Activation: mean over tokens of the absolute value, summed over prompts.
+    """
+    rows = []
+    for layer, activations in enumerate(value_activations(pipe.unet, embed(pipe, list(prompts)))):
+        summed = activations.double().sum(dim=0).cpu().numpy()
+        chosen = list(neurons.layers[layer])
+        sums = np.sort(summed)[::-1].cumsum() / summed.sum()
+        busiest = int(np.searchsorted(sums, 0.95) + 1)
+        rows.append((layer + 1, len(summed), len(chosen), busiest, float(summed[chosen].sum() / summed.sum())))
+    return pd.DataFrame(rows, columns=["layer", "width", "neurons", "busiest", "share"])
 
 
 def quality_table(
@@ -418,6 +475,7 @@ def single_neuron_table(
     found: pd.DataFrame,
     shared: pd.DataFrame,
     *,
+    most: int | None = None,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Return what switching off one shared neuron alone does to each prompt that has it.
@@ -427,6 +485,7 @@ def single_neuron_table(
         profile: A profile or its name.
         found: Localizations.
         shared: Rows of `nemolib.experiments_localization.shared_neurons`.
+        most: How many prompts of each neuron; None means all.
         progress: Whether to show progress bars.
 
     Returns:
@@ -438,6 +497,7 @@ def single_neuron_table(
     parts = []
     for place in range(len(shared)):
         neuron, prompts = shared_neuron(found, shared, place)
+        prompts = prompts[:most]
         originals = planted_features(encoder, profile, _planted_rows(profile, prompts))
         columns = {}
         chosen_sets = {"copy_before": None, "copy_single": neuron, "copy_all": [own[prompt] for prompt in prompts]}
@@ -532,14 +592,13 @@ def checks_of(
     ]
 
 
-def findings(table: pd.DataFrame, unmemorized: pd.DataFrame, quality: pd.DataFrame, *, neurons: int) -> str:
+def findings(table: pd.DataFrame, unmemorized: pd.DataFrame, quality: pd.DataFrame) -> str:
     """Return what was found, in sentences with their numbers (Markdown).
 
     Args:
         table: What `table_1` returned.
         unmemorized: What `unmemorized_table` returned.
         quality: What `quality_table` returned.
-        neurons: Number of neurons that were deactivated for the unmemorized prompts.
     """
     rows = table.set_index(["kind", "setting"])
     lines = []
@@ -562,12 +621,13 @@ def findings(table: pd.DataFrame, unmemorized: pd.DataFrame, quality: pd.DataFra
         )
     medians = unmemorized.median(numeric_only=True)
     apart = quality.set_index("images")["kid"]
-    lines.append(
-        f"- **Unmemorized prompts**, with the {neurons} memorization neurons of all prompts off at once: A_CLIP goes from "
-        f"{medians['a_clip_before']:.2f} to {medians['a_clip_after']:.2f}, D_SSCD from {medians['d_sscd_before']:.2f} to "
-        f"{medians['d_sscd_after']:.2f} (medians), the KID to other images of the untouched model from "
-        f"{apart[NONE]:.3f} to {apart[OFF]:.3f}."
-    )
+    lines += [
+        f"- **Unmemorized prompts** without the neurons of one memorized prompt ({medians['neurons_one']:g} neurons): A_CLIP "
+        f"{medians['a_clip_before']:.2f} to {medians['a_clip_one']:.2f}; without those of all memorized prompts together "
+        f"({medians['neurons_all']:g}): to {medians['a_clip_all']:.2f}, and the KID to other images of the untouched model "
+        f"from {apart[NONE]:.2f} to {apart[OFF]:.2f}. D_SSCD: {medians['d_sscd_before']:.2f}, "
+        f"{medians['d_sscd_one']:.2f}, {medians['d_sscd_all']:.2f}. (Medians.)"
+    ]
     return "\n".join(lines)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+import pickle
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nemolib.batching import batches, check_prompts, progress_bar
+from nemolib.batching import batches, check_prompts
 from nemolib.defaults import default_protocol, default_settings
 from nemolib.evaluations import Evaluations
 from nemolib.files import write_atomic
@@ -27,6 +28,7 @@ from nemolib.protocols import Protocol, load_protocol
 from nemolib.settings import DetectionSettings, SimilaritySettings
 from nemolib.similarity import pair_similarities
 from nemolib.value_layers import value_activations, value_layer_hash, value_layers, widths
+from nemolib.workers import map_prompts
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -106,25 +108,59 @@ class ActivationStatistics:
         return cls(mean, std, header["count"], header["model_hash"])
 
 
-def load_released(path: str | Path) -> ActivationStatistics:
+def load_released(path: str | Path, *, widths: Sequence[int] | None = None) -> ActivationStatistics:
     """Return activation statistics as the authors' code stores them; nothing but tensors is unpickled.
 
-    Source: authors' code, 1_get_statistics.py (a pair of lists of tensors).
+    Source: authors' code, 1_compute_activations_statistics.py (a pair of lists of tensors).
 
     Args:
         path: A ``.pt`` file.
+        widths: Neurons of each layer that are expected, such as
+            `nemolib.value_layers.STABLE_DIFFUSION_WIDTHS`; None: any.
 
     Raises:
-        ValueError: The file holds something else.
+        FileNotFoundError: There is no such file.
+        ValueError: The file holds something else, or statistics of other layers.
     """
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    expected = "expected a pair of lists of tensors (means, deviations)"
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path} is not readable: it was cut, or is another file; {expected} ({error!s:.200})"
+        ) from error
     is_pair = isinstance(content, (tuple, list)) and len(content) == 2 and all(isinstance(x, list) for x in content)
     if not is_pair or not all(isinstance(tensor, Tensor) for tensors in content for tensor in tensors):
-        raise ValueError(
-            f"{path} holds no released statistics; expected a pair of lists of tensors (means, deviations)"
-        )
+        raise ValueError(f"{path} holds no released statistics; {expected}")
     mean, std = (tuple(tensor.float() for tensor in tensors) for tensors in content)
-    return ActivationStatistics(mean, std)
+    found = ActivationStatistics(mean, std)
+    if widths is not None and found.widths != tuple(widths):
+        raise ValueError(f"{path}: layers of {list(found.widths)} neurons, expected {list(widths)}: another model")
+    if not all(tensor.isfinite().all() and (tensor >= 0).all() for tensor in (*mean, *std)):
+        raise ValueError(f"{path}: a mean or a deviation is negative or not finite; the file is damaged")
+    return found
+
+
+def load_statistics(path: str | Path, *, widths: Sequence[int] | None = None) -> ActivationStatistics:
+    """Return activation statistics from a file: safetensors of `ActivationStatistics.save`, or ``.pt`` of the authors.
+
+    Args:
+        path: The file.
+        widths: Neurons of each layer that are expected; None: any.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file holds something else, or statistics of other layers.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there are no activation statistics {path}; fetch them with `make data`")
+    if path.suffix == ".pt":
+        return load_released(path, widths=widths)
+    found = ActivationStatistics.load(path)
+    if widths is not None and found.widths != tuple(widths):
+        raise ValueError(f"{path}: layers of {list(found.widths)} neurons, expected {list(widths)}: another model")
+    return found
 
 
 class Moments:
@@ -141,18 +177,30 @@ class Moments:
         self._mean: Tensor | None = None
         self._squares: Tensor | None = None
 
+    @classmethod
+    def of(cls, batch: Tensor) -> Moments:
+        """Return the moments of one batch [row, column], on the CPU."""
+        rows = batch.cpu().double()
+        found = cls()
+        found.count, found._mean = len(rows), rows.mean(dim=0)
+        found._squares = (rows - found._mean).square().sum(dim=0)
+        return found
+
     def update(self, batch: Tensor) -> None:
         """Take in a batch [row, column]."""
-        rows = batch.double()
-        mean = rows.mean(dim=0)
-        squares = (rows - mean).square().sum(dim=0)
-        if self._mean is None:
-            self.count, self._mean, self._squares = len(rows), mean, squares
+        self.merge(Moments.of(batch))
+
+    def merge(self, other: Moments) -> None:
+        """Take in the moments of other rows; the order in which this is done has a part in the last digits."""
+        if other._mean is None:
             return
-        total = self.count + len(rows)
-        shift = mean - self._mean
-        self._squares = self._squares + squares + shift.square() * (self.count * len(rows) / total)
-        self._mean = self._mean + shift * (len(rows) / total)
+        if self._mean is None:
+            self.count, self._mean, self._squares = other.count, other._mean, other._squares
+            return
+        total = self.count + other.count
+        shift = other._mean - self._mean
+        self._squares = self._squares + other._squares + shift.square() * (self.count * other.count / total)
+        self._mean = self._mean + shift * (other.count / total)
         self.count = total
 
     def mean(self) -> Tensor:
@@ -199,16 +247,37 @@ def activation_statistics(
 
     Raises:
         ValueError: Fewer than two prompts, or the model has no value layers.
+        FailedPrompts: Prompts raised.
     """
     prompts = check_prompts(prompts)
-    with progress_bar(len(prompts), "activation statistics", enabled=progress) as bar:
+    moments = [Moments() for _ in value_layers(pipe.unet)]
+    found = map_prompts(
+        _moments,
+        [tuple(batch) for batch in batches(prompts, batch_size)],
+        pipe=pipe,
+        common={},
+        label="activation statistics",
+        ordered=True,
+        progress=progress,
+    )
+    for _, parts in found:
+        _merge(moments, parts)
+    return _statistics(pipe.unet, moments)
 
-        def embeddings() -> Iterable[Tensor]:
-            for batch in batches(prompts, batch_size):
-                yield embed(pipe, batch)
-                bar.update(len(batch))
 
-        return statistics_of(pipe.unet, embeddings())
+def _moments(pipe: StableDiffusionPipeline) -> Callable[[Sequence[str]], list[Moments]]:
+    """Return what computes the moments of each layer for a batch of prompts."""
+    return lambda batch: _moments_of(pipe.unet, embed(pipe, batch))
+
+
+def _moments_of(unet: nn.Module, embeddings: Tensor) -> list[Moments]:
+    return [Moments.of(activations) for activations in value_activations(unet, embeddings)]
+
+
+def _merge(moments: Sequence[Moments], parts: Sequence[Moments]) -> None:
+    """Take the moments of each layer for a batch into those of all batches."""
+    for layer, part in zip(moments, parts, strict=True):
+        layer.merge(part)
 
 
 def statistics_of(unet: nn.Module, embeddings: Iterable[Tensor]) -> ActivationStatistics:
@@ -223,8 +292,11 @@ def statistics_of(unet: nn.Module, embeddings: Iterable[Tensor]) -> ActivationSt
     """
     moments = [Moments() for _ in value_layers(unet)]
     for batch in embeddings:
-        for layer, activations in zip(moments, value_activations(unet, batch), strict=True):
-            layer.update(activations)
+        _merge(moments, _moments_of(unet, batch))
+    return _statistics(unet, moments)
+
+
+def _statistics(unet: nn.Module, moments: Sequence[Moments]) -> ActivationStatistics:
     mean = tuple(layer.mean().float().cpu() for layer in moments)
     std = tuple(layer.std().float().cpu() for layer in moments)
     return ActivationStatistics(mean, std, moments[0].count, value_layer_hash(unet))
@@ -283,16 +355,35 @@ def holdout_scores(
 
     Raises:
         ValueError: No prompts were given.
+        FailedPrompts: Prompts raised.
     """
-    prompts = check_prompts(prompts)
+    prompts, defaults = check_prompts(prompts), default_settings(pipe)
+    common = {
+        "settings": settings or defaults.detection,
+        "similarity": similarity or defaults.similarity,
+        "protocol": default_protocol(pipe, protocol),
+    }
+    rows: dict[str, np.ndarray] = {}
+    jobs = [(prompt,) for prompt in dict.fromkeys(prompts)]
+    found = map_prompts(_pair_scores, jobs, pipe=pipe, common=common, label="noise differences", progress=progress)
+    for (prompt,), (row, samples) in found:
+        rows[prompt] = row
+        if evaluations is not None:
+            evaluations.add(samples)
+    return np.stack([rows[prompt] for prompt in prompts])
+
+
+def _pair_scores(
+    pipe: StableDiffusionPipeline, *, settings: DetectionSettings, similarity: SimilaritySettings, protocol: Protocol
+) -> Callable[[tuple[str]], tuple[np.ndarray, int]]:
+    """Return what computes the pair similarities of a prompt, and its UNet sample-evaluations."""
     step = first_step(pipe, settings=settings, protocol=protocol)
-    similarity, protocol = similarity or default_settings(pipe).similarity, default_protocol(pipe, protocol)
-    rows = []
-    with progress_bar(len(prompts), "noise differences", enabled=progress) as bar:
-        for prompt in prompts:
-            rows.append(pair_scores(step, embed(pipe, [prompt]), similarity, protocol, evaluations))
-            bar.update()
-    return np.stack(rows)
+
+    def scores(batch: tuple[str]) -> tuple[np.ndarray, int]:
+        counted = Evaluations()
+        return pair_scores(step, embed(pipe, batch), similarity, protocol, counted), counted.total
+
+    return scores
 
 
 def pair_scores(

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from nemolib.batching import check_prompts, progress_bar
+from nemolib.batching import check_prompts
+from nemolib.blocked_score import BlockedScore
 from nemolib.defaults import default_protocol, default_settings
 from nemolib.evaluations import ALGORITHMS, Evaluations
 from nemolib.first_step import FirstStep, first_step
+from nemolib.group_testing import refine_by_leading_seeds
 from nemolib.holdout import ActivationStatistics, z_scores
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.protocols import Protocol, load_protocol
 from nemolib.provenance import content_hash, science_hash
 from nemolib.refinement import RefinementTest, refine_sequential
-from nemolib.reuse import BlockReuse
 from nemolib.selection import SelectionStep, initial_selection
-from nemolib.settings import DetectionSettings, SearchSettings, SimilaritySettings
-from nemolib.similarity import max_pairwise, pairwise, similarity
+from nemolib.settings import DetectionSettings, SearchSettings, SimilaritySettings, search_settings
+from nemolib.similarity import max_pairwise, pairwise
 from nemolib.value_layers import value_activations, value_layers
+from nemolib.workers import map_prompts
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -85,65 +87,6 @@ class Localization:
         return cls(**(record | sets | {"seeds": tuple(record["seeds"])}))
 
 
-class BlockedScore:
-    """How similar the noise differences of a prompt stay when a neuron set is deactivated.
-
-    Each set is evaluated once; the empty set without the UNet. What the blocks before the first changed value layer
-    give is kept from one set to the next.
-
-    Source: authors' code, utils/activation_detection.py: the largest similarity, over the kept seeds, of the noise
-        differences of the *same* seed without and with deactivated neurons.
-
-    Args:
-        step: The first denoising step.
-        embedding: Embedding of the prompt, [1, token, feature].
-        seeds: Indices of the kept seeds.
-        unblocked: Their noise differences with all neurons active, [seed, channel, height, width].
-        similarity: Window and exponents of the similarity.
-        protocol: The protocol.
-        evaluations: Counts the UNet sample-evaluations.
-    """
-
-    def __init__(
-        self,
-        step: FirstStep,
-        embedding: Tensor,
-        *,
-        seeds: Sequence[int],
-        unblocked: Tensor,
-        similarity: SimilaritySettings,
-        protocol: Protocol,
-        evaluations: Evaluations | None = None,
-    ) -> None:
-        self._step, self._embedding, self._seeds, self._unblocked = step, embedding, list(seeds), unblocked
-        self._similarity, self._protocol, self._evaluations = similarity, protocol, evaluations
-        self._known: dict[NeuronSet, float] = {}
-        self._reuse = BlockReuse(step.unet)
-
-    def __call__(self, neurons: NeuronSet) -> float:
-        """Return the score of a neuron set."""
-        return self.many([neurons])[0]
-
-    def many(self, neurons: Sequence[NeuronSet]) -> list[float]:
-        """Return the scores of several neuron sets, those not yet known evaluated in one batch."""
-        unknown = [item for item in dict.fromkeys(neurons) if item not in self._known]
-        empty = [item for item in unknown if not item]
-        self._known |= {item: self._compare(self._unblocked) for item in empty}
-        unknown = [item for item in unknown if item]
-        if unknown:
-            # Sets that come one after the other differ in few layers; sets in one batch share nothing.
-            with self._reuse.passing(unknown[0]) if len(unknown) == 1 else nullcontext():
-                blocked = self._step.many(
-                    self._embedding, neurons=unknown, seeds=self._seeds, evaluations=self._evaluations
-                )
-            self._known |= {item: self._compare(maps) for item, maps in zip(unknown, blocked, strict=True)}
-        return [self._known[item] for item in neurons]
-
-    def _compare(self, blocked: Tensor) -> float:
-        values = similarity(self._unblocked, blocked, settings=self._similarity, protocol=self._protocol)
-        return float(values.max())
-
-
 def localize(
     pipe: StableDiffusionPipeline,
     prompt: str,
@@ -153,7 +96,7 @@ def localize(
     gate: float | None = None,
     detection: DetectionSettings | None = None,
     similarity: SimilaritySettings | None = None,
-    search: SearchSettings | None = None,
+    search: SearchSettings | str | None = None,
     protocol: str | Protocol | None = None,
 ) -> Localization:
     """Return the memorization neurons of a prompt (Alg. 1 to 4).
@@ -170,7 +113,7 @@ def localize(
         gate: Similarity that a seed must exceed with another seed to take part; None means the threshold.
         detection: Seed, samples, steps and guidance of the noise differences.
         similarity: Window and exponents of the similarity.
-        search: Course of the initial selection.
+        search: Course of the search; ``"fast"`` or ``"sequential"`` change its method alone.
         protocol: `released` or `paper`, or a protocol of your own.
 
     Returns:
@@ -190,7 +133,7 @@ def localize(
         threshold=threshold,
         gate=gate,
         similarity=similarity or defaults.similarity,
-        search=search or defaults.search,
+        search=search_settings(search, defaults.search),
         protocol=protocol,
         prompt=prompt,
     )
@@ -204,7 +147,7 @@ def localize_embedding(
     threshold: float,
     gate: float | None = None,
     similarity: SimilaritySettings | None = None,
-    search: SearchSettings | None = None,
+    search: SearchSettings | str | None = None,
     protocol: str | Protocol = "released",
     prompt: str = "",
 ) -> Localization:
@@ -217,12 +160,14 @@ def localize_embedding(
         threshold: Memorization threshold, in (-1, 1].
         gate: Similarity that a seed must exceed; None means the threshold.
         similarity: Window and exponents; None means those of the paper.
-        search: Course of the initial selection; None as above.
+        search: Course of the search, or its method; None as above.
         protocol: The protocol; the one that the step was made with.
         prompt: The prompt's text, for the result only.
     """
     check_threshold(threshold, gate)
     similarity, protocol, evaluations = similarity or SimilaritySettings(), load_protocol(protocol), Evaluations()
+    search = search_settings(search, SearchSettings())
+    fast = search.method == "fast"
     with evaluations.stage("A1"):
         unblocked = step(embedding, evaluations=evaluations)
         best = max_pairwise(pairwise(unblocked, settings=similarity, protocol=protocol))
@@ -245,14 +190,20 @@ def localize_embedding(
         evaluations=evaluations,
     )
     with evaluations.stage("A3"):
-        initial = initial_selection(z, activations, score, threshold=threshold, search=search, protocol=protocol)
-    with evaluations.stage("A4"):
-        refined = refine_sequential(
-            initial.candidates.entries(double=protocol.double_entries),
+        initial = initial_selection(
+            z,
+            activations,
             score,
-            threshold=threshold if initial.reached else initial.score,
-            initial_score=initial.score,
+            quick=partial(score.screen, limit=threshold) if fast else None,
+            threshold=threshold,
+            search=search,
+            protocol=protocol,
         )
+    with evaluations.stage("A4"):
+        entries = initial.candidates.entries(double=protocol.double_entries)
+        target = threshold if initial.reached else initial.score
+        refine = refine_by_leading_seeds if fast else refine_sequential
+        refined = refine(entries, score, threshold=target)
     return Localization(
         memorized=True,
         initial=initial.neurons,
@@ -279,7 +230,7 @@ def localize_many(
     gate: float | None = None,
     detection: DetectionSettings | None = None,
     similarity: SimilaritySettings | None = None,
-    search: SearchSettings | None = None,
+    search: SearchSettings | str | None = None,
     protocol: str | Protocol | None = None,
     store: Store | None = None,
     seconds: bool = False,
@@ -298,7 +249,7 @@ def localize_many(
         gate: Similarity that a seed must exceed; None means the threshold.
         detection: Seed, samples, steps and guidance of the noise differences.
         similarity: Window and exponents of the similarity.
-        search: Course of the initial selection.
+        search: Course of the search; ``"fast"`` or ``"sequential"`` change its method alone.
         protocol: `released` or `paper`, or a protocol of your own.
         store: Where finished prompts are kept; None keeps nothing.
         seconds: Whether the table has columns for the time of each algorithm. They differ from run to run.
@@ -310,6 +261,7 @@ def localize_many(
     Raises:
         ValueError: A threshold is outside (-1, 1]; there are no prompts, or one is empty; the statistics are those of
             another model; a store is used while neurons are deactivated.
+        FailedPrompts: Prompts raised; all others are finished, and those in a store are kept.
     """
     prompts = check_prompts(prompts)
     check_threshold(threshold, gate)
@@ -320,24 +272,31 @@ def localize_many(
         "gate": None if gate is None else float(gate),
         "detection": detection or defaults.detection,
         "similarity": similarity or defaults.similarity,
-        "search": search or defaults.search,
+        "search": search_settings(search, defaults.search),
         "protocol": default_protocol(pipe, protocol),
     }
     base = "" if store is None else _run_hash(pipe, statistics, settings)
-    found = []
-    with progress_bar(len(prompts), "localization", enabled=progress) as bar:
-        for prompt in prompts:
-            key = content_hash([base, prompt])
-            record = None if store is None else store.get(key)
-            if record is None:
-                result = localize(pipe, prompt, statistics, **settings)
-                if store is not None:
-                    store.put(key, result.to_record())
-            else:
-                result = Localization.from_record(record)
-            found.append(result)
-            bar.update()
-    return localization_table(found, seconds=seconds)
+    keys = {prompt: content_hash([base, prompt]) for prompt in prompts}
+    records = {} if store is None else {prompt: store.get(key) for prompt, key in keys.items() if key in store}
+    computed = map_prompts(
+        _localizing,
+        [(prompt,) for prompt in keys if prompt not in records],
+        pipe=pipe,
+        common={"statistics": statistics, "settings": settings},
+        label="localization",
+        finished=len(records),
+        progress=progress,
+    )
+    for (prompt,), record in computed:
+        records[prompt] = record if store is None else store.put(keys[prompt], record)
+    return localization_table([Localization.from_record(records[prompt]) for prompt in prompts], seconds=seconds)
+
+
+def _localizing(
+    pipe: StableDiffusionPipeline, *, statistics: ActivationStatistics, settings: dict[str, Any]
+) -> Callable[[tuple[str]], dict[str, Any]]:
+    """Return what computes the record of a prompt."""
+    return lambda batch: localize(pipe, batch[0], statistics, **settings).to_record()
 
 
 def localization_table(localizations: Sequence[Localization], *, seconds: bool = False) -> pd.DataFrame:

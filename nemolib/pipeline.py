@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from nemolib import paths
+from nemolib.architectures import ArchitectureError, random_pipeline
+from nemolib.batching import free_memory
 from nemolib.profiles import Profile, known_profiles, load_profile
 from nemolib.value_layers import value_layers
 
@@ -24,6 +26,11 @@ _PROFILES: weakref.WeakKeyDictionary[object, Profile] = weakref.WeakKeyDictionar
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+_RANDOM = "random:"
+
+_SCARCE = 3 * 2**30
+"""Free memory of a GPU, in bytes, below which time is given for memory."""
 
 _WEIGHTS = ("unet", "vae", "text_encoder")
 
@@ -47,9 +54,11 @@ def load_pipeline(
     Source: App. B.3 (DDIM).
 
     Args:
-        source: name of a profile, path of a profile's YAML file, a Profile, a folder in diffusers format, or a hub id.
+        source: name of a profile, path of a profile's YAML file, a Profile, a folder in diffusers format, a hub id, or
+            ``random:`` and an architecture of `nemolib.architectures`.
         device: overrides the profile's device; ``"auto"``: CUDA if there is one, else MPS, else the CPU.
-        dtype: overrides the profile's dtype; ``"float32"``, ``"float16"``, ``"bfloat16"`` or a torch.dtype.
+        dtype: overrides the profile's dtype; ``"float32"``, ``"float16"``, ``"bfloat16"``, a torch.dtype, or
+            ``"auto"``: float16 with CUDA, else float32.
         revision: overrides the profile's revision of a hub model.
 
     Returns:
@@ -63,17 +72,24 @@ def load_pipeline(
     profile = _profile(source)
     # A relative folder of a profile starts at the repository; one that a caller types may start where the caller is.
     location = _locate(profile.model, paths.ROOT) if profile else _locate(str(source), Path.cwd(), paths.ROOT)
-    pipe = _from_pretrained(
+    place = _device(device or (profile.device if profile else "auto"))
+    pipe = _load(
         location,
-        dtype=_dtype(dtype or (profile.dtype if profile else "float32")),
+        dtype=_dtype(dtype or (profile.dtype if profile else "float32"), place),
         revision=revision or (profile.revision if profile else None),
     )
     _check_value_layers(pipe, location)
     _prepare(pipe)
-    pipe.to(_device(device or (profile.device if profile else "auto")))
+    pipe.to(place)
+    _spare_memory(pipe)
     if profile:
         _PROFILES[pipe] = profile
     return pipe
+
+
+def is_hub_id(model: str) -> bool:
+    """Return whether a model of a profile is a hub id (``owner/name``) and no folder."""
+    return bool(_HUB_ID.fullmatch(model)) and not paths.resolve(model).parent.is_dir()
 
 
 def profile_of(pipe: StableDiffusionPipeline) -> Profile | None:
@@ -129,6 +145,8 @@ def _profile(source: str | Path | Profile) -> Profile | None:
 
 def _locate(model: str, *starts: Path) -> Path | str:
     """Return the folder of a model, or the hub id; raise PipelineError for a folder that is missing or no pipeline."""
+    if model.startswith(_RANDOM):
+        return model
     places = [start / Path(model).expanduser() for start in starts]
     for place in places:
         if place.is_file():
@@ -166,6 +184,17 @@ def _check_folder(folder: Path) -> None:
             )
 
 
+def _load(location: Path | str, *, dtype: torch.dtype, revision: str | None) -> StableDiffusionPipeline:
+    """Return the pipeline of a folder, a hub id or an architecture."""
+    if not str(location).startswith(_RANDOM):
+        return _from_pretrained(location, dtype=dtype, revision=revision)
+    try:
+        with _quiet(bars=False):
+            return random_pipeline(str(location).removeprefix(_RANDOM)).to(dtype)
+    except ArchitectureError as error:
+        raise PipelineError(str(error)) from error
+
+
 def _from_pretrained(location: Path | str, *, dtype: torch.dtype, revision: str | None) -> StableDiffusionPipeline:
     """Return the pipeline of a folder or a hub id; errors of the loader become a PipelineError."""
     remote = {} if isinstance(location, Path) else {"revision": revision}
@@ -190,7 +219,7 @@ def _from_pretrained(location: Path | str, *, dtype: torch.dtype, revision: str 
             ) from error
         raise PipelineError(
             f"model {location!r} could not be loaded from the hub: no network, no such model, or no access; check the "
-            f"name and the connection, or give a local folder ({reason})"
+            f"name and the connection, fetch it with `make data`, or give a local folder ({reason})"
         ) from error
 
 
@@ -236,11 +265,24 @@ def _prepare(pipe: StableDiffusionPipeline) -> None:
     pipe.set_progress_bar_config(disable=True)
 
 
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+def _spare_memory(pipe: StableDiffusionPipeline) -> None:
+    """On a GPU decode images one by one; with little memory left compute attention in slices."""
+    free = free_memory(pipe.device)
+    if free is None:
+        return
+    if hasattr(pipe.vae, "enable_slicing"):
+        pipe.vae.enable_slicing()
+    if free < _SCARCE:
+        pipe.enable_attention_slicing()
+
+
+def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
+    if dtype == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
     if dtype not in _DTYPES:
-        raise PipelineError(f"dtype {dtype!r} is unknown; allowed: {', '.join(_DTYPES)}")
+        raise PipelineError(f"dtype {dtype!r} is unknown; allowed: auto, {', '.join(_DTYPES)}")
     return _DTYPES[dtype]
 
 

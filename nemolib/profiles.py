@@ -166,6 +166,7 @@ class Profile:
         statistics: file of activation statistics, relative to the repository or absolute (safetensors, or ``.pt`` of
             the authors); None: computed from the holdout prompts.
         downloads: manifest of `nemolib.downloads` with the files that `make data` fetches; None: nothing to fetch.
+        workers: number of processes on this machine that share the prompts, see `nemolib.workers`; None: this one alone.
     """
 
     name: str
@@ -188,6 +189,7 @@ class Profile:
     encoders: Encoders = Encoders()
     statistics: str | None = None
     downloads: str | None = None
+    workers: int | None = None
 
 
 _RANGES: dict[str, tuple[float, float]] = {
@@ -199,6 +201,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "threshold_prompts": (2, math.inf),
     "thresholds.multiplier": (-10, 10),
     "thresholds.value": (-1, 1),
+    "workers": (1, math.inf),
 }
 """Allowed values, both ends included, of the keys that no settings class of `nemolib.settings` checks itself."""
 

@@ -1,4 +1,8 @@
-"""Prompt tables: reading them, checking them, and choosing the prompts of a profile."""
+"""Prompt tables: reading them, checking them, and choosing the prompts of a profile.
+
+Two formats are known, told apart by the header: ours (comma-separated, `COLUMNS`) and the authors' release
+(semicolon-separated, an unnamed index, ``Caption``, ``URL``, and ``type`` where prompts are memorized).
+"""
 
 import csv
 import io
@@ -18,16 +22,25 @@ KINDS = ("vm", "tm", "ladder", "unmemorized", "holdout")
 MEMORIZED = ("vm", "tm")
 """Kinds of memorized prompts in the sense of the paper."""
 
+IMAGE_REPORT = "images.csv"
+"""Beside the folder of a released prompt table: which training image of which URL was found, and where it lies."""
+
 
 class PromptTableError(ValueError):
     """A prompt table that cannot be used; the message names the file, the column and the row."""
 
 
-def load_prompts(path: str | Path) -> pd.DataFrame:
+def load_prompts(path: str | Path, *, kind: str | None = None) -> pd.DataFrame:
     """Return a prompt table, checked.
 
+    In a table of the authors' release the kind comes from column ``type`` (VM, TM), the group is empty and ``copies``
+    is 0, since nobody knows it; ``image`` is the training image that was found under the URL, if any; the other
+    columns have their names in small letters (``url``, ``mean_sscd``, ...). Captions stay as they are, quotation marks
+    and HTML included. Where prompts are not memorized, a caption that appears again is left out.
+
     Args:
-        path: CSV file, comma-separated, with a header, UTF-8; absolute or relative to the repository.
+        path: CSV file with a header, UTF-8; absolute or relative to the repository.
+        kind: kind of all prompts of a released table without a column ``type``; other tables say it themselves.
 
     Returns:
         DataFrame with the columns ``caption`` (text, unique, not empty), ``kind`` (one of `KINDS`), ``group`` (text),
@@ -43,6 +56,9 @@ def load_prompts(path: str | Path) -> pd.DataFrame:
     path = paths.resolve(path)
     header, rows = _read_rows(path)
     table = pd.DataFrame(rows, columns=header, dtype=str)
+    if "Caption" in header:
+        table = _from_release(table, path, kind)
+        header = list(table.columns)
     _check_captions(table, path)
     _check_kinds(table, path)
     return table.assign(copies=_counts(table, path))[[*COLUMNS, *(name for name in header if name not in COLUMNS)]]
@@ -57,7 +73,7 @@ def select(profile: Profile | str, kind: str) -> pd.DataFrame:
             holdout prompts of the memorization threshold, the first of the holdout set.
 
     Returns:
-        DataFrame as of `load_prompts`, rows numbered from 0.
+        DataFrame as of `load_prompts`, rows numbered from 0; without rows if the profile's limit of the kind is 0.
 
     Raises:
         FileNotFoundError: the table is missing.
@@ -73,11 +89,11 @@ def select(profile: Profile | str, kind: str) -> pd.DataFrame:
     if kind not in KINDS:
         raise ValueError(f"unknown kind of prompt {kind!r}; known: {', '.join((*KINDS, 'memorized', 'threshold'))}")
     file = profile.prompts.unmemorized if kind == "unmemorized" else profile.prompts.memorized
-    table = load_prompts(file)
-    chosen = _of_group(table[table["kind"] == kind], profile)
-    if chosen.empty:
+    table = load_prompts(file, kind="unmemorized" if kind == "unmemorized" else None)
+    chosen, limit = _of_group(table[table["kind"] == kind], profile), getattr(profile.limits, kind)
+    if chosen.empty and limit != 0:
         raise PromptTableError(f"{paths.resolve(file)}: column 'kind' has no row {kind!r}{_group_note(profile, kind)}")
-    return chosen.head(getattr(profile.limits, kind)).reset_index(drop=True)
+    return chosen.head(limit).reset_index(drop=True)
 
 
 def image_paths(table: pd.DataFrame, profile: Profile | str) -> list[Path]:
@@ -127,7 +143,7 @@ def _holdout(profile: Profile, kind: str) -> pd.DataFrame:
     """Return the first holdout prompts, as many as the profile asks for."""
     key = "holdout_size" if kind == "holdout" else "threshold_prompts"
     wanted = getattr(profile, key)
-    table = load_prompts(profile.prompts.holdout)
+    table = load_prompts(profile.prompts.holdout, kind="holdout")
     table = table[table["kind"] == "holdout"].reset_index(drop=True)
     if table.empty or (wanted or 0) > len(table):
         file = paths.resolve(profile.prompts.holdout)
@@ -154,19 +170,61 @@ def _read_rows(path: Path) -> tuple[list[str], list[list[str]]]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise PromptTableError(f"{path}: not UTF-8 text ({error})") from error
-    header, *rows = [row for row in csv.reader(io.StringIO(text)) if row] or [[]]
-    for column in COLUMNS:
-        if column not in header:
-            raise PromptTableError(
-                f"{path}: column {column!r} is missing; the header has {', '.join(header) or 'nothing'}"
-            )
+    header, rows = _parse(text)
+    if "Caption" not in header:
+        for column in COLUMNS:
+            if column not in header:
+                raise PromptTableError(
+                    f"{path}: column {column!r} is missing; the header has {', '.join(header) or 'nothing'}"
+                )
     if not rows:
         raise PromptTableError(f"{path}: there is no prompt below the header")
     for number, row in enumerate(rows, start=1):
         if len(row) != len(header):
-            message = f"{len(row)} fields instead of {len(header)}; captions with a comma need quotation marks"
+            message = f"{len(row)} fields instead of {len(header)}; captions with a separator need quotation marks"
             raise PromptTableError(f"{path}, row {number}: {message}")
     return header, rows
+
+
+def _parse(text: str) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows; fields are separated by semicolons in the authors' tables, by commas in ours."""
+    separator = ";" if "Caption" in text.partition("\n")[0].rstrip("\r").split(";") else ","
+    header, *rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator) if row] or [[]]
+    return header, rows
+
+
+def _from_release(table: pd.DataFrame, path: Path, kind: str | None) -> pd.DataFrame:
+    """Return a table of the authors' release with our columns."""
+    table = table.rename(columns=str.lower).drop(columns=["", "unnamed: 0"], errors="ignore")
+    if "type" in table:
+        for number, name in enumerate(table["type"], start=1):
+            if name.lower() not in MEMORIZED:
+                raise PromptTableError(f"{path}, row {number}: column 'type': {name!r} is unknown; allowed: VM, TM")
+        table = table.assign(kind=table["type"].str.lower()).drop(columns="type")
+    elif kind is None:
+        raise PromptTableError(
+            f"{path}: column 'type' is missing, so nothing says of which kind its prompts are; say it, such as "
+            "load_prompts(path, kind='unmemorized'), or give a table of memorized prompts"
+        )
+    else:
+        table = table.drop_duplicates("caption", ignore_index=True).assign(kind=kind)
+    images = _found_images(path)
+    found = [images.get(url, "") for url in table["url"]] if "url" in table else ""
+    return table.assign(group="", copies="0", image=found)
+
+
+def _found_images(path: Path) -> dict[str, str]:
+    """Return url -> image relative to the folder of the world, for the training images that were found."""
+    report = path.parent.parent / IMAGE_REPORT
+    if not report.is_file():
+        return {}
+    header, rows = _parse(report.read_text(encoding="utf-8"))
+    for column in ("url", "image"):
+        if column not in header:
+            raise PromptTableError(f"{report}: column {column!r} is missing; delete the file and run `make data` again")
+    entries = (dict(zip(header, row, strict=False)) for row in rows)
+    found = {entry["url"]: entry.get("image", "") for entry in entries}
+    return {url: image for url, image in found.items() if image and (path.parent.parent / image).is_file()}
 
 
 def _check_captions(table: pd.DataFrame, path: Path) -> None:

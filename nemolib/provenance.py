@@ -34,6 +34,7 @@ INFRASTRUCTURE = frozenset(
         "store",
         "tables",
         "theme",
+        "workers",
         "world",
     }  # fmt: skip
 )
@@ -123,6 +124,13 @@ def _array_pieces(value: Any) -> Iterable[bytes]:
         yield from (b"array", str(value.dtype).encode(), repr(tuple(value.shape)).encode(), value.tobytes())
     else:
         raise TypeError(f"cannot hash a value of type {type(value).__name__}: {value!r:.80}")
+
+
+def model_hash(pipe: Any) -> str:
+    """Return a hash of everything in a StableDiffusionPipeline that determines a result: weights, tokens, scheduler."""
+    parts = {name: dict(getattr(pipe, name).state_dict()) for name in ("unet", "text_encoder", "vae")}
+    scheduler = {name: repr(value) for name, value in pipe.scheduler.config.items() if name[0] != "_"}
+    return content_hash([parts, dict(pipe.tokenizer.get_vocab()), scheduler])
 
 
 def science_hash(*modules: str) -> str:

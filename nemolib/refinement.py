@@ -14,16 +14,19 @@ class RefinementTest:
     """One test of the refinement.
 
     Attributes:
-        layer: Layer that was tested.
-        neuron: Neuron that was reactivated; None means all of the layer.
-        score: Score of the neurons that stayed deactivated.
-        removed: Whether the score stayed below the threshold, so that the neuron (or layer) is not needed.
+        layer: Layer that was tested; of a group, that of its first neuron.
+        neuron: Neuron that was reactivated; None means all of the layer, or a group.
+        score: Score of the neurons that stayed deactivated. Where the search stops a test as soon as it fails
+            (`nemolib.group_testing.refine_fast`), the score of a failed test is the similarity at which it stopped.
+        removed: Whether the score stayed below the threshold, so that the neuron (layer, group) is not needed.
+        group: The (layer, neuron) pairs that were reactivated together; empty for a single neuron or a layer.
     """
 
     layer: int
     neuron: int | None
     score: float
     removed: bool
+    group: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,38 +61,97 @@ def refine_sequential(
     Returns:
         The needed neurons, a subset of the candidates.
     """
-    state = _State([list(layer) for layer in entries], score, threshold, initial_score)
-    order = range(len(entries) - 1, -1, -1)
-    for layer in order:
-        if state.entries[layer]:
-            state.test(layer, None, [])
-    for layer in order:
-        for neuron in tuple(state.entries[layer]):
-            rest = list(state.entries[layer])
-            rest.remove(neuron)
-            state.test(layer, neuron, rest)
-    return Refinement(state.neurons, state.score, tuple(state.tests))
+    state = RefinementState(entries, score, threshold=threshold, initial_score=initial_score)
+    state.test_layers()
+    for place in state.places():
+        state.test_neuron(*place)
+    return state.result()
 
 
-class _State:
-    """What is deactivated at a point of the refinement, and how it scores."""
+class RefinementState:
+    """What is deactivated at a point of a refinement, how it scores, and the tests that led there.
 
-    def __init__(self, entries: list[list[int]], score: Score, threshold: float, initial_score: float | None) -> None:
-        self.entries = entries
-        self.neurons = _neurons(entries)
+    Args:
+        entries: For each layer its candidates, in the order of the tests.
+        score: Returns the score of a neuron set that is deactivated.
+        threshold: Score that must be undercut, exclusive.
+        initial_score: Score of all candidates; None evaluates it.
+    """
+
+    def __init__(
+        self, entries: Sequence[Sequence[int]], score: Score, *, threshold: float, initial_score: float | None = None
+    ) -> None:
+        self.entries = [list(layer) for layer in entries]
+        self.neurons = _neurons(self.entries)
         self.tests: list[RefinementTest] = []
+        self.evaluations = 0
+        self.fell = False
+        self._failures: set[NeuronSet] = set()
         self._evaluate, self._threshold = score, threshold
-        self.score = score(self.neurons) if initial_score is None else initial_score
+        self.score = self._ask(self.neurons) if initial_score is None else initial_score
 
-    def test(self, layer: int, neuron: int | None, rest: list[int]) -> None:
-        """Keep only ``rest`` of a layer if the score stays below the threshold."""
-        trial = [*self.entries[:layer], rest, *self.entries[layer + 1 :]]
+    @property
+    def below(self) -> bool:
+        """Whether the score is below the threshold."""
+        return self.score < self._threshold
+
+    def places(self) -> list[tuple[int, int]]:
+        """Return the entries that are left as (layer, neuron), in the order of the tests."""
+        return [(layer, neuron) for layer in reversed(range(len(self.entries))) for neuron in self.entries[layer]]
+
+    def test_layers(self) -> None:
+        """Test each layer as a whole, from the last to the first."""
+        for layer in reversed(range(len(self.entries))):
+            if self.entries[layer]:
+                self._test(_replaced(self.entries, layer, []), layer)
+
+    def test_neuron(self, layer: int, neuron: int) -> bool:
+        """Test one entry of a neuron, and return whether it was removed."""
+        rest = list(self.entries[layer])
+        rest.remove(neuron)
+        return self._test(_replaced(self.entries, layer, rest), layer, neuron)
+
+    def has_failed(self, place: tuple[int, int]) -> bool:
+        """Return whether a neuron was tested with just those deactivated that are now, and had to stay."""
+        return _neurons(self._rest([place])) in self._failures
+
+    def test_group(self, group: Sequence[tuple[int, int]]) -> bool:
+        """Test all entries of some neurons together, and return whether they were removed."""
+        trial, (layer, neuron) = self._rest(group), group[0]
+        if len(group) == 1:
+            return self._test(trial, layer, neuron)
+        return self._test(trial, layer, group=tuple(group))
+
+    def result(self) -> Refinement:
+        """Return the refinement that ends here."""
+        return Refinement(self.neurons, self.score, tuple(self.tests))
+
+    def _test(
+        self, trial: list[list[int]], layer: int, neuron: int | None = None, group: tuple[tuple[int, int], ...] = ()
+    ) -> bool:
+        """Keep only the entries of a trial deactivated if the score stays below the threshold."""
         neurons = _neurons(trial)
-        score = self.score if neurons == self.neurons else self._evaluate(neurons)
+        score = self.score if neurons == self.neurons else self._ask(neurons)
         removed = score < self._threshold
-        self.tests.append(RefinementTest(layer, neuron, score, removed))
+        self.tests.append(RefinementTest(layer, neuron, score, removed, group))
         if removed:
+            self.fell |= score < self.score
             self.entries, self.neurons, self.score = trial, neurons, score
+        else:
+            self._failures.add(neurons)
+        return removed
+
+    def _rest(self, group: Sequence[tuple[int, int]]) -> list[list[int]]:
+        drop = set(group)
+        return [[item for item in layer if (i, item) not in drop] for i, layer in enumerate(self.entries)]
+
+    def _ask(self, neurons: NeuronSet) -> float:
+        self.evaluations += 1
+        return self._evaluate(neurons)
+
+
+def _replaced(entries: list[list[int]], layer: int, rest: list[int]) -> list[list[int]]:
+    return [*entries[:layer], rest, *entries[layer + 1 :]]
 
 
 def _neurons(entries: Sequence[Sequence[int]]) -> NeuronSet:

@@ -32,9 +32,10 @@ class BlockReuse:
 
     @contextmanager
     def passing(self, neurons: NeuronSet) -> Iterator[None]:
-        """Reuse blocks in the one UNet pass inside the context, in which these neurons are deactivated.
+        """Reuse blocks in the UNet pass inside the context, in which these neurons are deactivated.
 
-        The model is left as it was, whatever happens inside.
+        A pass that is split, because memory ran out, reuses nothing. The model is left as it was, whatever happens
+        inside.
 
         Args:
             neurons: The neurons that are deactivated in this pass.
@@ -46,14 +47,26 @@ class BlockReuse:
 
     def _reusing(self, place: int, forward: Callable[..., Any], key: Hashable) -> Callable[..., Any]:
         """Return a forward function that computes only if what it depends on has changed."""
+        calls = 0
 
         def reuse(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > 1:
+                self._kept[place] = None
+                return forward(*args, **kwargs)
+            sized = (key, _samples(args, kwargs))
             kept = self._kept[place]
-            if kept is None or kept[0] != key:
-                kept = self._kept[place] = (key, forward(*args, **kwargs))
+            if kept is None or kept[0] != sized:
+                kept = self._kept[place] = (sized, forward(*args, **kwargs))
             return kept[1]
 
         return reuse
+
+
+def _samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Return the number of samples that a block is called with."""
+    return len(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
 
 
 def _blocks(unet: nn.Module) -> list[tuple[nn.Module, int]]:

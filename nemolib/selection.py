@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -46,7 +46,15 @@ class Candidates:
 
 @dataclass(frozen=True, slots=True)
 class SelectionStep:
-    """One step of the initial selection: the thresholds, what they select, and its score."""
+    """One step of the initial selection.
+
+    Attributes:
+        theta: Threshold of the z-score.
+        k: Neurons of each layer taken for their activation alone.
+        neurons: What both select.
+        score: Its score. Where the search stops a step as soon as it fails (`initial_selection` with ``quick``), the
+            similarity at which it stopped; that of the last step is always the score.
+    """
 
     theta: float
     k: int
@@ -139,6 +147,7 @@ def initial_selection(
     score: Score,
     *,
     threshold: float,
+    quick: Score | None = None,
     search: SearchSettings | None = None,
     protocol: str | Protocol = "released",
 ) -> InitialSelection:
@@ -152,6 +161,8 @@ def initial_selection(
         activations: For each layer the activations [neuron].
         score: Returns the score of a neuron set that is deactivated.
         threshold: Score to reach, inclusive.
+        quick: A score that costs less: the same where the threshold is reached, any value above the threshold where it
+            is not. It changes no result. None asks the score itself.
         search: Thresholds to go through; None means those of the paper.
         protocol: Whether the limits are tried.
 
@@ -160,11 +171,15 @@ def initial_selection(
     """
     pairs = schedule(search or SearchSettings(), evaluate_limits=load_protocol(protocol).evaluate_limits)
     steps: list[SelectionStep] = []
+    ask = quick or score
     for theta, k in pairs:
         candidates = out_of_distribution(z, activations, theta=theta, top_k=k)
         neurons = candidates.neurons
         same = bool(steps) and steps[-1].neurons == neurons
-        steps.append(SelectionStep(theta, k, neurons, steps[-1].score if same else score(neurons)))
+        steps.append(SelectionStep(theta, k, neurons, steps[-1].score if same else ask(neurons)))
         if steps[-1].score <= threshold:
             break
-    return InitialSelection(candidates, steps[-1].score, steps[-1].score <= threshold, tuple(steps))
+    reached = steps[-1].score <= threshold
+    if not reached and quick is not None:
+        steps[-1] = replace(steps[-1], score=score(steps[-1].neurons))
+    return InitialSelection(candidates, steps[-1].score, reached, tuple(steps))

@@ -43,7 +43,8 @@ Tables of notebook 04:
         low, high, paper, paper_mad what belongs to it.
     table_1_claims: claim, rule, paper, ours, verdict.
     single_neurons: layer (from 1), neuron, prompt, copy_before, copy_single, copy_all.
-    unmemorized_images: prompt, sscd_gen, a_clip_before, d_sscd_before, a_clip_after, d_sscd_after.
+    unmemorized_images: prompt; neurons, a_clip, d_sscd, sscd_gen, each with the suffixes before, one, all.
+    text_carried: layer (from 1), width, neurons, busiest, share.
     unmemorized_quality: images, number, encoder, fid, kid, kid_sd, neurons.
 
 Grids of notebook 04:

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 _NAME = re.compile(r"^(down_blocks\.\d+|mid_block)\.attentions\.\d+\..*attn2\.to_v$")
 
+STABLE_DIFFUSION_WIDTHS = (320, 320, 640, 640, 1280, 1280, 1280)
+"""Neurons of the value layers of Stable Diffusion v1."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ValueLayer:

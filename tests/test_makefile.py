@@ -20,6 +20,8 @@ TARGETS = [
     "all",
     "notebooks",
     "figures",
+    "data",
+    "estimate",
     "test",
     "lint",
     "train",

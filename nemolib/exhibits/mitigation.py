@@ -76,8 +76,11 @@ def _read_staying(sources: Sources) -> Reading:
 def _read_unharmed(sources: Sources) -> Reading:
     medians = sources["unmemorized_images"].median(numeric_only=True)
     return Reading(
-        f"A_CLIP {medians['a_clip_before']:.2f} to {medians['a_clip_after']:.2f}, D_SSCD {medians['d_sscd_before']:.2f} to "
-        f"{medians['d_sscd_after']:.2f} (medians)",
+        f"A_CLIP {medians['a_clip_before']:.2f}; {medians['a_clip_one']:.2f} without the {medians['neurons_one']:g} neurons of one "
+        f"memorized prompt, {medians['a_clip_all']:.2f} without the {medians['neurons_all']:g} of all (medians)",
+        "image quality hardly changes while neurons are few (Fig. 5a; heights of the curves are not known)",
+        "agrees" if medians["a_clip_before"] - medians["a_clip_one"] <= 0.1 * medians["a_clip_before"] else "differs",
+        "agrees if the alignment loses at most a tenth without the neurons of one memorized prompt",
     )
 
 
@@ -153,8 +156,8 @@ MITIGATION_IMAGES = Exhibit(
 )  # fmt: skip
 
 UNHARMED = Exhibit(
-    "unmemorized_unharmed", "", "unmemorized prompts with all memorization neurons off", NOTEBOOK,
-    "A point is a prompt; on the dotted line nothing changes. The neurons of all memorized prompts are deactivated at once.",
+    "unmemorized_unharmed", "", "unmemorized prompts without memorization neurons", NOTEBOOK,
+    "A point is a prompt; on the dotted line nothing changes.",
     lambda s: mitigation.figure_unharmed(s["unmemorized_images"]), _read_unharmed, tables=("unmemorized_images",),
 )  # fmt: skip
 

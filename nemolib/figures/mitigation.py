@@ -79,13 +79,13 @@ def figure_table_1(table: pd.DataFrame) -> Figure:
 
 
 def figure_unharmed(table: pd.DataFrame) -> Figure:
-    """Return how unmemorized prompts fare when all memorization neurons are deactivated.
+    """Return how unmemorized prompts fare when memorization neurons are deactivated.
 
     A point is a prompt: left the alignment of its images with the prompt, right the similarity of its images to each
     other, with all neurons active (horizontal) and without (vertical). On the dotted line nothing changes.
 
     Args:
-        table: One row per prompt: columns a_clip_before, a_clip_after, d_sscd_before, d_sscd_after
+        table: One row per prompt: a_clip and d_sscd, each with ``_before``, ``_one`` and ``_all``
             (`nemolib.experiments_mitigation.unmemorized_table`).
 
     Raises:
@@ -95,21 +95,27 @@ def figure_unharmed(table: pd.DataFrame) -> Figure:
     """
     if table.empty:
         raise ValueError("there are no unmemorized prompts to draw")
-    look = role("unmemorized")
-    with mpl.rc_context(neurips(0.8, aspect=0.55)):
+    look, off = role("unmemorized"), role("deactivated")
+    markers = {
+        "one": {"marker": look.marker, "color": look.color, "label": "without the neurons of one memorized prompt"},
+        "all": {"marker": off.marker, "color": off.color, "label": "without those of all memorized prompts"},
+    }
+    with mpl.rc_context(neurips(0.8, aspect=0.6)):
         figure = Figure()
         for axes, metric in zip(figure.subplots(1, 2), ("a_clip", "d_sscd"), strict=True):
-            before, after = table[f"{metric}_before"], table[f"{metric}_after"]
-            low, high = min(before.min(), after.min()), max(before.max(), after.max())
+            columns = table[[f"{metric}_before", *(f"{metric}_{name}" for name in markers)]]
+            low, high = float(columns.min().min()), float(columns.max().max())
             margin = 0.05 * (high - low) or 0.05
             axes.axline((low, low), slope=1, color="black", linestyle=":", linewidth=0.8)
-            axes.plot(before, after, look.marker, color=look.color, markersize=3, alpha=0.8)
+            for name, style in markers.items():
+                axes.plot(table[f"{metric}_before"], table[f"{metric}_{name}"], linestyle="", markersize=3, **style)
             axes.set_xlim(low - margin, high + margin)
             axes.set_ylim(low - margin, high + margin)
             axes.set_aspect("equal")
             axes.set_title(METRICS[metric])
             axes.set_xlabel("all neurons active")
-        figure.axes[0].set_ylabel("memorization neurons off")
+        figure.axes[0].set_ylabel("neurons deactivated")
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=1)
     return figure
 
 

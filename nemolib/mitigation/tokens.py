@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from nemolib.mitigation.base import Mitigation
+from nemolib.pipeline import embed
 from nemolib.seeding import stream
 from nemolib.settings import SomepalliSettings
 
@@ -73,7 +74,8 @@ class RandomTokens(Mitigation):
 
     @contextmanager
     def _prepared(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> Iterator[dict[str, Any]]:
-        yield {"prompt": [self.extend(pipe.tokenizer, prompt) for prompt in prompts]}
+        # As embeddings: the pipeline would warn of each prompt that the tokens make too long.
+        yield {"prompt_embeds": embed(pipe, [self.extend(pipe.tokenizer, prompt) for prompt in prompts])}
 
 
 def _word(tokenizer: Any, ids: np.ndarray) -> str:

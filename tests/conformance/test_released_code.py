@@ -194,12 +194,31 @@ def test_neurons_of_the_search(step, golden, expected, statistics, run, row):
         threshold=settings["threshold"],
         gate=settings["gate"],
         similarity=SMALL_WINDOW,
+        search="sequential",
     )
     assert found.initial == NeuronSet(ast.literal_eval(row["Initial Neurons"]))
     assert found.neurons == NeuronSet(ast.literal_eval(row["Refined Neurons"]))
     close(found.initial_score, float(row["Initial SSIM"]))
     close(found.refined_score, float(row["Refined SSIM"]))
     assert found.reached == (float(row["Initial SSIM"]) <= settings["threshold"])
+
+
+@pytest.mark.parametrize(("run", "row"), list(detection_cases()))
+def test_the_fast_search_starts_from_the_same_neurons(step, golden, expected, statistics, run, row):
+    settings = expected["detection"][run]
+    found = localize_embedding(
+        step(settings["latent_size"], 0),
+        embedding(golden, int(row["Caption"].split()[1]) + 1),
+        statistics,
+        threshold=settings["threshold"],
+        gate=settings["gate"],
+        similarity=SMALL_WINDOW,
+        search="fast",
+    )
+    assert found.initial == NeuronSet(ast.literal_eval(row["Initial Neurons"]))
+    close(found.initial_score, float(row["Initial SSIM"]))
+    target = settings["threshold"] if found.reached else found.initial_score
+    assert found.refined_score < target or found.neurons == found.initial
 
 
 def test_order_of_the_tests_matters(step, golden, statistics):
@@ -213,6 +232,7 @@ def test_order_of_the_tests_matters(step, golden, statistics):
             threshold=0.9,
             gate=0.0,
             similarity=SMALL_WINDOW,
+            search="sequential",
             protocol=protocol,
         )
 

@@ -54,11 +54,14 @@ def save():
         "unmemorized_images": pd.DataFrame(
             {
                 "prompt": ["a", "b"],
-                "sscd_gen": 0.5,
+                "neurons_one": [3, 5],
+                "neurons_all": 77,
                 "a_clip_before": [0.3, 0.4],
+                "a_clip_one": [0.3, 0.36],
+                "a_clip_all": [0.3, 0.3],
                 "d_sscd_before": [0.2, 0.3],
-                "a_clip_after": [0.3, 0.3],
-                "d_sscd_after": [0.2, 0.2],
+                "d_sscd_one": [0.2, 0.2],
+                "d_sscd_all": [0.2, 0.2],
             }
         ),
         "unmemorized_quality": pd.DataFrame(
@@ -211,7 +214,11 @@ def test_the_reading_of_figure_9_is_of_its_prompts():
 
 
 def test_unmemorized_prompts():
-    assert reading(mitigation.UNHARMED).ours == "A_CLIP 0.35 to 0.30, D_SSCD 0.25 to 0.20 (medians)"
+    unharmed = reading(mitigation.UNHARMED)
+    assert unharmed.ours == (
+        "A_CLIP 0.35; 0.33 without the 4 neurons of one memorized prompt, 0.30 without the 77 of all (medians)"
+    )
+    assert unharmed.verdict == "agrees"
     words = "KID 0.0123 untouched, 0.0500 with 77 neurons off"
     assert reading(mitigation.QUALITY).ours == reading(mitigation.UNMEMORIZED_IMAGES).ours == words
     assert texts(drawn(mitigation.UNMEMORIZED_IMAGES)).count("77") == 2

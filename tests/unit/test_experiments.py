@@ -17,6 +17,7 @@ from nemolib.pipeline import embed, load_pipeline
 from nemolib.profiles import Encoders, profile_from_mapping
 from nemolib.protocols import RELEASED
 from nemolib.value_layers import value_activations, value_layers
+from nemolib.workers import FailedPrompts
 
 CAPTIONS = {
     "vm": ["red fox card", "red owl card"],
@@ -113,7 +114,7 @@ def test_holdout_scores_are_the_librarys_and_kept(pipe, profile, no_unet):
     assert found == pytest.approx(direct, abs=1e-4)
     no_unet()
     assert np.array_equal(experiments.holdout_scores(pipe, profile, progress=False), found)
-    with pytest.raises(AssertionError, match="the UNet ran"):
+    with pytest.raises(FailedPrompts, match="4 of 4 prompts failed(.|\n)*'a u': AssertionError: the UNet ran"):
         experiments.holdout_scores(pipe, profile, protocol="paper", progress=False)
 
 

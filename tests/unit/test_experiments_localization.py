@@ -13,7 +13,7 @@ from nemolib.first_step import first_step
 from nemolib.localization import localize
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed, load_pipeline
-from nemolib.profiles import profile_from_mapping
+from nemolib.profiles import Encoders, profile_from_mapping
 from nemolib.similarity import memorization_score, similarity
 from nemolib.store import StoreError
 
@@ -62,7 +62,7 @@ def profile(tmp_path_factory, random_model_folder):
         "thresholds": {"value": -0.5},
         "search": {"theta_start": 3.0, "theta_step": 1.0, "k_step": 2},
         "generation": {"samples": 2, "steps": 2, "batch_size": 4},
-        "descriptor": str(folder / "descriptor"),
+        "encoders": {"copy": {"kind": "descriptor", "path": str(folder / "descriptor")}},
     }
     return profile_from_mapping(values | write_world(folder))
 
@@ -129,7 +129,7 @@ def test_copy_similarity_by_hand(pipe, profile, found, change):
     from nemolib.prompts import select
 
     before, after = search.with_and_without(pipe, profile, found.iloc[:1], progress=False)
-    describe = CopyDescriptor.load(profile.descriptor).describe
+    describe = CopyDescriptor.load(profile.encoders.copy.path).describe
     planted = describe(experiments.planted_images(profile, select(profile, "vm").head(1)))[0]
     copies = [float(feature @ planted) for feature in describe(after[0])]
     assert change.loc[0, "copy_after"] == pytest.approx(np.mean(copies), abs=1e-5)
@@ -146,8 +146,8 @@ def test_a_prompt_without_neurons_keeps_its_images(pipe, profile, found):
 
 
 def test_a_profile_without_descriptor(pipe, profile, found):
-    with pytest.raises(ValueError, match="profile 'random' has descriptor = None"):
-        search.deactivation(pipe, dataclasses.replace(profile, descriptor=None), found, progress=False)
+    with pytest.raises(ValueError, match="profile 'random' has encoders.copy = None"):
+        search.deactivation(pipe, dataclasses.replace(profile, encoders=Encoders()), found, progress=False)
 
 
 def test_the_course_of_a_search(pipe, profile, found):
@@ -175,6 +175,18 @@ def test_double_entries_count_once():
 
     tests = [RefinementTest(0, 5, 0.1, True), RefinementTest(0, 5, 0.9, False), RefinementTest(0, 6, 0.1, True)]
     assert search.search_tests([[5, 6, 5]], tests)["left"].tolist() == [2, 2, 1]
+
+
+def test_a_group_takes_all_its_neurons():
+    from nemolib.refinement import RefinementTest
+
+    tests = [
+        RefinementTest(1, None, 0.9, False, group=((1, 7), (0, 5))),
+        RefinementTest(1, None, 0.1, True, group=((1, 7), (0, 6))),
+    ]
+    table = search.search_tests([[5, 6, 6], [7]], tests)
+    assert table["left"].tolist() == [3, 1]
+    assert table["neuron"].isna().all()
 
 
 def test_z_scores_of_found_neurons(pipe, profile, found):

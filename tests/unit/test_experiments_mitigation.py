@@ -10,13 +10,15 @@ import torch
 from nemolib import experiments, metrics, paper, paths, tables
 from nemolib import experiments_mitigation as mitigation
 from nemolib.checks import ClaimError, check_table
-from nemolib.encoders import CopyDescriptor, alignment_encoder, describe_samples, quality_encoder
-from nemolib.experiments_localization import shared_neurons
+from nemolib.encoders import CopyDescriptor, alignment_encoder, copy_encoder, describe_samples, quality_encoder
+from nemolib.experiments_localization import neuron_sets, shared_neurons
 from nemolib.experiments_mitigation import INITIAL, METRICS, NEMO, NONE, OFF, RANDOM
 from nemolib.mitigation import EmbeddingAdjustment, wen_target
 from nemolib.neurons import NeuronSet
+from nemolib.pipeline import embed
 from nemolib.profiles import profile_from_mapping
 from nemolib.prompts import select
+from nemolib.value_layers import value_activations
 from tests.random_pipeline import WIDTHS
 
 VM, TM, UNMEMORIZED = ["red fox card", "red owl card"], ["blue cat case"], ["a tree", "the sea"]
@@ -460,15 +462,19 @@ def test_findings_have_the_numbers():
     unmemorized = pd.DataFrame(
         {
             "prompt": ["a", "b", "c"],
+            "neurons_one": [3, 4, 9],
+            "neurons_all": [77, 77, 77],
             "a_clip_before": [0.31, 0.33, 0.9],
-            "a_clip_after": [0.21, 0.22, 0.9],
+            "a_clip_one": [0.25, 0.29, 0.9],
+            "a_clip_all": [0.21, 0.22, 0.9],
             "d_sscd_before": [0.11, 0.12, 0.9],
-            "d_sscd_after": [0.13, 0.14, 0.9],
+            "d_sscd_one": [0.11, 0.13, 0.9],
+            "d_sscd_all": [0.13, 0.14, 0.9],
         }
     )
     quality = pd.DataFrame({"images": [NONE, OFF], "kid": [0.0123, 0.0456]})
     changed = [(NEMO, "vm", "a_clip", 0.27), (NEMO, "vm", "memorized", 0.0)]
-    text = mitigation.findings(like_the_paper(changed), unmemorized, quality, neurons=77)
+    text = mitigation.findings(like_the_paper(changed), unmemorized, quality)
     lines = text.splitlines()
     assert len(lines) == 5
     for part in (
@@ -481,7 +487,9 @@ def test_findings_have_the_numbers():
         in lines[1]
     )
     assert lines[2].startswith("- **TM**: the copy similarity goes from 0.04 to 0.05 with 21 ")
-    for part in ("the 77 memorization", "A_CLIP goes from 0.33 to 0.22", "D_SSCD from 0.12 to 0.14", "0.012 to 0.046"):
+    for part in (
+        "(4 neurons): A_CLIP 0.33 to 0.29", "(77): to 0.22", "D_SSCD: 0.12, 0.13, 0.14", "from 0.01 to 0.05",
+    ):  # fmt: skip
         assert part in lines[4]
 
 
@@ -492,24 +500,51 @@ def test_all_neurons_are_those_of_memorized_prompts(found):
     assert list(mitigation.all_neurons(found)) == [(0, 1), (2, 4), (2, 5), (6, 3)]
 
 
-def test_no_neurons_change_nothing(random_pipe, profile):
-    table = mitigation.unmemorized_table(random_pipe, profile, UNMEMORIZED, NeuronSet.empty(7), progress=False)
-    assert table.columns.tolist() == documented("unmemorized_images")
+def test_memorized_prompts_take_turns(found):
+    sets = mitigation.in_turn(found, 5)
+    own = [neurons for neurons in neuron_sets(found[found["kind"].isin(("vm", "tm"))]) if neurons]
+    assert sets == [*own, *own][:5]
+    with pytest.raises(ValueError, match="no memorized prompt has neurons"):
+        mitigation.in_turn(found[found["kind"] == "unmemorized"], 1)
+
+
+def test_unmemorized_prompts_lose_one_set_and_all(random_pipe, profile, found):
+    table = mitigation.unmemorized_table(random_pipe, profile, UNMEMORIZED, found, progress=False)
+    names = [
+        f"{name}_{suffix}"
+        for name in ("neurons", "a_clip", "d_sscd", "sscd_gen")
+        for suffix in ("before", "one", "all")
+    ]
+    assert sorted(table.columns) == sorted(["prompt", *names])
     assert table["prompt"].tolist() == UNMEMORIZED
-    assert table["sscd_gen"].to_numpy() == pytest.approx(1, abs=1e-6)
-    for name in ("a_clip", "d_sscd"):
-        assert table[f"{name}_before"].tolist() == table[f"{name}_after"].tolist()
-
-
-def test_all_prompts_lose_the_same_neurons(random_pipe, profile):
-    everything = NeuronSet.full(WIDTHS)
-    table = mitigation.unmemorized_table(random_pipe, profile, UNMEMORIZED, everything, progress=False)
-    assert (table["sscd_gen"] < 1 - 1e-5).all()
-    clip = alignment_encoder(profile)
-    for when, neurons in (("before", None), ("after", everything)):
+    assert table["sscd_gen_before"].to_numpy() == pytest.approx(1, abs=1e-6)
+    one, everything = mitigation.in_turn(found, len(UNMEMORIZED)), mitigation.all_neurons(found)
+    assert table["neurons_one"].tolist() == [len(neurons) for neurons in one]
+    assert (table["neurons_all"] == len(everything)).all()
+    clip, copy = alignment_encoder(profile), copy_encoder(profile)
+    untouched = describe_samples(copy, images(random_pipe, profile, UNMEMORIZED))
+    for name, neurons in (("before", None), ("one", one), ("all", everything)):
         made = images(random_pipe, profile, UNMEMORIZED, neurons=neurons)
         aligned = metrics.a_clip(describe_samples(clip.images, made), clip.texts.describe(UNMEMORIZED))
-        assert table[f"a_clip_{when}"].tolist() == np.median(aligned, axis=1).tolist()
+        assert table[f"a_clip_{name}"].tolist() == np.median(aligned, axis=1).tolist()
+        same = metrics.sscd_gen(describe_samples(copy, made), untouched)
+        assert table[f"sscd_gen_{name}"].tolist() == np.median(same, axis=1).tolist()
+
+
+def test_the_text_that_a_set_carries(random_pipe):
+    table = mitigation.text_carried(random_pipe, UNMEMORIZED, NeuronSet.of([(0, 1), (0, 2), (3, 0)], layers=7))
+    assert table.columns.tolist() == documented("text_carried")
+    assert table["width"].tolist() == list(WIDTHS)
+    assert table["neurons"].tolist() == [2, 0, 0, 1, 0, 0, 0]
+    activations = value_activations(random_pipe.unet, embed(random_pipe, UNMEMORIZED))
+    first = activations[0].sum(dim=0).numpy()
+    assert table["share"].iloc[0] == pytest.approx((first[1] + first[2]) / first.sum(), rel=1e-5)
+    assert (table["share"].iloc[[1, 2, 4, 5, 6]] == 0).all()
+    largest = sorted(first, reverse=True)
+    busiest = int(table["busiest"].iloc[0])
+    assert sum(largest[: busiest - 1]) < 0.95 * first.sum() <= sum(largest[:busiest])
+    whole = mitigation.text_carried(random_pipe, UNMEMORIZED, NeuronSet.full(WIDTHS))
+    assert whole["share"].to_numpy() == pytest.approx(1)
 
 
 def with_samples(profile, samples):

@@ -120,9 +120,11 @@ def unmemorized():
     return pd.DataFrame(
         {
             "a_clip_before": [0.2, 0.3],
-            "a_clip_after": [0.25, 0.1],
+            "a_clip_one": [0.2, 0.25],
+            "a_clip_all": [0.25, 0.1],
             "d_sscd_before": [0.5, 0.5],
-            "d_sscd_after": [0.5, 0.5],
+            "d_sscd_one": [0.5, 0.5],
+            "d_sscd_all": [0.5, 0.5],
         }
     )
 
@@ -132,15 +134,16 @@ def test_figure_unharmed_compares_before_and_after(unmemorized):
     left, right = figure.axes
     assert figure.get_figwidth() == pytest.approx(0.8 * TEXT_WIDTH)
     for axes, metric in ((left, "a_clip"), (right, "d_sscd")):
-        line, points = axes.lines
+        line, *both = axes.lines
         assert (line.get_slope(), line.get_linestyle()) == (1, ":")
-        assert points.get_xdata().tolist() == unmemorized[f"{metric}_before"].tolist()
-        assert points.get_ydata().tolist() == unmemorized[f"{metric}_after"].tolist()
-        assert (to_hex(points.get_color()), points.get_marker()) == (ROLE_COLORS["unmemorized"].lower(), "^")
+        for points, name, kind, marker in zip(both, ("one", "all"), ("unmemorized", "deactivated"), "^v", strict=True):
+            assert points.get_xdata().tolist() == unmemorized[f"{metric}_before"].tolist()
+            assert points.get_ydata().tolist() == unmemorized[f"{metric}_{name}"].tolist()
+            assert (to_hex(points.get_color()), points.get_marker()) == (ROLE_COLORS[kind].lower(), marker)
         assert axes.get_title() == figures.METRICS[metric]
         assert axes.get_xlabel() == "all neurons active"
         assert axes.get_xlim() == axes.get_ylim()
-    assert (left.get_ylabel(), right.get_ylabel()) == ("memorization neurons off", "")
+    assert (left.get_ylabel(), right.get_ylabel()) == ("neurons deactivated", "")
     assert left.get_xlim() == pytest.approx((0.09, 0.31))
     assert right.get_xlim() == pytest.approx((0.45, 0.55))
 

@@ -14,12 +14,13 @@ from nemolib.holdout import (
     activation_statistics,
     holdout_scores,
     load_released,
+    load_statistics,
     memorization_threshold,
     z_scores,
 )
 from nemolib.pipeline import embed
 from nemolib.settings import DetectionSettings, SimilaritySettings
-from nemolib.value_layers import value_activations, value_layers
+from nemolib.value_layers import STABLE_DIFFUSION_WIDTHS, value_activations, value_layers
 from tests.random_pipeline import WIDTHS, random_unet
 
 SMALL = SimilaritySettings(kernel_size=3, sigma=0.5)
@@ -98,6 +99,35 @@ def test_nothing_but_tensors_is_unpickled(tmp_path):
     torch.save(([Evil()], []), tmp_path / "evil.pt")
     with pytest.raises(Exception, match="[Ww]eights only"):
         load_released(tmp_path / "evil.pt")
+
+
+def test_released_statistics_are_checked(tmp_path):
+    path = tmp_path / "released.pt"
+    means, deviations = ([torch.full((width,), value) for width in (3, 5)] for value in (2.0, 0.5))
+    torch.save((means, deviations), path)
+    found = load_released(path, widths=(3, 5))
+    assert found.widths == (3, 5)
+    assert (found.mean[1][0], found.std[0][0], found.count, found.model_hash) == (2.0, 0.5, 0, "")
+    with pytest.raises(ValueError, match=r"layers of \[3, 5\] neurons, expected \[320, 320, 640"):
+        load_released(path, widths=STABLE_DIFFUSION_WIDTHS)
+    torch.save((means, [deviations[0], -deviations[1]]), path)
+    with pytest.raises(ValueError, match="is negative or not finite"):
+        load_released(path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"released\.pt is not readable: it was cut"):
+        load_released(path)
+
+
+def test_statistics_of_either_format(tmp_path, statistics):
+    statistics.save(tmp_path / "own.safetensors")
+    torch.save((list(statistics.mean), list(statistics.std)), tmp_path / "released.pt")
+    for name in ("own.safetensors", "released.pt"):
+        found = load_statistics(tmp_path / name, widths=WIDTHS)
+        assert all(torch.equal(a, b) for a, b in zip(found.mean, statistics.mean, strict=True))
+        with pytest.raises(ValueError, match="another model"):
+            load_statistics(tmp_path / name, widths=(3, 5))
+    with pytest.raises(FileNotFoundError, match=r"no activation statistics .*none\.pt; fetch them with `make data`"):
+        load_statistics(tmp_path / "none.pt")
 
 
 def test_statistics_of_another_model(statistics, random_pipe):

@@ -39,13 +39,49 @@ def test_a_search_ends_with_neurons_of_its_initial_selection(found):
     found.neurons.check(WIDTHS)
 
 
-def test_cost_by_algorithm(found):
+def test_cost_by_algorithm(random_pipe, statistics):
+    found = localize(random_pipe, "zzz", statistics, threshold=0.95, **(SETTINGS | {"search": sequential()}))
     # Three samples for the differences; then three for each neuron set that was new.
     assert found.evaluations["A1"] == 3
     assert found.evaluations["A2"] == 0
     assert found.evaluations["A3"] == 3 * len({step.neurons for step in found.steps if step.neurons})
     assert 0 < found.evaluations["A4"] <= 3 * len(found.tests)
     assert all(seconds > 0 for seconds in found.seconds.values())
+
+
+def sequential():
+    return dataclasses.replace(SETTINGS["search"], method="sequential")
+
+
+@pytest.mark.parametrize("threshold", [0.9, 0.95, 0.99, -0.99])
+@pytest.mark.parametrize("protocol", ["released", "paper"])
+def test_both_methods_start_from_the_same_selection(random_pipe, statistics, threshold, protocol):
+    settings = {"threshold": threshold, "protocol": protocol} | SETTINGS
+    fast = localize(random_pipe, "b q", statistics, **settings)
+    slow = localize(random_pipe, "b q", statistics, **(settings | {"search": sequential()}))
+    assert fast.initial == slow.initial
+    assert (fast.theta, fast.k, fast.reached, fast.seeds) == (slow.theta, slow.k, slow.reached, slow.seeds)
+    assert fast.initial_score == pytest.approx(slow.initial_score, abs=1e-5)
+    assert [step.neurons for step in fast.steps] == [step.neurons for step in slow.steps]
+    assert fast.steps[-1].score == fast.initial_score
+    assert all(step.score > threshold for step in fast.steps[:-1])
+    assert fast.neurons - fast.initial == NeuronSet.empty(7)
+    target = threshold if fast.reached else fast.initial_score
+    assert fast.refined_score < target or fast.neurons == fast.initial
+    assert fast.evaluations["A3"] <= slow.evaluations["A3"]
+
+
+def test_the_method_can_be_named_alone(random_pipe, statistics):
+    settings = {name: value for name, value in SETTINGS.items() if name != "search"} | {"threshold": 0.95}
+    named = localize(random_pipe, "zzz", statistics, search="sequential", **settings)
+    assert named.tests == localize(
+        random_pipe, "zzz", statistics, search=SearchSettings(method="sequential"), **settings
+    ).tests  # fmt: skip
+    assert not any(test.group for test in named.tests)
+    with pytest.raises(ValueError, match="SearchSettings.method is 'quick'; it must be 'fast' or 'sequential'"):
+        localize(random_pipe, "zzz", statistics, search="quick", **settings)
+    with pytest.raises(ValueError, match="SearchSettings.method is 'quick'"):
+        localize_many(random_pipe, ["zzz"], statistics, search="quick", **settings)
 
 
 def test_scores_can_be_recomputed(random_pipe, statistics, found):

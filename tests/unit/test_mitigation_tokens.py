@@ -1,8 +1,10 @@
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nemolib.mitigation import RandomTokens
+from nemolib.pipeline import embed
 from tests.random_pipeline import random_pipeline
 
 TOKENIZER = random_pipeline().tokenizer
@@ -53,7 +55,9 @@ def test_double_spaces_stay():
 def test_the_pipeline_gets_the_longer_prompts(random_pipe):
     mitigation = RandomTokens(4)
     with mitigation.applied(random_pipe, ["a", "b", "a"]) as inputs:
-        assert inputs == {"prompt": [mitigation.extend(TOKENIZER, prompt) for prompt in ("a", "b", "a")]}
+        expected = embed(random_pipe, [mitigation.extend(TOKENIZER, prompt) for prompt in ("a", "b", "a")])
+        assert torch.equal(inputs.pop("prompt_embeds"), expected)
+        assert not inputs
     assert (mitigation.name, RandomTokens(1).name) == ("4 random tokens", "1 random token")
 
 

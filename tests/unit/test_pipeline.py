@@ -101,3 +101,21 @@ def test_a_relative_folder_starts_where_the_caller_is(random_model_folder, monke
     profile = dataclasses.replace(load_profile("tiny"), model=random_model_folder.name)
     with pytest.raises(pipeline.PipelineError, match="no such folder"):
         load_pipeline(profile)
+
+
+def test_the_type_auto_follows_the_device(random_model_folder):
+    assert load_pipeline(random_model_folder, device="cpu", dtype="auto").unet.dtype == torch.float32
+    assert pipeline._dtype("auto", torch.device("cuda")) == torch.float16
+    assert pipeline._dtype("auto", torch.device("mps")) == torch.float32
+    with pytest.raises(pipeline.PipelineError, match="dtype 'half' is unknown; allowed: auto, float32"):
+        load_pipeline(random_model_folder, dtype="half")
+
+
+@pytest.mark.parametrize(("free", "slicing"), [(None, ""), (2**40, "images"), (2**30, "images attention")])
+def test_little_memory_is_spared(free, slicing, monkeypatch):
+    pipe, done = random_pipeline(), []
+    monkeypatch.setattr(pipeline, "free_memory", lambda device: free)
+    monkeypatch.setattr(pipe.vae, "enable_slicing", lambda: done.append("images"))
+    monkeypatch.setattr(pipe, "enable_attention_slicing", lambda: done.append("attention"))
+    pipeline._spare_memory(pipe)
+    assert " ".join(done) == slicing

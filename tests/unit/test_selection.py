@@ -97,3 +97,29 @@ def test_equal_selections_are_scored_once():
 
     initial_selection(Z, ACTIVATIONS, score, threshold=0.5)
     assert len(asked) == len(set(asked)) < 16
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.6, 0.9])
+def test_a_quick_score_changes_no_result(threshold):
+    def score(neurons):
+        return 1 - len(neurons) / 10
+
+    asked = []
+
+    def quick(neurons):
+        asked.append(neurons)
+        return score(neurons) if score(neurons) <= threshold else 1.0
+
+    plain = initial_selection(Z, ACTIVATIONS, score, threshold=threshold)
+    other = initial_selection(Z, ACTIVATIONS, score, quick=quick, threshold=threshold)
+    assert (other.candidates, other.score, other.reached) == (plain.candidates, plain.score, plain.reached)
+    assert [step.neurons for step in other.steps] == [step.neurons for step in plain.steps]
+    assert other.steps[-1] == plain.steps[-1]
+    assert all(step.score == 1.0 for step in other.steps[:-1])
+    assert len(asked) == len(set(asked))
+
+
+def test_a_quick_score_of_a_selection_that_does_not_reach_the_threshold():
+    selection = initial_selection(Z, ACTIVATIONS, lambda neurons: 0.9, quick=lambda neurons: 1.0, threshold=0.5)
+    assert not selection.reached
+    assert selection.score == selection.steps[-1].score == 0.9

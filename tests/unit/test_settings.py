@@ -24,6 +24,7 @@ from nemolib.settings import DetectionSettings, GenerationSettings, SearchSettin
         (SearchSettings, "theta_start", 0.5),
         (SearchSettings, "k_max", -1),
         (SearchSettings, "k_start", True),
+        (SearchSettings, "method", "quick"),
         (GenerationSettings, "samples", 0),
         (GenerationSettings, "batch_size", "8"),
     ],

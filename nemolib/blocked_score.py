@@ -1,0 +1,186 @@
+"""The score that the search asks of neuron sets, and how few seeds can answer for all of them.
+
+The score of a neuron set is the largest similarity over the kept seeds, so that one seed above the threshold says that
+the set fails. Which seed is the most similar hardly changes from set to set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from nemolib.evaluations import Evaluations
+from nemolib.first_step import FirstStep
+from nemolib.neurons import NeuronSet
+from nemolib.protocols import Protocol
+from nemolib.reuse import BlockReuse
+from nemolib.settings import SimilaritySettings
+from nemolib.similarity import similarity
+
+_CHUNKS = 3
+"""Groups of seeds for which the first blocks of the UNet are kept: the leading seeds, the newest of them, the others."""
+
+_GROUP_MARGIN = 0.01
+"""How far a seed must be above a threshold to answer for all, where its similarity depends a little on the others."""
+
+
+class BlockedScore:
+    """How similar the noise differences of a prompt stay when a neuron set is deactivated.
+
+    Each set is evaluated once for each seed; the empty set without the UNet. What the blocks before the first changed
+    value layer give is kept from one set to the next.
+
+    Source: authors' code, utils/activation_detection.py: the largest similarity, over the kept seeds, of the noise
+        differences of the *same* seed without and with deactivated neurons.
+
+    Args:
+        step: The first denoising step.
+        embedding: Embedding of the prompt, [1, token, feature].
+        seeds: Indices of the kept seeds.
+        unblocked: Their noise differences with all neurons active, [seed, channel, height, width].
+        similarity: Window and exponents of the similarity.
+        protocol: The protocol.
+        evaluations: Counts the UNet sample-evaluations.
+        reuse: Whether to keep what blocks before the first changed layer give; the scores are the same.
+    """
+
+    def __init__(
+        self,
+        step: FirstStep,
+        embedding: Tensor,
+        *,
+        seeds: Sequence[int],
+        unblocked: Tensor,
+        similarity: SimilaritySettings,
+        protocol: Protocol,
+        evaluations: Evaluations | None = None,
+        reuse: bool = True,
+    ) -> None:
+        self._step, self._embedding, self._seeds, self._unblocked = step, embedding, list(seeds), unblocked
+        self._similarity, self._protocol, self._evaluations = similarity, protocol, evaluations
+        self._known: dict[NeuronSet, float] = {}
+        self._maps: dict[NeuronSet, dict[int, Tensor]] = {}
+        self._values: dict[NeuronSet, dict[int, float]] = {}
+        self._grouped = protocol.similarity == "ms_ssim"
+        self._others = unblocked
+        self._reuse: dict[tuple[int, ...], BlockReuse] | None = {} if reuse else None
+        self._lead = 0
+
+    def __call__(self, neurons: NeuronSet) -> float:
+        """Return the score of a neuron set."""
+        if neurons not in self._known:
+            self._evaluate(neurons, range(len(self._seeds)))
+        return self._known[neurons]
+
+    def many(self, neurons: Sequence[NeuronSet]) -> list[float]:
+        """Return the scores of several neuron sets, those not yet known evaluated in one batch."""
+        unknown = [item for item in dict.fromkeys(neurons) if item and item not in self._known]
+        # Sets that come one after the other differ in few layers; sets in one batch share nothing.
+        if len(unknown) > 1:
+            blocked = self._step.many(
+                self._embedding, neurons=unknown, seeds=self._seeds, evaluations=self._evaluations
+            )
+            for item, maps in zip(unknown, blocked, strict=True):
+                self._finish(item, maps)
+        return [self(item) for item in neurons]
+
+    def screen(self, neurons: NeuronSet, *, limit: float) -> float:
+        """Return the score of a neuron set, or only a similarity that shows that it is above a limit.
+
+        The seed that was the most similar the last time is evaluated first. If it is above the limit, so is the score,
+        and the other seeds are not evaluated.
+
+        Args:
+            neurons: The set.
+            limit: Any value above it will do.
+        """
+        margin = _GROUP_MARGIN if self._grouped else 0.0
+        if neurons not in self._known:
+            first = self.of_seeds(neurons, [self._lead], limit=limit + margin)
+            if first > limit + margin:
+                return first
+        score = self(neurons)
+        self._lead = self.ranking(neurons)[0]
+        return score
+
+    def of_seeds(self, neurons: NeuronSet, places: Sequence[int], *, limit: float = 1.0) -> float:
+        """Return the largest similarity of some of the kept seeds.
+
+        Args:
+            neurons: The set.
+            places: Positions among the kept seeds.
+            limit: Seeds are not evaluated if one of them is known to be above it.
+
+        Returns:
+            The similarity. With a multi-scale similarity, which depends a little on all seeds of a call (see
+            `nemolib.similarity`), seeds that are not evaluated stand in with what they gave for another set.
+        """
+        known = [value for place, value in self._values.get(neurons, {}).items() if place in places]
+        if not known or max(known) <= limit:
+            self._evaluate(neurons, places)
+            known = [self._values[neurons][place] for place in places]
+        return max(known)
+
+    def ranking(self, neurons: NeuronSet) -> list[int]:
+        """Return the positions of the kept seeds, the most similar first."""
+        self(neurons)
+        values = self._values[neurons]
+        return sorted(values, key=lambda place: (-values[place], place))
+
+    def _evaluate(self, neurons: NeuronSet, places: Sequence[int]) -> None:
+        """Evaluate a set for seeds for which it was not."""
+        if neurons in self._known:
+            return
+        if not neurons:
+            self._finish(neurons, self._unblocked)
+            return
+        maps, values = self._maps.setdefault(neurons, {}), self._values.setdefault(neurons, {})
+        missing = tuple(place for place in places if place not in maps)
+        if missing:
+            maps.update(zip(missing, self._blocked(neurons, missing), strict=True))
+        if len(maps) == len(self._seeds):
+            self._finish(neurons, torch.stack([maps[place] for place in range(len(self._seeds))]))
+        elif missing:
+            values.update(zip(missing, self._partial(maps, missing), strict=True))
+
+    def _blocked(self, neurons: NeuronSet, places: tuple[int, ...]) -> Tensor:
+        """Return the noise differences of some seeds with a set deactivated, [place, channel, height, width]."""
+        with nullcontext() if self._reuse is None else self._kept_blocks(places).passing(neurons):
+            return self._step.many(
+                self._embedding,
+                neurons=[neurons],
+                seeds=[self._seeds[place] for place in places],
+                evaluations=self._evaluations,
+            )[0]
+
+    def _kept_blocks(self, places: tuple[int, ...]) -> BlockReuse:
+        """Return the blocks that were kept for a group of seeds; those of the last few groups are."""
+        kept = self._reuse.pop(places, None) or BlockReuse(self._step.unet)
+        self._reuse[places] = kept
+        if len(self._reuse) > _CHUNKS:
+            del self._reuse[next(iter(self._reuse))]
+        return kept
+
+    def _partial(self, maps: dict[int, Tensor], places: Sequence[int]) -> list[float]:
+        """Return the similarity of some seeds."""
+        if not self._grouped:
+            chosen = list(places)
+            return self._compare(self._unblocked[chosen], torch.stack([maps[place] for place in chosen]))
+        group = torch.stack([maps.get(place, self._others[place]) for place in range(len(self._seeds))])
+        values = self._compare(self._unblocked, group)
+        return [values[place] for place in places]
+
+    def _finish(self, neurons: NeuronSet, maps: Tensor) -> None:
+        """Note the similarities of all seeds, [seed, channel, height, width], and the score."""
+        values = self._compare(self._unblocked, maps)
+        self._values[neurons] = dict(enumerate(values))
+        self._known[neurons] = max(values)
+        self._maps.pop(neurons, None)
+        if neurons:
+            self._others = maps
+
+    def _compare(self, unblocked: Tensor, blocked: Tensor) -> list[float]:
+        return similarity(unblocked, blocked, settings=self._similarity, protocol=self._protocol).tolist()

@@ -1,0 +1,115 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from nemolib.architectures import FOLDER, ArchitectureError, known_architectures, random_pipeline
+from nemolib.pipeline import PipelineError, embed, is_hub_id, load_pipeline
+from nemolib.value_layers import STABLE_DIFFUSION_WIDTHS, widths
+from tests.narrow_architecture import WIDTHS, save_narrow_architecture
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_narrow_architecture(tmp_path_factory.mktemp("architecture"))
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    return load_pipeline(f"random:{folder}", device="cpu")
+
+
+def test_sd14_is_known():
+    assert known_architectures() == ["sd14"]
+
+
+def test_sd14_has_the_shapes_of_stable_diffusion():
+    from accelerate import init_empty_weights
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    read = {
+        part: json.loads((FOLDER / "sd14" / f"{part}.json").read_text()) for part in ("unet", "vae", "text_encoder")
+    }
+    with init_empty_weights():
+        unet, vae = UNet2DConditionModel(**read["unet"]), AutoencoderKL(**read["vae"])
+        text = CLIPTextModel(CLIPTextConfig(**read["text_encoder"]))
+    counts = [sum(parameter.numel() for parameter in part.parameters()) for part in (unet, vae, text)]
+    assert counts == [859_520_964, 83_653_863, 123_060_480]
+    assert widths(unet) == STABLE_DIFFUSION_WIDTHS
+    assert sum("attn2.to_v" in name for name, _ in unet.named_modules()) == 16
+
+
+def test_a_random_pipeline_works_like_any_other(pipe):
+    assert widths(pipe.unet) == WIDTHS
+    assert embed(pipe, ["A fox", ""]).shape == (2, 77, 32)
+    image = pipe("a fox", num_inference_steps=2, output_type="np").images
+    assert image.shape == (1, 128, 128, 3)
+    assert 0 <= image.min() <= image.max() <= 1
+
+
+def test_the_timesteps_are_those_of_stable_diffusion(pipe):
+    pipe.scheduler.set_timesteps(50)
+    assert pipe.scheduler.timesteps[:2].tolist() == [981, 961]
+
+
+def test_weights_follow_from_the_seed_and_random_numbers_stay(folder):
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    one, same, other = (random_pipeline(folder, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v.weight"
+    weights = [pipe.unet.state_dict()[name] for pipe in (one, same, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_letters_have_the_numbers_of_clip(pipe):
+    # 320 is "a</w>" in CLIP's vocabulary, 49406 and 49407 begin and end a text.
+    assert pipe.tokenizer("a")["input_ids"] == [49406, 320, 49407]
+    assert len(pipe.tokenizer("word " * 99, truncation=True)["input_ids"]) == 77
+
+
+def test_dtype_of_a_random_pipeline(folder):
+    assert load_pipeline(f"random:{folder}", device="cpu", dtype="bfloat16").unet.dtype == torch.bfloat16
+    assert load_pipeline(f"random:{folder}", device="cpu", dtype="auto").unet.dtype == torch.float32
+
+
+def test_an_unknown_architecture_is_named():
+    with pytest.raises(PipelineError, match="no architecture 'sd15'; known: sd14; or give a folder with unet.json"):
+        load_pipeline("random:sd15")
+
+
+def test_a_broken_architecture_is_named(folder, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    (broken / "vae.json").write_text("{")
+    with pytest.raises(ArchitectureError, match=r"vae\.json is not readable as JSON"):
+        random_pipeline(broken)
+    (broken / "vae.json").write_text('{"channels": 3}')
+    with pytest.raises(ArchitectureError, match=r"cannot be built.*channels"):
+        random_pipeline(broken)
+    (broken / "vae.json").unlink()
+    with pytest.raises(ArchitectureError, match=r"vae\.json is missing"):
+        random_pipeline(broken)
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("CompVis/stable-diffusion-v1-4", True),
+        ("data/tiny", False),
+        ("random:sd14", False),
+        ("/a/folder", False),
+        ("folder", False),
+    ],
+)
+def test_hub_ids_and_folders(model, expected):
+    assert is_hub_id(model) is expected
+
+
+def test_building_says_nothing(folder, capfd):
+    load_pipeline(f"random:{folder}", device="cpu", dtype="bfloat16")
+    captured = capfd.readouterr()
+    assert captured.out == captured.err == ""

@@ -1,0 +1,115 @@
+"""Prompt tables in the format of the authors' release: semicolons, an unnamed index, quotation marks, HTML."""
+
+import pytest
+
+from nemolib.profiles import load_profile, profile_from_mapping
+from nemolib.prompts import PromptTableError, image_paths, load_prompts, select
+
+MEMORIZED = (
+    ";Caption;URL;type;mean_sscd;max_sscd;Index\n"
+    "0;The No Limits Podcast;https://a.org/1.jpg;VM;0.83;0.84;10\n"
+    '1;"""Watch: A Video, """"Lifted Up"""", now""";"http://b.org/v?x=1&amp;y=2";VM;0.86;0.87;11\n'
+    "2;\"Rug <b>grey</b> &amp; round, 5' x 7'\";https://c.org/rug.jpg;TM;;;12\n"
+    '3;"Case; with a semicolon";https://d.org/case.png;TM;0.1;0.2;13\n'
+)
+UNMEMORIZED = ";Caption;URL;Index\n0;A pagoda;https://e.org/p.jpg;396\n1;NA;;397\n"
+HOLDOUT = "Unnamed: 0;Caption;URL;Index\n7;one;u;1\n8;two;u;2\n9;one;u;3\n10;アヤワスカ;u;4\n"
+
+
+@pytest.fixture
+def profile(tmp_path):
+    folder = tmp_path / "world" / "prompts"
+    folder.mkdir(parents=True)
+    files = {"memorized": MEMORIZED, "unmemorized": UNMEMORIZED, "holdout": HOLDOUT}
+    for name, text in files.items():
+        (folder / f"{name}.csv").write_text(text, encoding="utf-8")
+    prompts = {name: str(folder / f"{name}.csv") for name in files}
+    return profile_from_mapping(
+        {"name": "x", "model": "m", "prompts": prompts, "limits": {"ladder": 0}, "holdout_size": 3}
+        | {"threshold_prompts": 2}
+    )
+
+
+def test_kinds_come_from_the_type_and_captions_stay_as_they_are(profile):
+    table = load_prompts(profile.prompts.memorized)
+    assert table["kind"].tolist() == ["vm", "vm", "tm", "tm"]
+    assert table["caption"].tolist() == [
+        "The No Limits Podcast",
+        '"Watch: A Video, ""Lifted Up"", now"',
+        "Rug <b>grey</b> &amp; round, 5' x 7'",
+        "Case; with a semicolon",
+    ]
+
+
+def test_columns_are_ours_and_the_others_follow(profile):
+    table = load_prompts(profile.prompts.memorized)
+    ours = ["caption", "kind", "group", "copies", "image"]
+    assert list(table.columns) == [*ours, "url", "mean_sscd", "max_sscd", "index"]
+    assert table["copies"].tolist() == [0] * 4
+    assert set(table["group"]) == set(table["image"]) == {""}
+    assert table["max_sscd"].tolist() == ["0.84", "0.87", "", "0.2"]
+
+
+def test_tables_without_a_type_are_of_the_kind_that_is_asked_for(profile):
+    assert select(profile, "unmemorized")["caption"].tolist() == ["A pagoda", "NA"]
+    assert set(select(profile, "unmemorized")["kind"]) == {"unmemorized"}
+    assert select(profile, "memorized")["kind"].tolist() == ["vm", "vm", "tm", "tm"]
+    with pytest.raises(PromptTableError, match=r"unmemorized\.csv: column 'type' is missing.*kind='unmemorized'"):
+        load_prompts(profile.prompts.unmemorized)
+
+
+def test_a_holdout_caption_that_appears_again_is_left_out(profile):
+    assert select(profile, "holdout")["caption"].tolist() == ["one", "two", "アヤワスカ"]
+    assert select(profile, "threshold")["caption"].tolist() == ["one", "two"]
+
+
+def test_a_kind_with_limit_0_needs_no_prompts(profile):
+    table = select(profile, "ladder")
+    assert table.empty
+    assert "caption" in table
+    with pytest.raises(PromptTableError, match="no row 'ladder'"):
+        select(profile_from_mapping({"name": "y", "model": "m", "prompts": vars(profile.prompts)}), "ladder")
+
+
+def test_images_that_were_found_are_those_of_the_url(profile, tmp_path):
+    world = tmp_path / "world"
+    (world / "images").mkdir()
+    (world / "images" / "0000.jpg").touch()
+    report = "url,status,image\nhttps://a.org/1.jpg,found,images/0000.jpg\nhttps://c.org/rug.jpg,missing,\n"
+    (world / "images.csv").write_text(report + "https://d.org/case.png,found,images/0003.png\n")
+    table = select(profile, "memorized")
+    # The last one is in the report, but its file is gone.
+    assert table["image"].tolist() == ["images/0000.jpg", "", "", ""]
+    assert image_paths(table.head(1), profile) == [world / "images" / "0000.jpg"]
+
+
+def test_a_broken_report_of_images_is_named(profile, tmp_path):
+    (tmp_path / "world" / "images.csv").write_text("url,state\nu,found\n")
+    with pytest.raises(PromptTableError, match=r"images\.csv: column 'image' is missing; delete the file"):
+        select(profile, "vm")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (";Caption;URL;type\n0;a;u;XM\n", "row 1: column 'type': 'XM' is unknown; allowed: VM, TM"),
+        (";Caption;URL;type\n0;a;u;VM\n1;a;u;TM\n", "row 2: column 'caption': 'a' appears in row 1 already"),
+        (";Caption;URL;type\n0; ;u;VM\n", "row 1: column 'caption' is empty"),
+        (";Caption;URL;type\n0;a;b;u;VM\n", "row 1: 5 fields instead of 4; captions with a separator need quotation"),
+        (";Caption;URL;type\n", "there is no prompt below the header"),
+        (";Text;URL;type\n0;a;u;VM\n", "column 'caption' is missing; the header has ;Text;URL;type"),
+    ],
+)
+def test_a_broken_table_is_named(tmp_path, text, words):
+    path = tmp_path / "broken.csv"
+    path.write_text(text)
+    with pytest.raises(PromptTableError) as error:
+        load_prompts(path)
+    assert words in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_our_tables_are_read_as_before():
+    table = load_prompts(load_profile("tiny").prompts.memorized)
+    assert list(table.columns)[:5] == ["caption", "kind", "group", "copies", "image"]
+    assert table["copies"].max() > 0

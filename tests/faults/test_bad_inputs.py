@@ -105,7 +105,7 @@ def test_a_model_without_value_layers(blind_model_folder):
 
 MODELS = {
     "missing absolute folder": ("/no/such/folder", "no such folder"),
-    "missing folder of ours": ("data/nothing", "no such folder .*nothing.*profile .tiny.* nor a hub id"),
+    "missing folder of ours": ("data/nothing", "no such folder .*nothing.*profile .*tiny.* nor a hub id"),
     "neither": ("tinny", "neither a profile .*tiny, tiny-full"),
     "a file": ("README.md", "is a file; give the folder"),
 }
@@ -128,7 +128,7 @@ def test_a_hub_model_without_network(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"dtype": "float8"}, "dtype 'float8' is unknown; allowed: float32, float16, bfloat16"),
+        ({"dtype": "float8"}, "dtype 'float8' is unknown; allowed: auto, float32, float16, bfloat16"),
         ({"device": "gpu"}, "device 'gpu' is unknown; allowed: auto, cpu, cuda, mps"),
     ],
 )

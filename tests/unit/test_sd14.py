@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory):
     folder = save_narrow_architecture(tmp_path_factory.mktemp("narrow"), side=48)
-    return replace(load_profile("sd14-dryrun"), name="narrow", model=f"random:{folder}")
+    return replace(load_profile("sd14-dryrun"), name="narrow", model=f"random:{folder}", dtype="float32")
 
 
 @pytest.fixture(scope="module")

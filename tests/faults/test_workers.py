@@ -1,16 +1,13 @@
 """Loops over prompts on a local Dask cluster of two processes: the same tables, whatever happens to a worker or a prompt."""
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from nemolib import experiments, paths
-from nemolib.experiments_localization import localizations, without_seconds
 from nemolib.pipeline import load_pipeline
 from nemolib.profiles import profile_from_mapping
-from nemolib.workers import VARIABLE, FailedPrompts, WorkersError, cluster, map_prompts
-from tests.worker_tasks import deadly, lengths
+from nemolib.workers import VARIABLE, FailedPrompts, WorkersError, map_prompts
+from tests.worker_tasks import lengths
 
 KINDS = {"memorized": ["vm", "vm", "tm"], "unmemorized": ["unmemorized"], "holdout": ["holdout"] * 12}
 
@@ -52,42 +49,7 @@ def pipe(profile):
     return load_pipeline(profile)
 
 
-def results(pipe, profile, folder, monkeypatch):
-    """Return what all stages give, computed anew in a folder."""
-    monkeypatch.setattr(paths, "BUILD", folder)
-    normal = experiments.statistics(pipe, profile, progress=False)
-    scores = experiments.holdout_scores(pipe, profile, progress=False)
-    found = without_seconds(localizations(pipe, profile, progress=False))
-    drawn = experiments.images(pipe, profile, found["prompt"].tolist(), progress=False)
-    return normal, scores, found, drawn
-
-
-@pytest.mark.slow
-def test_two_workers_give_the_same_tables_as_none(pipe, profile, tmp_path, monkeypatch):
-    monkeypatch.setenv(VARIABLE, "off")
-    serial = results(pipe, profile, tmp_path / "serial", monkeypatch)
-    monkeypatch.setenv(VARIABLE, "local:2")
-    with cluster(profile) as client:
-        assert len(client.scheduler_info()["workers"]) == 2
-        spread = results(pipe, profile, tmp_path / "spread", monkeypatch)
-    for here, there in zip((*serial[0].mean, *serial[0].std), (*spread[0].mean, *spread[0].std), strict=True):
-        assert torch.equal(here, there)
-    assert np.array_equal(serial[1], spread[1])
-    pd.testing.assert_frame_equal(serial[2], spread[2], check_exact=True)
-    assert np.array_equal(serial[3], spread[3])
-
-
-@pytest.mark.slow
-def test_a_worker_that_is_killed_costs_nothing_but_time(pipe, tmp_path, monkeypatch):
-    monkeypatch.setenv(VARIABLE, "local:2")
-    batches = [("deadly",), *((f"prompt {number}",) for number in range(5))]
-    common = {"marker": str(tmp_path / "killed")}
-    found = dict(map_prompts(deadly, batches, pipe=pipe, common=common, label="kill", progress=False))
-    assert (tmp_path / "killed").exists()
-    assert found == {batch: [len(batch[0])] for batch in batches}
-
-
-@pytest.mark.parametrize("choice", ["off", pytest.param("local:2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("choice", ["off"])
 def test_a_prompt_that_raises_stops_no_other(pipe, monkeypatch, choice):
     monkeypatch.setenv(VARIABLE, choice)
     batches, got = [("bad",), ("a", "bad"), ("ccc",)], []

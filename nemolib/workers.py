@@ -44,6 +44,9 @@ VARIABLE = "NEMO_DASK"
 DEATHS = 3
 """A prompt that was under way when so many workers died, one after the other, gets one more; then it has failed."""
 
+PATIENCE = "20s"
+"""How long a scheduler is waited for."""
+
 Batch = tuple[Any, ...]
 """Jobs that are computed together: each a caption, or a tuple that begins with one."""
 
@@ -205,7 +208,7 @@ def _connect(choice: str | int, stack: ExitStack) -> Client:
     if isinstance(choice, int):
         choice = stack.enter_context(_local(choice)).scheduler_address
     try:
-        client = stack.enter_context(distributed.Client(choice, set_as_default=False, timeout="20s"))
+        client = stack.enter_context(distributed.Client(choice, set_as_default=False, timeout=PATIENCE))
     except (OSError, ValueError, ImportError) as error:
         raise WorkersError(
             f"no Dask scheduler answers at {choice} ({VARIABLE}); start one with `dask scheduler` and workers with "
@@ -229,13 +232,25 @@ def _local(number: int) -> Any:
     for place in range(number):
         gpu = {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if gpus else {}
         # Without a limit of memory: Dask's own would end a worker that loads a large model.
-        options = {"nthreads": 1, "memory_limit": 0, "host": "127.0.0.1", "env": one_thread | gpu}
-        specification[place] = {"cls": Nanny, "options": options}
+        options = {"nthreads": 1, "memory_limit": 0, "host": "127.0.0.1", "silence_logs": logging.CRITICAL}
+        specification[place] = {"cls": Nanny, "options": options | {"env": one_thread | gpu}}
     # No prompt waits in a worker while another one is computed there, or it would be blamed if the worker dies.
-    with dask.config.set({"distributed.scheduler.worker-saturation": 1.0}):
+    # Dask would set MALLOC_TRIM_THRESHOLD_ too: then glibc maps and unmaps memory for every large tensor, and a CPU is
+    # a third slower.
+    settings = {
+        "distributed.scheduler.worker-saturation": 1.0,
+        "distributed.nanny.pre-spawn-environ": one_thread,
+    }
+    with dask.config.set(settings):
         options = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", "allowed_failures": DEATHS}
         scheduler = {"cls": Scheduler, "options": options}
-        return SpecCluster(workers=specification, scheduler=scheduler, silence_logs=logging.CRITICAL)
+        try:
+            return SpecCluster(workers=specification, scheduler=scheduler, silence_logs=logging.CRITICAL)
+        except RuntimeError as error:
+            raise WorkersError(
+                f"{number} local workers could not start; a script must be a file whose work is under "
+                f'if __name__ == "__main__", since every process reads it anew ({error})'
+            ) from error
 
 
 def _gpus() -> list[str]:
@@ -275,7 +290,7 @@ def _there(
         for place, batch in enumerate(batches):
             # What a prompt raises is a result. What is raised nonetheless is a worker's own, and another may do better.
             waiting[client.submit(_on_worker, _Work(run, batch), key=f"{name}-{place}", retries=2)] = place
-        for future in as_completed(list(waiting)):
+        for future in as_completed(list(waiting), loop=client.loop):
             place = waiting.pop(future)
             yield place, _result(future, batches[place])
     finally:

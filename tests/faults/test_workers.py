@@ -1,4 +1,4 @@
-"""Loops over prompts on a local Dask cluster of two processes: the same tables, whatever happens to a worker or a prompt."""
+"""Loops over prompts in this process: a prompt that raises stops no other, and a choice without a meaning is refused."""
 
 import pandas as pd
 import pytest

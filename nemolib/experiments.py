@@ -483,6 +483,15 @@ def planted_images(profile: Profile | str, table: pd.DataFrame, *, size: tuple[i
         FileNotFoundError: An image is missing.
         ValueError: Images have different sizes, and none is given.
     """
+    loaded = _load_planted(profile, table, size)
+    sizes = {image.shape[:2] for image in loaded}
+    if len(sizes) > 1:
+        raise ValueError(f"training images have different sizes, such as {sorted(sizes)[:3]}; give one (size)")
+    return np.stack(loaded)
+
+
+def _load_planted(profile: Profile | str, table: pd.DataFrame, size: tuple[int, int] | None = None) -> list[np.ndarray]:
+    """Return the planted image of each row, [height, width, 3]; see `planted_images`."""
     from PIL import Image
 
     loaded = []
@@ -492,10 +501,7 @@ def planted_images(profile: Profile | str, table: pd.DataFrame, *, size: tuple[i
         if size is not None and whole.size != size[::-1]:
             whole = whole.resize(size[::-1], Image.Resampling.LANCZOS)
         loaded.append(np.asarray(whole))
-    sizes = {image.shape[:2] for image in loaded}
-    if len(sizes) > 1:
-        raise ValueError(f"training images have different sizes, such as {sorted(sizes)[:3]}; give one (size)")
-    return np.stack(loaded)
+    return loaded
 
 
 def planted_features(encoder: ImageEncoder, profile: Profile | str, table: pd.DataFrame) -> np.ndarray:
@@ -517,12 +523,11 @@ def planted_features(encoder: ImageEncoder, profile: Profile | str, table: pd.Da
         # The number of features is that of any image.
         some = encoder.describe(np.zeros((1, 64, 64, 3), dtype=np.uint8))
         return np.full((len(table), some.shape[1]), np.nan)
-    chosen = table[has_image]
-    try:
-        found = encoder.describe(planted_images(profile, chosen))
-    except ValueError:
-        rows = [chosen.iloc[[place]] for place in range(len(chosen))]
-        found = torch.cat([encoder.describe(planted_images(profile, row)) for row in rows])
+    loaded = _load_planted(profile, table[has_image])
+    # Images of one size are seen together, others one by one.
+    together = len({image.shape for image in loaded}) == 1
+    groups = [np.stack(loaded)] if together else [image[None] for image in loaded]
+    found = torch.cat([encoder.describe(group) for group in groups])
     features = np.full((len(table), found.shape[1]), np.nan)
     features[has_image] = found.double().numpy()
     return features

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import reduce
+from itertools import product
 from operator import or_
 from typing import TYPE_CHECKING
 
@@ -77,7 +78,7 @@ def mitigations(
     profile = load_profile(profile)
     found = found[found["kind"].isin(MEMORIZED)]
     chosen = profile.mitigation
-    sets, first = (dict(zip(found["prompt"], neuron_sets(found, name), strict=True)) for name in ("neurons", "initial"))
+    sets, first = _sets_by_prompt(found), _sets_by_prompt(found, "initial")
     draws = [
         {
             prompt: random_neurons(neurons, widths(pipe.unet), seed=chosen.random.seed, repeat=repeat)
@@ -85,16 +86,13 @@ def mitigations(
         }
         for repeat in range(chosen.random.repeats)
     ]
-    tokens = {
-        f"{number} random token{'s' if number > 1 else ''} (Somepalli)": [RandomTokens(number, chosen.somepalli.seed)]
-        for number in chosen.somepalli.numbers
-    }
+    tokens = [RandomTokens(number, chosen.somepalli.seed) for number in chosen.somepalli.numbers]
     return {
         NONE: [None],
         "prompt embedding adjustment (Wen)": [adjustment(pipe, profile, progress=progress)],
         RANDOM: [DeactivatedNeurons(draw) for draw in draws],
         "attention scaling (Ren)": [AttentionScaling(chosen.ren)],
-        **tokens,
+        **{f"{item.name} (Somepalli)": [item] for item in tokens},
         NEMO: [DeactivatedNeurons(sets)],
         INITIAL: [DeactivatedNeurons(first)],
     }
@@ -186,32 +184,22 @@ def table_1(values: pd.DataFrame, *, resamples: int = 2000) -> pd.DataFrame:
         ``<name>_mad``, ``<name>_low`` and ``<name>_high`` (95 % bootstrap interval of the median), ``<name>_paper`` and
         ``<name>_paper_mad`` (missing where the paper has no such row).
     """
-    names = ("neurons", *METRICS)
-    reported = paper.table_1().set_index(["setting", "kind"])
-    rows = []
-    for setting, part in values.groupby("setting", sort=False):
-        for kind in [kind for kind in MEMORIZED if kind in set(part["kind"])]:
-            mean = part[part["kind"] == kind].groupby("prompt", sort=False)[[*names, "sscd_orig_max"]].mean()
-            largest = mean["sscd_orig_max"].dropna()
-            rate = np.nan if largest.empty else metrics.memorization_rate(largest)
-            row = {"setting": setting, "kind": kind, "prompts": len(mean), "memorized": rate}
-            for name in names:
-                known = mean[name].dropna()
-                summary = (
-                    metrics.Summary(0, *[np.nan] * 4) if known.empty else metrics.summarize(known, resamples=resamples)
-                )
-                row |= {
-                    name: summary.median,
-                    f"{name}_mad": summary.mad,
-                    f"{name}_low": summary.low,
-                    f"{name}_high": summary.high,
-                }
-                for suffix in ("", "_mad"):
-                    in_paper = (setting, kind) in reported.index
-                    row[f"{name}_paper{suffix}"] = (
-                        reported.loc[(setting, kind), f"{name}{suffix}"] if in_paper else np.nan
-                    )
-            rows.append(row)
+    names, group = ("neurons", *METRICS), ["setting", "kind"]
+    means = values.groupby([*group, "prompt"], sort=False)[[*names, "sscd_orig_max"]].mean().reset_index()
+    cells = metrics.summary_table(means, names, by=group, resamples=resamples).set_index([*group, "quantity"])
+    reported = paper.table_1().set_index(group)
+    parts, rows = dict(list(means.groupby(group))), []
+    for key in [key for key in product(dict.fromkeys(values["setting"]), MEMORIZED) if key in parts]:
+        part = parts[key]
+        largest = part["sscd_orig_max"].dropna()
+        rate = np.nan if largest.empty else metrics.memorization_rate(largest)
+        row = dict(zip(group, key, strict=True)) | {"prompts": len(part), "memorized": rate}
+        for name in names:
+            cell = cells.loc[(*key, name)]
+            row |= {name: cell["median"]} | {f"{name}_{suffix}": cell[suffix] for suffix in ("mad", "low", "high")}
+            for suffix in ("", "_mad"):
+                row[f"{name}_paper{suffix}"] = reported[f"{name}{suffix}"].get(key, np.nan)
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -493,7 +481,7 @@ def single_neuron_table(
         neuron), copy_all (without all neurons of the prompt): similarity to the planted image, median over seeds.
     """
     encoder = copy_encoder(profile, device=pipe.device)
-    own = dict(zip(found["prompt"], neuron_sets(found), strict=True))
+    own = _sets_by_prompt(found)
     parts = []
     for place in range(len(shared)):
         neuron, prompts = shared_neuron(found, shared, place)
@@ -528,7 +516,7 @@ def staying_grid(
         prompts: Memorized prompts.
         progress: Whether to show progress bars.
     """
-    own = dict(zip(found["prompt"], neuron_sets(found), strict=True))
+    own = _sets_by_prompt(found)
     made = images(pipe, profile, prompts, neurons=[own[prompt] for prompt in prompts], progress=progress)
     columns = ["planted", *(f"seed {number}" for number in range(made.shape[1]))]
     originals = planted(profile, prompts, size=made.shape[2:4])[:, None]
@@ -634,6 +622,11 @@ def findings(table: pd.DataFrame, unmemorized: pd.DataFrame, quality: pd.DataFra
 def _count(mitigation: Mitigation | None, prompt: str) -> int:
     """Return how many neurons a mitigation deactivates for a prompt."""
     return len(mitigation.neurons_of(prompt)) if isinstance(mitigation, DeactivatedNeurons) else 0
+
+
+def _sets_by_prompt(found: pd.DataFrame, column: str = "neurons") -> dict[str, NeuronSet]:
+    """Return the neuron set of each prompt of a table of localizations."""
+    return dict(zip(found["prompt"], neuron_sets(found, column), strict=True))
 
 
 def _planted_rows(profile: Profile | str, prompts: Sequence[str]) -> pd.DataFrame:

@@ -4,7 +4,7 @@ Which encoders a profile uses is data (`nemolib.profiles.Encoders`); `copy_encod
 `quality_encoder` load them.
 
 Modules: ``base`` (the interface), ``copy_descriptor`` (copy detection in the tiny world), ``sscd`` (copy detection),
-``clip`` (alignment), ``quality`` (FID, CLIP-FID, KID), ``checksums`` (SHA-256 of weights), ``cache`` (features on disk),
+``clip`` (alignment), ``quality`` (FID, CLIP-FID, KID), ``torchscript`` (networks published as such), ``checksums`` (SHA-256 of weights), ``cache`` (features on disk),
 ``roles`` (the encoders of a profile).
 """
 

@@ -6,23 +6,21 @@ products, so these encoders have ``unit_norm = False``, and no cosine must be ta
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from nemolib.encoders.base import EncoderError, ImageEncoder
-from nemolib.encoders.checksums import load_torchscript
+from nemolib.encoders.base import EncoderError
 from nemolib.encoders.clip import ClipEncoder, ClipImages
+from nemolib.encoders.torchscript import TorchScriptEncoder
 from nemolib.provenance import content_hash
 
 SIDE = 299
 """Side of the images that Inception sees, in pixels; the aspect ratio is not kept."""
 
 
-class InceptionFeatures(ImageEncoder):
+class InceptionFeatures(TorchScriptEncoder):
     """The 2,048 pooled features of Inception v3 as clean-fid computes them; raw, not of unit norm.
 
     Source: Parmar et al., "On Aliased Resizing and Surprising Subtleties in GAN Evaluation" (CVPR 2022): images are
@@ -30,45 +28,14 @@ class InceptionFeatures(ImageEncoder):
     layers are called on (x - 128) / 128, past the file's own resizing.
     """
 
+    called = "Inception v3"
     unit_norm = False
 
-    def __init__(
-        self, model: torch.nn.Module, *, sha256: str, name: str = "Inception v3", device: str | torch.device = "cpu"
-    ) -> None:
-        """Wrap a network whose ``layers`` take pixels in about [-1, 1], [image, 3, 299, 299].
-
-        Args:
-            model: The network, on its device.
-            sha256: SHA-256 of its file.
-            name: What tables call it.
-            device: Where it runs.
-
-        Raises:
-            EncoderError: The network has no ``layers``.
-        """
-        if not hasattr(model, "layers"):
+    def _check_network(self) -> None:
+        if not hasattr(self.model, "layers"):
             raise EncoderError(
-                f"{name}: the network has no part 'layers'; expected clean-fid's inception-2015-12-05.pt"
+                f"{self.name}: the network has no part 'layers'; expected clean-fid's inception-2015-12-05.pt"
             )
-        self.model, self.sha256, self.name, self.device = model, sha256, name, torch.device(device)
-
-    @classmethod
-    def load(
-        cls,
-        path: Path | str,
-        *,
-        sha256: str | None = None,
-        name: str | None = None,
-        device: str | torch.device = "cpu",
-    ) -> InceptionFeatures:
-        """Return Inception from its TorchScript file; read `nemolib.encoders.checksums.load_torchscript` first.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-            EncoderError: The SHA-256 differs, or the file holds another network.
-        """
-        model, found = load_torchscript(path, sha256=sha256, device=device)
-        return cls(model, sha256=found, device=device, name=name or "Inception v3")
 
     def identity(self) -> str:
         """Return a hash of the file and the preprocessing."""

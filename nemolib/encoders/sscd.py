@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from nemolib.encoders.base import EncoderError, ImageEncoder
-from nemolib.encoders.checksums import load_torchscript
+from nemolib.encoders.base import EncoderError
+from nemolib.encoders.torchscript import TorchScriptEncoder
 from nemolib.provenance import content_hash
 
 SIDE = 320
@@ -21,44 +19,15 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and standard deviation of the channels of ImageNet, for pixels in [0, 1]."""
 
 
-class Sscd(ImageEncoder):
+class Sscd(TorchScriptEncoder):
     """SSCD's descriptor: the cosine of two images is their copy similarity.
 
     Source: Pizzi et al., "A Self-Supervised Descriptor for Image Copy Detection" (CVPR 2022); authors' code,
     metrics/compute_sscd_orig.py: ``sscd_disc_mixup.torchscript.pt``, images of 320 x 320 (PIL, bilinear), mean and
-    standard deviation of ImageNet.
+    standard deviation of ImageNet. The network takes normalized pixels [image, 3, 320, 320] and returns [image, feature].
     """
 
-    def __init__(
-        self, model: torch.nn.Module, *, sha256: str, name: str = "SSCD", device: str | torch.device = "cpu"
-    ) -> None:
-        """Wrap a network that takes normalized pixels [image, 3, 320, 320] and returns [image, feature].
-
-        Args:
-            model: The network, on its device.
-            sha256: SHA-256 of its file.
-            name: What tables call it.
-            device: Where it runs.
-        """
-        self.model, self.sha256, self.name, self.device = model, sha256, name, torch.device(device)
-
-    @classmethod
-    def load(
-        cls,
-        path: Path | str,
-        *,
-        sha256: str | None = None,
-        name: str | None = None,
-        device: str | torch.device = "cpu",
-    ) -> Sscd:
-        """Return SSCD from its TorchScript file; read `nemolib.encoders.checksums.load_torchscript` first.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-            EncoderError: The SHA-256 differs, or the file holds no TorchScript.
-        """
-        model, found = load_torchscript(path, sha256=sha256, device=device)
-        return cls(model, sha256=found, device=device, name=name or "SSCD")
+    called = "SSCD"
 
     def identity(self) -> str:
         """Return a hash of the file and the preprocessing."""

@@ -29,6 +29,9 @@ MARGIN = 0.03
 LABELS = 1.1
 """Space for the labels of rows, in inches."""
 
+SCREEN = 120
+"""Dots per inch in a notebook: images take much more room in it than lines. Files are written with 300."""
+
 CHARACTERS = 22
 """Characters of a row label before it goes on in the next line."""
 
@@ -97,7 +100,7 @@ def image_grid(grid: Grid, *, fraction: float = 1.0, cmap: str | None = None) ->
 
 
 def _settings(fraction: float = 1.0) -> dict[str, Any]:
-    return neurips(fraction) | {"figure.constrained_layout.use": False}
+    return neurips(fraction) | {"figure.constrained_layout.use": False, "figure.dpi": SCREEN}
 
 
 def _canvas(

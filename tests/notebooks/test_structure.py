@@ -131,4 +131,4 @@ def test_nothing_of_one_run_is_kept(notebook):
 
 
 def test_it_is_small_enough_for_git(path):
-    assert path.stat().st_size < 8_000_000
+    assert path.stat().st_size < 5_000_000

@@ -56,8 +56,9 @@ def refine_fast(
 
     What holds for a monotone score: the result is that of the sequential search.
 
-    The score of a model is not quite monotone. If it fell when neurons were reactivated, the neurons that are left
-    are tested once more, one by one, as far as the limit above allows.
+    The score of a model is not quite monotone. If it fell when neurons were reactivated, a neuron that had to stay may
+    have become dispensable. Those that failed by less than all these falls together are tested once more, one by one,
+    as far as the limit above allows.
 
     Source: Sec. 3.3, Alg. 4; F. K. Hwang, "A method for detecting all defective members in a population by group
         testing", 1972.
@@ -81,8 +82,7 @@ def refine_fast(
     pending = _last_places(state, places)
     groups = _Groups(state, pending)
     groups.decide()
-    if state.fell:
-        groups.clean_up()
+    groups.clean_up()
     return state.result()
 
 
@@ -151,12 +151,13 @@ class _Groups:
     def __init__(self, state: RefinementState, pending: list[tuple[int, int]]) -> None:
         self._state, self._pending = state, pending
         self._start = 0
-        self._kept: list[tuple[int, int]] = []
+        self._kept: list[tuple[tuple[int, int], float]] = []
         # A layer that failed its test needs one of its neurons, if all of them are still pending.
         layers = [layer for layer, _ in pending]
         whole = [i for i in dict.fromkeys(layers) if layers.count(i) == len(set(state.entries[i]))]
         self._open = [(layers.index(i), layers.index(i) + layers.count(i)) for i in whole]
         self._failed: int | None = None
+        self._excess = 0.0
         self._prior = min(0.5, max(1, len(whole)) / max(1, len(pending)))
         self._debt = 0
         self._allowed = (state.evaluations + len(pending)) // 10 + SPARE
@@ -166,30 +167,31 @@ class _Groups:
         while self._start < len(self._pending):
             end = self._known_failure()
             if end == self._start + 1:
-                self._keep(evaluations=0)
+                # Its own test is that of the group that failed; if it is the last of its layer, there was none.
+                self._keep(self._excess if end == self._failed else 0.0, evaluations=0)
                 continue
             size = self._size(end)
             if self._state.test_group(self._pending[self._start : self._start + size]):
                 self._debt += 1 - size
                 self._start += size
             elif size == 1:
-                self._keep(evaluations=1)
+                self._keep(self._state.excess, evaluations=1)
             else:
                 self._debt += 1
-                self._failed = self._start + size
+                self._failed, self._excess = self._start + size, self._state.excess
 
     def clean_up(self) -> None:
-        """Test the neurons that stayed once more, one by one."""
-        for place in self._kept:
+        """Test neurons that stayed once more, one by one: those that may pass, as far as the score is known to fall."""
+        for place, excess in self._kept:
             if self._debt >= self._allowed:
                 return
-            if not self._state.has_failed(place):
+            if excess < self._state.fallen and not self._state.has_failed(place):
                 self._debt += 1
                 self._state.test_group([place])
 
-    def _keep(self, *, evaluations: int) -> None:
-        """Let the next neuron stay, and with it all that is known to hold a needed neuron because of it."""
-        self._kept.append(self._pending[self._start])
+    def _keep(self, excess: float, *, evaluations: int) -> None:
+        """Let the next neuron stay, whose test ended so far above the threshold."""
+        self._kept.append((self._pending[self._start], excess))
         self._debt += evaluations - 1
         self._start += 1
         self._failed = None

@@ -19,7 +19,8 @@ class RefinementTest:
         score: Score of the neurons that stayed deactivated. Where the search stops a test as soon as it fails
             (`nemolib.group_testing.refine_fast`), the score of a failed test is the similarity at which it stopped.
         removed: Whether the score stayed below the threshold, so that the neuron (layer, group) is not needed.
-        group: The (layer, neuron) pairs that were reactivated together; empty for a single neuron or a layer.
+        group: The (layer, neuron) pairs that were reactivated together, all their entries at once; empty where a layer
+            or a single entry was tested.
     """
 
     layer: int
@@ -76,6 +77,14 @@ class RefinementState:
         score: Returns the score of a neuron set that is deactivated.
         threshold: Score that must be undercut, exclusive.
         initial_score: Score of all candidates; None evaluates it.
+
+    Attributes:
+        entries: For each layer the entries that are left.
+        neurons: The same as a set.
+        score: Its score.
+        tests: The tests so far.
+        evaluations: How often the score was asked.
+        fallen: By how much the score fell, in all, when neurons were reactivated; 0 for a monotone score.
     """
 
     def __init__(
@@ -85,7 +94,7 @@ class RefinementState:
         self.neurons = _neurons(self.entries)
         self.tests: list[RefinementTest] = []
         self.evaluations = 0
-        self.fell = False
+        self.fallen = 0.0
         self._failures: set[NeuronSet] = set()
         self._evaluate, self._threshold = score, threshold
         self.score = self._ask(self.neurons) if initial_score is None else initial_score
@@ -94,6 +103,11 @@ class RefinementState:
     def below(self) -> bool:
         """Whether the score is below the threshold."""
         return self.score < self._threshold
+
+    @property
+    def excess(self) -> float:
+        """How far above the threshold the last test ended."""
+        return self.tests[-1].score - self._threshold
 
     def places(self) -> list[tuple[int, int]]:
         """Return the entries that are left as (layer, neuron), in the order of the tests."""
@@ -118,9 +132,7 @@ class RefinementState:
     def test_group(self, group: Sequence[tuple[int, int]]) -> bool:
         """Test all entries of some neurons together, and return whether they were removed."""
         trial, (layer, neuron) = self._rest(group), group[0]
-        if len(group) == 1:
-            return self._test(trial, layer, neuron)
-        return self._test(trial, layer, group=tuple(group))
+        return self._test(trial, layer, neuron if len(group) == 1 else None, tuple(group))
 
     def result(self) -> Refinement:
         """Return the refinement that ends here."""
@@ -135,7 +147,7 @@ class RefinementState:
         removed = score < self._threshold
         self.tests.append(RefinementTest(layer, neuron, score, removed, group))
         if removed:
-            self.fell |= score < self.score
+            self.fallen += max(0.0, self.score - score)
             self.entries, self.neurons, self.score = trial, neurons, score
         else:
             self._failures.add(neurons)

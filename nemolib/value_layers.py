@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,9 @@ _NAME = re.compile(r"^(down_blocks\.\d+|mid_block)\.attentions\.\d+\..*attn2\.to
 
 STABLE_DIFFUSION_WIDTHS = (320, 320, 640, 640, 1280, 1280, 1280)
 """Neurons of the value layers of Stable Diffusion v1."""
+
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[ValueLayer, ...]] = weakref.WeakKeyDictionary()
+"""The value layers of the models that were asked for."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,6 +51,10 @@ def value_layers(unet: nn.Module) -> tuple[ValueLayer, ...]:
     Raises:
         ValueError: The model has no such layer.
     """
+    known = _KNOWN.get(unet)
+    # Going through all modules takes as long as a twentieth of a small UNet's pass.
+    if known is not None and all(_module(unet, layer.name) is layer.module for layer in known):
+        return known
     named = [(name, module) for name, module in unet.named_modules() if _NAME.match(name)]
     named.sort(key=lambda item: item[0].startswith("mid_block"))
     if not named:
@@ -54,7 +62,9 @@ def value_layers(unet: nn.Module) -> tuple[ValueLayer, ...]:
             f"{type(unet).__name__} has no cross-attention value layers in its down and middle blocks "
             "(modules '...attn2.to_v'); a text-conditional UNet such as Stable Diffusion's is needed"
         )
-    return tuple(ValueLayer(i, name, _width(module), module) for i, (name, module) in enumerate(named))
+    found = tuple(ValueLayer(i, name, _width(module), module) for i, (name, module) in enumerate(named))
+    _KNOWN[unet] = found
+    return found
 
 
 def widths(unet: nn.Module) -> tuple[int, ...]:
@@ -100,6 +110,14 @@ def value_layer_hash(unet: nn.Module) -> str:
         weight = layer.module.weight.detach().to("cpu", torch.float16).contiguous()
         digest.update(weight.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _module(unet: nn.Module, name: str) -> nn.Module | None:
+    """Return the module of a name, None if there is none any more."""
+    try:
+        return unet.get_submodule(name)
+    except AttributeError:
+        return None
 
 
 def _width(module: nn.Module) -> int:

@@ -181,7 +181,7 @@ def test_tests_name_the_layers_the_groups_and_the_neurons():
 
 def test_neurons_that_stayed_are_tried_again_where_the_score_fell():
     """Neuron 0 can go only after neuron 1 has gone, which lowers the score."""
-    scores = {(0, 1, 2): 0.4, (1, 2): 0.9, (0, 2): 0.3, (2,): 0.2, (0,): 0.9, (1,): 0.9, (0, 1): 0.9, (): 0.9}
+    scores = {(0, 1, 2): 0.4, (1, 2): 0.55, (0, 2): 0.3, (2,): 0.2, (0,): 0.9, (1,): 0.9, (0, 1): 0.9, (): 0.9}
     found = refine_fast([[0, 1, 2]], lambda neurons: scores[neurons.layers[0]], threshold=0.5)
     assert refine_sequential(
         [[0, 1, 2]], lambda neurons: scores[neurons.layers[0]], threshold=0.5
@@ -245,3 +245,13 @@ def test_one_leading_seed_costs_little_more_than_one_seed():
     assert found.neurons == NeuronSet(((3,), (), (8,)))
     sets = {neurons for neurons, _ in score.asked}
     assert len(score.asked) <= len(sets) + 2 * 9
+
+
+@settings(max_examples=50, deadline=None)
+@given(entry_lists, monotone_scores(), st.floats(0, 1.1))
+def test_the_tests_as_a_table_end_with_the_set(entries, make, threshold):
+    from nemolib.experiments_localization import search_tests
+
+    found = refine_fast(entries, make(entries), threshold=threshold)
+    table = search_tests(entries, found.tests)
+    assert table.empty or table["left"].iloc[-1] == len(found.neurons)

@@ -24,6 +24,19 @@ def test_order_and_names(random_pipe):
     assert all(random_pipe.unet.get_submodule(layer.name) is layer.module for layer in layers)
 
 
+def test_layers_that_are_replaced_are_noticed():
+    unet = random_unet()
+    before = value_layers(unet)
+    assert value_layers(unet) is before
+    parent = unet.get_submodule(before[2].name.rpartition(".")[0])
+    parent.to_v = torch.nn.Linear(parent.to_v.in_features, 5)
+    after = value_layers(unet)
+    assert after[2].module is parent.to_v
+    assert after[2].width == 5
+    unet.mid_block = None
+    assert len(value_layers(unet)) == 6
+
+
 def test_a_model_without_value_layers():
     with pytest.raises(ValueError, match="UNet2DConditionModel has no cross-attention value layers"):
         value_layers(random_unet(cross_attention=False))

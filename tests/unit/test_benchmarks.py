@@ -1,0 +1,162 @@
+"""The benchmarks: what they count, on a random model and on searches made up by hand."""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import sys
+
+import pandas as pd
+import pytest
+
+from nemolib import paths
+from nemolib.first_step import first_step
+from nemolib.localization import localize
+from nemolib.neurons import NeuronSet
+from nemolib.pipeline import embed
+from nemolib.profiles import load_profile
+from nemolib.settings import DetectionSettings, SearchSettings, SimilaritySettings
+
+PROMPT = "zzz"
+THRESHOLD = 0.95
+GATE = -0.9
+
+
+def load(name):
+    if not (paths.ROOT / "benchmarks" / f"{name}.py").is_file():
+        pytest.skip("the benchmarks are part of the repository, not of the package")
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", paths.ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def search():
+    return load("search")
+
+
+@pytest.fixture(scope="module")
+def world():
+    return dataclasses.replace(
+        load_profile("tiny"),
+        detection=DetectionSettings(samples=2),
+        similarity=SimilaritySettings(kernel_size=3, sigma=0.5),
+        search=SearchSettings(theta_start=3.0, theta_step=1.0, k_step=1),
+        protocol="paper",
+    )
+
+
+@pytest.fixture(scope="module")
+def ours(random_pipe, statistics, world):
+    return localize(
+        random_pipe,
+        PROMPT,
+        statistics,
+        threshold=THRESHOLD,
+        gate=GATE,
+        detection=world.detection,
+        similarity=world.similarity,
+        search=dataclasses.replace(world.search, method="sequential"),
+        protocol=world.protocol,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(search, random_pipe, statistics, world):
+    step = first_step(random_pipe, settings=world.detection, protocol=world.protocol)
+
+    @functools.cache
+    def release(**savings):
+        return search.release(
+            step, embed(random_pipe, [PROMPT]), statistics, world, THRESHOLD, search.Savings(**savings), gate=GATE
+        )
+
+    return release
+
+
+def test_the_release_counts_two_passes_all_seeds_and_a_pass_for_activations(run, ours):
+    cost = run()
+    steps, tests = len(ours.steps), len(ours.tests)
+    assert cost.initial == len(ours.initial)
+    assert ours.seeds == (0, 1)
+    # Twice two for the gate, each theta step, three more sets and the tests; those of neurons with two entries come on
+    # top.
+    at_least = 4 + steps * 5 + 4 * (3 + tests)
+    assert cost.samples >= at_least
+    assert (cost.samples - at_least) % 4 == 0
+
+
+def test_one_pass_halves_what_is_not_activations(run, ours):
+    assert 2 * (run(one_pass=True).samples - len(ours.steps)) == run().samples - len(ours.steps)
+    assert run(text_activations=True).samples == run().samples - len(ours.steps)
+
+
+@pytest.mark.parametrize("savings", [{}, {"one_pass": True}, {"kept_seeds": True}, {"known_sets": True}, {"reuse": True},
+                                     {"batch": 4}])  # fmt: skip
+def test_savings_that_change_no_result(run, savings):
+    assert run(**savings).neurons == run().neurons
+
+
+def test_group_tests_and_leading_seeds_find_a_subset_of_the_candidates(run, ours):
+    for savings in ({"groups": True}, {"leading_seeds": True}):
+        assert run(**savings).neurons - ours.initial == NeuronSet.empty(7)
+
+
+def test_replay_by_hand(search):
+    entries = [[4, 7, 9, 7], [], [1, 2], [8]]
+    published = pd.DataFrame(
+        {
+            "caption": ["a", "unknown"],
+            "entries": [entries] * 2,
+            "initial": [NeuronSet(entries)] * 2,
+            "refined": [NeuronSet(((7,), (), (), ()))] * 2,
+        }
+    )
+    table = search.replay(published, {"a": "tm"}, {"tm": 2.0, "failing": 1.0})
+    row = table.iloc[0]
+    assert len(table) == 1
+    assert (row["kind"], row["candidates"], row["needed"]) == ("tm", 6, 1)
+    assert row["bound"] == pytest.approx(2.585, abs=1e-3)
+    # Three layers, then the three neurons of the one that stays; the last of them leaves the empty set, tried before.
+    assert row["sequential_sets"] == 5
+    # One theta step; three layers, and four entries of the one that stays.
+    assert row["release_samples"] == 20 + 21 + 20 * (2 + 3 + 4 + 1)
+    assert row["sequential_samples"] == 10 + 10 + 50
+    assert row["fast_samples"] == 10 + 10 + 2 * row["fast_sets"] + 9
+    assert row["fast_neurons"] == row["sequential_neurons"] == 1
+    found = search.ratios(table)
+    assert found == {
+        "tm": {
+            "release_over_fast": round(row["release_samples"] / row["fast_samples"], 4),
+            "sequential_over_fast": round(row["sequential_samples"] / row["fast_samples"], 4),
+            "size_ratio": 1.0,
+        }
+    }
+
+
+def test_a_replay_needs_a_prompt_table(search, capsys):
+    with pytest.raises(SystemExit):
+        search.main(["--replay", "results.csv"])
+    assert "--prompt-table" in capsys.readouterr().err
+
+
+def test_holdout_texts_are_short_and_all_different():
+    holdout = load("holdout")
+    texts = holdout.texts("tiny", 5000)
+    assert len(set(texts)) == 5000
+    assert all(len(text.split()) == 3 for text in texts)
+    with pytest.raises(ValueError, match="were asked for"):
+        holdout.texts("tiny", 10**8)
+
+
+def test_holdout_writes_its_table(monkeypatch, tmp_path, capsys):
+    holdout = load("holdout")
+    row = {"seconds": 2.0, "peak_mib": 600.0, "model_mib": 550.0, "python_mib": 0.1}
+    monkeypatch.setattr(holdout, "measure_apart", lambda profile, number, batch: {"prompts": number} | row)
+    holdout.main(["--prompts", "100", "200", "--output", str(tmp_path / "holdout.json")])
+    written = json.loads((tmp_path / "holdout.json").read_text())["statistics"]
+    assert [(item["prompts"], item["ms_per_prompt"]) for item in written] == [(100, 20.0), (200, 10.0)]
+    assert "ms_per_prompt" in capsys.readouterr().out

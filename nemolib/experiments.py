@@ -19,7 +19,7 @@ import torch
 from nemolib import metrics, paper, paths, prompts, provenance
 from nemolib.batching import batches, check_prompts
 from nemolib.detection import Detector, Observation, Switch, detection_table
-from nemolib.encoders import copy_encoder, describe_samples
+from nemolib.encoders import copy_encoder, describe_cached
 from nemolib.files import write_atomic
 from nemolib.generation import generate
 from nemolib.holdout import (
@@ -504,6 +504,26 @@ def _load_planted(profile: Profile | str, table: pd.DataFrame, size: tuple[int, 
     return loaded
 
 
+def image_features(encoder: ImageEncoder, profile: Profile | str, made: np.ndarray) -> np.ndarray:
+    """Return the features of the images of several prompts and seeds; those of an image are kept once they are computed.
+
+    Args:
+        encoder: The encoder.
+        profile: A profile or its name.
+        made: Images [prompt, seed, height, width, 3], uint8, as `images` returns them.
+
+    Returns:
+        Features [prompt, seed, feature], float32.
+
+    Raises:
+        ValueError: The images have another shape or type, or there are none.
+    """
+    if made.ndim != 5:
+        raise ValueError(f"images must be [prompt, seed, height, width, 3], got {list(made.shape)}")
+    found = describe_cached(encoder, made.reshape(-1, *made.shape[2:]), _store_folder(profile) / "features")
+    return found.unflatten(0, made.shape[:2]).numpy()
+
+
 def planted_features(encoder: ImageEncoder, profile: Profile | str, table: pd.DataFrame) -> np.ndarray:
     """Return the features of the planted image of each row; each image is seen as it is, whatever its size.
 
@@ -557,7 +577,7 @@ def copies(
     profile = load_profile(profile)
     encoder = copy_encoder(profile, device=pipe.device)
     made = images(pipe, profile, table["caption"].tolist(), progress=progress)
-    features = describe_samples(encoder, made)
+    features = image_features(encoder, profile, made)
     to_planted = metrics.sscd_orig(features, planted_features(encoder, profile, table))
     return table.assign(
         copy_similarity=metrics.over_seeds(to_planted),

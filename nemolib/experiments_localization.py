@@ -15,9 +15,9 @@ import pandas as pd
 
 from nemolib import metrics, paper, paths
 from nemolib.checks import Row, claim, comparison
-from nemolib.encoders import copy_encoder, describe_samples
+from nemolib.encoders import copy_encoder
 from nemolib.evaluations import ALGORITHMS
-from nemolib.experiments import images, model_hash, open_store, planted_features, statistics, threshold
+from nemolib.experiments import image_features, images, model_hash, open_store, planted_features, statistics, threshold
 from nemolib.first_step import first_step
 from nemolib.holdout import ActivationStatistics, z_scores
 from nemolib.localization import BlockedScore, localize_many
@@ -586,7 +586,7 @@ def _copy_similarity(
     encoder = copy_encoder(profile, device=device)
     rows = select(profile, "memorized").set_index("caption").loc[list(prompts)].reset_index()
     planted = planted_features(encoder, profile, rows)
-    features = {name: describe_samples(encoder, item) for name, item in (("before", before), ("after", after))}
+    features = {name: image_features(encoder, profile, item) for name, item in (("before", before), ("after", after))}
     similar = {
         **{f"copy_{name}": metrics.sscd_orig(item, planted) for name, item in features.items()},
         "same_seed": metrics.sscd_gen(features["after"], features["before"]),

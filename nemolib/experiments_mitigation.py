@@ -17,8 +17,8 @@ import pandas as pd
 from nemolib import metrics, paper
 from nemolib.batching import progress_bar
 from nemolib.checks import Row, claim
-from nemolib.encoders import alignment_encoder, copy_encoder, describe_samples, quality_encoder
-from nemolib.experiments import images, planted_features, planted_images
+from nemolib.encoders import alignment_encoder, copy_encoder, quality_encoder
+from nemolib.experiments import image_features, images, planted_features, planted_images
 from nemolib.experiments_localization import neuron_sets
 from nemolib.mitigation import (
     AttentionScaling,
@@ -145,13 +145,13 @@ def measured(
     prompts = rows["prompt"].tolist()
     copy, clip = copy_encoder(profile, device=pipe.device), alignment_encoder(profile, device=pipe.device)
     originals, texts = planted_features(copy, profile, _planted_rows(profile, prompts)), clip.texts.describe(prompts)
-    untouched = describe_samples(copy, images(pipe, profile, prompts, progress=False))
+    untouched = image_features(copy, profile, images(pipe, profile, prompts, progress=False))
     parts = []
     with progress_bar(sum(map(len, settings.values())), "settings", unit="setting", enabled=progress) as bar:
         for name, repeat, mitigation in [(n, r, m) for n, repeats in settings.items() for r, m in enumerate(repeats)]:
             bar.set_postfix_str(name)
             made = images(pipe, profile, prompts, mitigation=mitigation, progress=False)
-            features = describe_samples(copy, made)
+            features = image_features(copy, profile, made)
             original = metrics.sscd_orig(features, originals)
             columns = {
                 "neurons": [_count(mitigation, prompt) for prompt in prompts],
@@ -159,7 +159,7 @@ def measured(
                 "sscd_orig_max": metrics.over_seeds(original, "max"),
                 "sscd_gen": metrics.over_seeds(metrics.sscd_gen(features, untouched)),
                 "d_sscd": metrics.over_seeds(metrics.d_sscd(features)),
-                "a_clip": metrics.over_seeds(metrics.a_clip(describe_samples(clip.images, made), texts)),
+                "a_clip": metrics.over_seeds(metrics.a_clip(image_features(clip.images, profile, made), texts)),
             }
             parts.append(rows[["kind", "prompt"]].assign(setting=name, repeat=repeat, **columns))
             bar.update()
@@ -284,10 +284,12 @@ def unmemorized_table(
     columns, untouched = {}, None
     for name, chosen in sets.items():
         made = images(pipe, profile, prompts, neurons=chosen, progress=progress)
-        features = describe_samples(copy, made)
+        features = image_features(copy, profile, made)
         untouched = features if untouched is None else untouched
         columns[f"neurons_{name}"] = [len(neurons) for neurons in chosen]
-        columns[f"a_clip_{name}"] = metrics.over_seeds(metrics.a_clip(describe_samples(clip.images, made), texts))
+        columns[f"a_clip_{name}"] = metrics.over_seeds(
+            metrics.a_clip(image_features(clip.images, profile, made), texts)
+        )
         columns[f"d_sscd_{name}"] = metrics.over_seeds(metrics.d_sscd(features))
         columns[f"sscd_gen_{name}"] = metrics.over_seeds(metrics.sscd_gen(features, untouched))
     return pd.DataFrame({"prompt": prompts, **columns})
@@ -351,8 +353,8 @@ def quality_table(
         raise ValueError(
             f"profile {profile.name!r} makes {profile.generation.samples} image per prompt; two are needed"
         )
-    before = describe_samples(encoder, images(pipe, profile, prompts, progress=progress))
-    after = describe_samples(encoder, images(pipe, profile, prompts, neurons=neurons, progress=progress))
+    before = image_features(encoder, profile, images(pipe, profile, prompts, progress=progress))
+    after = image_features(encoder, profile, images(pipe, profile, prompts, neurons=neurons, progress=progress))
     reference = before[:, :half].reshape(-1, before.shape[-1])
     rows = []
     for name, features in ((NONE, before), (OFF, after)):
@@ -490,7 +492,7 @@ def single_neuron_table(
         columns = {}
         chosen_sets = {"copy_before": None, "copy_single": neuron, "copy_all": [own[prompt] for prompt in prompts]}
         for name, chosen in chosen_sets.items():
-            made = describe_samples(encoder, images(pipe, profile, prompts, neurons=chosen, progress=progress))
+            made = image_features(encoder, profile, images(pipe, profile, prompts, neurons=chosen, progress=progress))
             columns[name] = metrics.over_seeds(metrics.sscd_orig(made, originals))
         row = shared.iloc[place]
         parts.append(pd.DataFrame({"layer": row["layer"], "neuron": row["neuron"], "prompt": prompts, **columns}))

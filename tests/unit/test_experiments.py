@@ -7,7 +7,7 @@ import torch
 
 from nemolib import experiments, paths
 from nemolib.detection import guidance_norms, protocol_switches
-from nemolib.encoders import CopyDescriptor
+from nemolib.encoders import CopyDescriptor, describe_samples
 from nemolib.first_step import FirstStep
 from nemolib.generation import generate
 from nemolib.holdout import activation_statistics, holdout_scores, memorization_threshold, z_scores
@@ -265,6 +265,17 @@ def test_copies(pipe, profile):
     assert unmemorized["seed_similarity"].notna().all()
     with pytest.raises(ValueError, match="has encoders.copy = None"):
         experiments.copies(pipe, dataclasses.replace(profile, encoders=Encoders()), table)
+
+
+def test_features_of_images_are_the_encoders_and_kept(profile, monkeypatch):
+    made = np.random.default_rng(0).integers(0, 255, (2, 3, 64, 64, 3), dtype=np.uint8)
+    descriptor = CopyDescriptor.load(profile.encoders.copy.path)
+    found = experiments.image_features(descriptor, profile, made)
+    assert np.allclose(found, describe_samples(descriptor, made), atol=1e-6)
+    monkeypatch.setattr(descriptor, "encode", None)
+    assert np.array_equal(experiments.image_features(descriptor, profile, made[:, ::-1]), found[:, ::-1])
+    with pytest.raises(ValueError, match=r"must be \[prompt, seed"):
+        experiments.image_features(descriptor, profile, made[0])
 
 
 def test_sample_grid(pipe, profile):

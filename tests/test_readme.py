@@ -8,7 +8,7 @@ import pytest
 
 import nemolib
 import nemolib.pipeline
-from nemolib import paths
+from nemolib import estimate, paths
 from nemolib.profiles import load_profile
 
 README = (paths.ROOT / "README.md").read_text(encoding="utf-8")
@@ -55,6 +55,16 @@ def test_the_table_lists_every_notebook():
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:nemolib|data|tests)/[\w./-]+)`", README))))
 def test_every_path_is_there(path):
     assert (paths.ROOT / path).exists()
+
+
+def test_the_costs_are_those_of_the_estimate():
+    table = estimate.shown(estimate.cost_table(estimate.stages("sd14", estimate.Counts()), per_second=40.0))
+    assert table.strip() in README
+
+
+@pytest.mark.parametrize("script", re.findall(r"\.venv/bin/python (benchmarks/\w+\.py)", README))
+def test_every_benchmark_is_there(script):
+    assert (paths.ROOT / script).is_file()
 
 
 def test_the_citation_is_the_same_everywhere():

@@ -82,7 +82,7 @@ class UNetSettings:
     noisy_share: float = 0.4
     noisy_from: int = 850
     weight_limit: float = 15.0
-    sparsity: float = 3e-2
+    sparsity: float = 8e-3
     ema: float = 0.999
 
 

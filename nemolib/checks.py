@@ -2,7 +2,8 @@
 
 Two kinds of rows. A claim *must hold*: it has a bound or an expected value with a tolerance, and the notebook fails if
 it does not. A comparison only *stands beside* the paper's value: another model gives another number, and the row says
-so.
+so. A row for which something is missing, such as prompts enough for a median, is shown as *not checked*, with the reason:
+it neither passes silently nor fails.
 """
 
 from __future__ import annotations
@@ -10,8 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pandas as pd
+
+if TYPE_CHECKING:
+    import torch
 
 
 class ClaimError(AssertionError):
@@ -29,6 +34,7 @@ class Row:
         low: Smallest allowed value; None for a comparison.
         high: Largest allowed value; None for a comparison.
         reason: Why this bound or tolerance, or why the numbers may differ.
+        missing: What it would take to check the row and is not there; empty if it is checked.
     """
 
     claim: str
@@ -37,11 +43,12 @@ class Row:
     low: float | None = None
     high: float | None = None
     reason: str = ""
+    missing: str = ""
 
     @property
     def must_hold(self) -> bool:
-        """Whether the value is bounded."""
-        return self.low is not None or self.high is not None
+        """Whether the value is bounded, and there is what it takes to check it."""
+        return not self.missing and (self.low is not None or self.high is not None)
 
     @property
     def holds(self) -> bool:
@@ -51,11 +58,18 @@ class Row:
         return not self.must_hold or low <= self.ours <= high
 
     @property
+    def result(self) -> str:
+        """What the table says of a row that does not fail."""
+        return f"not checked: {self.missing}" if self.missing else "holds" if self.must_hold else "beside"
+
+    @property
     def bound(self) -> str:
         """The bounds as text."""
         if self.low is not None and self.high is not None:
             return f"{self.low:.4g} to {self.high:.4g}"
-        return "" if not self.must_hold else f">= {self.low:.4g}" if self.high is None else f"<= {self.high:.4g}"
+        if self.low is None and self.high is None:
+            return ""
+        return f">= {self.low:.4g}" if self.high is None else f"<= {self.high:.4g}"
 
 
 def claim(
@@ -68,6 +82,7 @@ def claim(
     atol: float = 0.0,
     paper: object = "",
     reason: str = "",
+    missing: str = "",
 ) -> Row:
     """Return a row that must hold.
 
@@ -80,6 +95,7 @@ def claim(
         atol: How far from ``equals`` a value may be.
         paper: What the paper says.
         reason: Why this bound, or where the tolerance comes from.
+        missing: What it would take to check the claim and is not there (see `lacking`); empty: the claim is checked.
 
     Raises:
         ValueError: A number without a bound, or ``equals`` together with a bound.
@@ -92,10 +108,10 @@ def claim(
             raise ValueError(f"claim {text!r} has the value {ours!r} and no bound; give at_least, at_most or equals")
         equals = 1.0
     low, high = bounds if equals is None else (equals - atol, equals + atol)
-    return Row(text, float(ours), str(paper), low, high, reason)
+    return Row(text, float(ours), str(paper), low, high, reason, missing)
 
 
-def comparison(text: str, ours: float, *, paper: object, reason: str = "") -> Row:
+def comparison(text: str, ours: float, *, paper: object, reason: str = "", missing: str = "") -> Row:
     """Return a row that stands beside the paper's value and cannot fail.
 
     Args:
@@ -103,8 +119,32 @@ def comparison(text: str, ours: float, *, paper: object, reason: str = "") -> Ro
         ours: What was found here.
         paper: What the paper says.
         reason: Why the numbers may differ.
+        missing: As in `claim`.
     """
-    return Row(text, float(ours), str(paper), None, None, reason)
+    return Row(text, float(ours), str(paper), None, None, reason, missing)
+
+
+def lacking(number: int, what: str, *, needed: int) -> str:
+    """Return what is missing for a row about many things, such as ``"1 VM prompt, 10 needed"``; nothing if there are enough.
+
+    Args:
+        number: How many there are.
+        what: What they are, in the singular.
+        needed: How many it takes.
+    """
+    return "" if number >= needed else f"{number or 'no'} {what}{'s' * (number != 1)}, {needed} needed"
+
+
+def rounding(dtype: torch.dtype, *, at_least: float = 1e-4) -> float:
+    """Return how far two ways to the same numbers of about 1 may differ in a floating-point type.
+
+    Args:
+        dtype: Type in which the model computes.
+        at_least: What is allowed in any case; the types with few digits allow more: eight units in the last place of 1.
+    """
+    import torch
+
+    return max(at_least, 8 * torch.finfo(dtype).eps)
 
 
 def check_table(rows: Sequence[Row], *, digits: int = 3) -> pd.DataFrame:
@@ -115,7 +155,8 @@ def check_table(rows: Sequence[Row], *, digits: int = 3) -> pd.DataFrame:
         digits: Decimals of the values shown.
 
     Returns:
-        Columns claim, paper, ours, bound, result ("holds", or "beside" for a comparison) and reason.
+        Columns claim, paper, ours, bound, result ("holds", "beside" for a comparison, or "not checked: ..." with what is
+        missing) and reason.
 
     Raises:
         ClaimError: Claims that do not hold; the message names each with its value and bound.
@@ -130,9 +171,9 @@ def check_table(rows: Sequence[Row], *, digits: int = 3) -> pd.DataFrame:
         {
             "claim": [row.claim for row in rows],
             "paper": [row.paper for row in rows],
-            "ours": [_shown(row.ours, digits) for row in rows],
+            "ours": ["" if row.missing and math.isnan(row.ours) else _shown(row.ours, digits) for row in rows],
             "bound": [row.bound for row in rows],
-            "result": ["holds" if row.must_hold else "beside" for row in rows],
+            "result": [row.result for row in rows],
             "reason": [row.reason for row in rows],
         }
     )

@@ -6,6 +6,7 @@ for the same model, prompts, settings and code. What is missing is computed here
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -51,6 +52,10 @@ TESTED = ("vm", "tm", "ladder", "unmemorized")
 """Kinds of prompts that are tested, in the order of the tables."""
 
 
+_HASHES: weakref.WeakKeyDictionary[object, tuple[list[Any], str]] = weakref.WeakKeyDictionary()
+"""The hash of each pipeline, and the state that it was in: hashing a billion weights takes seconds."""
+
+
 def open_store(profile: Profile | str, name: str) -> Store:
     """Return the store ``build/<profile>/store/<name>.jsonl``; it is made with the first record."""
     return Store(_store_folder(profile) / f"{name}.jsonl")
@@ -63,14 +68,19 @@ def model_hash(pipe: StableDiffusionPipeline) -> str:
         pipe: A StableDiffusionPipeline.
 
     Raises:
-        ValueError: Value layers have hooks, or attention is scaled: what such a model gives must not be kept as the
-            model's own.
+        ValueError: Layers of the UNet have hooks, or attention is scaled: what such a model gives must not be kept as
+            the model's own.
     """
-    if any(layer.module._forward_hooks for layer in value_layers(pipe.unet)):
-        raise ValueError("results are kept while value layers have hooks; leave the context that deactivates neurons")
+    if any(module._forward_hooks for module in pipe.unet.modules()):
+        raise ValueError(
+            "results are kept while layers have hooks; leave the context that deactivates neurons or layers"
+        )
     if any(isinstance(processor, ScaledAttention) for processor in pipe.unet.attn_processors.values()):
         raise ValueError("results are kept while attention is scaled; leave the context that scales it")
-    return provenance.model_hash(pipe)
+    state = _state_of(pipe)
+    if pipe not in _HASHES or _HASHES[pipe][0] != state:
+        _HASHES[pipe] = (state, provenance.model_hash(pipe))
+    return _HASHES[pipe][1]
 
 
 def prompt_table(profile: Profile | str, kinds: Sequence[str] = TESTED) -> pd.DataFrame:
@@ -123,6 +133,7 @@ def holdout_scores(
     *,
     protocol: str | Protocol | None = None,
     guidance: float | None = None,
+    limit: int | None = None,
     progress: bool = True,
 ) -> np.ndarray:
     """Return the similarity of every pair of seeds of the profile's threshold prompts.
@@ -134,6 +145,7 @@ def holdout_scores(
         profile: A profile or its name.
         protocol: None means the profile's.
         guidance: Guidance scale of the detection; None means the profile's.
+        limit: How many threshold prompts, from the top; None means all.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -142,7 +154,7 @@ def holdout_scores(
     profile = load_profile(profile)
     protocol = load_protocol(protocol or profile.protocol)
     guidance = profile.detection.guidance if guidance is None else guidance
-    return _switch_scores(pipe, profile, [Switch("", "", "", protocol, guidance)], progress=progress)[0]
+    return _switch_scores(pipe, profile, [Switch("", "", "", protocol, guidance)], limit=limit, progress=progress)[0]
 
 
 def threshold(
@@ -563,7 +575,7 @@ def copies(
     Args:
         pipe: The profile's pipeline.
         profile: A profile or its name.
-        table: Rows of a prompt table; where ``image`` is empty there is nothing to copy.
+        table: Rows of a prompt table, or none; where ``image`` is empty there is nothing to copy.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -576,6 +588,8 @@ def copies(
     """
     profile = load_profile(profile)
     encoder = copy_encoder(profile, device=pipe.device)
+    if table.empty:
+        return table.assign(**dict.fromkeys(("copy_similarity", "copy_max", "seed_similarity"), np.empty(0)))
     made = images(pipe, profile, table["caption"].tolist(), progress=progress)
     features = image_features(encoder, profile, made)
     to_planted = metrics.sscd_orig(features, planted_features(encoder, profile, table))
@@ -583,6 +597,21 @@ def copies(
         copy_similarity=metrics.over_seeds(to_planted),
         copy_max=metrics.over_seeds(to_planted, "max"),
         seed_similarity=metrics.over_seeds(metrics.d_sscd(features)),
+    )
+
+
+def ladder_finding(table: pd.DataFrame) -> str:
+    """Return what the duplication ladder shows, in a sentence; a profile without ladder prompts shows nothing.
+
+    Args:
+        table: Columns copies and copy_similarity, one row per prompt of the ladder (`copies`).
+    """
+    rungs = table.groupby("copies")["copy_similarity"].median()
+    if rungs.empty:
+        return "This profile has no ladder prompts, so it cannot show what the number of copies does."
+    return (
+        f"On the ladder copy similarity goes from {rungs.iloc[0]:.2f} at {rungs.index[0]} "
+        f"{'copy' if rungs.index[0] == 1 else 'copies'} to {rungs.iloc[-1]:.2f} at {rungs.index[-1]} copies."
     )
 
 
@@ -632,6 +661,17 @@ def detection_beside_paper(table: pd.DataFrame, *, resamples: int = 200) -> pd.D
     return joined.drop(columns="kind_of_score")
 
 
+def _state_of(pipe: StableDiffusionPipeline) -> list[Any]:
+    """Return what changes when a weight does: place, number of changes and sum of each tensor."""
+    parts = (getattr(pipe, name).state_dict().values() for name in ("unet", "text_encoder", "vae"))
+    tensors = [tensor for part in parts for tensor in part]
+    changes = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+    # PyTorch does not count changes that are made through Tensor.data; the sum tells.
+    sums = [float(tensor.sum(dtype=torch.float32)) for tensor in tensors]
+    others = [len(pipe.tokenizer), repr(pipe.scheduler.config)]
+    return [others, [tensor.data_ptr() for tensor in tensors], changes, sums]
+
+
 def _has_image(table: pd.DataFrame) -> np.ndarray:
     return table["image"].fillna("").ne("").to_numpy()
 
@@ -654,10 +694,15 @@ def _pairs_measure(protocol: Protocol, guidance: float) -> tuple[Any, Callable[[
 
 
 def _switch_scores(
-    pipe: StableDiffusionPipeline, profile: Profile | str, switches: Sequence[Switch], *, progress: bool
+    pipe: StableDiffusionPipeline,
+    profile: Profile | str,
+    switches: Sequence[Switch],
+    *,
+    limit: int | None = None,
+    progress: bool,
 ) -> list[np.ndarray]:
     """Return for each switch the similarity [prompt, pair] of the threshold prompts."""
-    captions = prompts.select(profile, "threshold")["caption"].tolist()
+    captions = prompts.select(profile, "threshold")["caption"].head(limit).tolist()
     measures = {str(i): _pairs_measure(switch.protocol, switch.guidance) for i, switch in enumerate(switches)}
     found = _observe(pipe, profile, captions, measures, label="holdout scores", progress=progress)
     return [np.array([row[name] for row in found]) for name in measures]

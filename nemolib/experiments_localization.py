@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from nemolib import metrics, paper, paths
-from nemolib.checks import Row, claim, comparison
+from nemolib.checks import Row, claim, comparison, lacking
 from nemolib.encoders import copy_encoder
 from nemolib.evaluations import ALGORITHMS
 from nemolib.experiments import image_features, images, model_hash, open_store, planted_features, statistics, threshold
@@ -67,7 +67,12 @@ def searched_prompts(profile: Profile | str, *, unmemorized: int | None = None) 
 
 
 def localizations(
-    pipe: StableDiffusionPipeline, profile: Profile | str, *, unmemorized: int | None = None, progress: bool = True
+    pipe: StableDiffusionPipeline,
+    profile: Profile | str,
+    *,
+    unmemorized: int | None = None,
+    prompts: pd.DataFrame | None = None,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Return the memorization neurons of all searched prompts; finished prompts come from the store.
 
@@ -75,13 +80,15 @@ def localizations(
         pipe: The pipeline of the profile.
         profile: A profile or its name.
         unmemorized: How many unmemorized prompts are searched; None means all.
+        prompts: Rows of the prompt tables to search instead, at least one; None means those of `searched_prompts`.
         progress: Whether to show progress bars.
 
     Returns:
         Column kind, then those of `nemolib.localization.localization_table` with the seconds of each algorithm.
     """
     profile = load_profile(profile)
-    prompts = searched_prompts(profile, unmemorized=unmemorized)
+    if prompts is None:
+        prompts = searched_prompts(profile, unmemorized=unmemorized)
     table = localize_many(
         pipe,
         prompts["caption"].tolist(),
@@ -91,7 +98,7 @@ def localizations(
         seconds=True,
         progress=progress,
     )
-    return pd.concat([prompts[["kind"]], table], axis=1)
+    return pd.concat([prompts[["kind"]].reset_index(drop=True), table], axis=1)
 
 
 def without_seconds(table: pd.DataFrame) -> pd.DataFrame:
@@ -139,7 +146,12 @@ def search_tests(entries: Sequence[Sequence[int]], tests: Sequence[RefinementTes
 
 
 def deactivation(
-    pipe: StableDiffusionPipeline, profile: Profile | str, table: pd.DataFrame, *, progress: bool = True
+    pipe: StableDiffusionPipeline,
+    profile: Profile | str,
+    table: pd.DataFrame,
+    *,
+    kinds: Sequence[str] = MEMORIZED,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Return what deactivating its neurons does to each memorized prompt.
 
@@ -147,10 +159,11 @@ def deactivation(
         pipe: The pipeline of the profile.
         profile: A profile or its name.
         table: Localizations (`localizations`).
+        kinds: Kinds of prompts; each prompt has a planted image, or there is nothing to compare with.
         progress: Whether to show progress bars.
 
     Returns:
-        One row per VM and TM prompt, columns kind, prompt, neuron_count, reached, score_before and score_after (the
+        One row per prompt of these kinds, columns kind, prompt, neuron_count, reached, score_before and score_after (the
         memorization score: largest similarity of two seeds), copy_before and copy_after (median over images of the
         similarity to the planted image, cosine of copy-detection features, SSCD_orig), same_seed (median similarity of
         images with and without, SSCD_Gen), seeds_before and seeds_after (median similarity of two images of the prompt,
@@ -160,9 +173,9 @@ def deactivation(
         ProfileError: The profile has no encoder for copy detection.
     """
     profile = load_profile(profile)
-    chosen = table[table["kind"].isin(MEMORIZED)].reset_index(drop=True)
+    chosen = table[table["kind"].isin(kinds)].reset_index(drop=True)
     before, after = with_and_without(pipe, profile, chosen, progress=progress)
-    similar = _copy_similarity(profile, chosen["prompt"].tolist(), before, after, device=pipe.device)
+    similar = _copy_similarity(profile, chosen, before, after, device=pipe.device)
     scores = _scores_after(pipe, profile, chosen["prompt"].tolist(), neuron_sets(chosen), progress=progress)
     kept = chosen[["kind", "prompt", "neuron_count", "reached"]]
     return kept.assign(score_before=chosen["unblocked_score"], score_after=scores, **similar)
@@ -205,9 +218,26 @@ def neuron_z_scores(
     rows = []
     for kind, prompt, neurons in zip(table["kind"], table["prompt"], neuron_sets(table, column), strict=True):
         if neurons:
-            z = z_scores(statistics, value_activations(pipe.unet, embed(pipe, [prompt])))
+            activations = value_activations(pipe.unet, embed(pipe, [prompt]))
+            z = z_scores(statistics, [values.cpu() for values in activations])
             rows += [(kind, prompt, layer, neuron, float(z[layer][0, neuron])) for layer, neuron in neurons]
     return pd.DataFrame(rows, columns=["kind", "prompt", "layer", "neuron", "z"])
+
+
+def prompt_z_scores(z: Sequence[torch.Tensor]) -> pd.DataFrame:
+    """Return the z-scores of all neurons for one prompt as a table.
+
+    Args:
+        z: For each layer the z-scores [neuron].
+
+    Returns:
+        One row per neuron, columns layer (from 1, as in the paper), neuron (from 0), z.
+    """
+    parts = [
+        pd.DataFrame({"layer": layer, "neuron": range(len(values)), "z": values.double().cpu().numpy()})
+        for layer, values in enumerate(z, start=1)
+    ]
+    return pd.concat(parts, ignore_index=True)
 
 
 def shared_neurons(table: pd.DataFrame, *, minimum: int = 2) -> pd.DataFrame:
@@ -256,7 +286,9 @@ def neuron_overlap(table: pd.DataFrame) -> pd.DataFrame:
         )
         for (one, mine), (other, theirs) in pairs
     ]
-    return pd.DataFrame(rows, columns=["first", "second", "common_words", "shared", "overlap"])
+    table = pd.DataFrame(rows, columns=["first", "second", "common_words", "shared", "overlap"])
+    # Without a pair of prompts the columns would have no type.
+    return table.astype({"common_words": "int64", "shared": "int64", "overlap": "float64"})
 
 
 def counts_table(table: pd.DataFrame) -> pd.DataFrame:
@@ -328,18 +360,16 @@ def change_table(table: pd.DataFrame) -> pd.DataFrame:
         table: What `deactivation` returned.
 
     Returns:
-        One row per kind, columns kind, prompts, and each quantity as text.
+        One row per kind, columns kind, prompts, and each quantity as text; empty where no prompt has it.
     """
     names = ("score", "copy", "seeds")
     rows = []
     for kind in _kinds(table):
         part = table[table["kind"] == kind]
         texts = {
-            f"{name}_{when}": format_median_mad(part[f"{name}_{when}"])
-            for name in names
-            for when in ("before", "after")
+            f"{name}_{when}": _median_mad_text(part[f"{name}_{when}"]) for name in names for when in ("before", "after")
         }
-        rows.append({"kind": kind, "prompts": len(part)} | texts | {"same_seed": format_median_mad(part["same_seed"])})
+        rows.append({"kind": kind, "prompts": len(part)} | texts | {"same_seed": _median_mad_text(part["same_seed"])})
     return pd.DataFrame(rows)
 
 
@@ -360,20 +390,19 @@ def plain_model(profile: Profile | str) -> pd.DataFrame:
     """Return what is known of the model that was trained without sparse values, beside the shipped one.
 
     Args:
-        profile: A profile or its name; the table lies beside its model: ``plain_model.csv``.
+        profile: A profile or its name; the table lies beside its model: ``plain_model.csv``, written by `make train`.
 
     Returns:
-        Columns model (sparse or plain), kind, quantity, value.
+        Columns model (sparse or plain), kind, quantity, value; without rows if the profile's model has no such table.
 
     Raises:
-        FileNotFoundError: There is no such table.
         StoreError: A column is missing.
     """
     from nemolib.store import read_table
 
     path = paths.resolve(load_profile(profile).model).parent / "plain_model.csv"
     if not path.is_file():
-        raise FileNotFoundError(f"there is no table {path}; `make train` writes it together with the models")
+        return pd.DataFrame(columns=list(PLAIN_COLUMNS))
     return read_table(path, columns=PLAIN_COLUMNS)
 
 
@@ -422,13 +451,14 @@ def blocked_score(
     )
 
 
-def claims(table: pd.DataFrame, change: pd.DataFrame, *, threshold: float) -> list[Row]:
+def claims(table: pd.DataFrame, change: pd.DataFrame, *, threshold: float, rounding: float = 1e-4) -> list[Row]:
     """Return what must hold for any search, and our numbers beside the paper's.
 
     Args:
         table: Localizations.
         change: What `deactivation` returned.
         threshold: Memorization threshold.
+        rounding: How far two evaluations of one score may differ (`nemolib.checks.rounding`).
     """
     searched = table[table["memorized"]]
     inside = all(
@@ -443,8 +473,9 @@ def claims(table: pd.DataFrame, change: pd.DataFrame, *, threshold: float) -> li
         claim(
             "refinement never ends above the threshold it was given",
             excess,
-            at_most=1e-4,
+            at_most=rounding,
             reason="a score that is evaluated twice may differ in the last digits",
+            missing=lacking(len(searched), "searched prompt", needed=1),
         ),
         claim("prompts that fail the gate have no neurons", outside, equals=0),
     ]
@@ -456,6 +487,7 @@ def claims(table: pd.DataFrame, change: pd.DataFrame, *, threshold: float) -> li
                 float(part["score_after"].median() - part["score_before"].median()),
                 at_most=0,
                 reason="what the search is for",
+                missing=lacking(len(part), f"{kind.upper()} prompt", needed=5),
             ),
             comparison(
                 f"{kind.upper()}: neurons per prompt, median",
@@ -497,12 +529,17 @@ def findings(
             f"from {part['copy_before'].median():.2f} to {part['copy_after'].median():.2f} (paper, SSCD: "
             f"{_table_1('all neurons active', kind, 'sscd_orig')} to {_table_1('NeMo', kind, 'sscd_orig')})."
         )
+    diverse = (
+        "with one image per prompt the similarity of its images is not known"
+        if change["seeds_before"].isna().all()
+        else "the median similarity of two images of a prompt goes from "
+        f"{change['seeds_before'].median():.2f} to {change['seeds_after'].median():.2f}"
+    )
     lines += [
         f"- **{len(stay_memorized(change))} of {len(change)}** prompts keep more than half of their similarity to the planted "
         "image.",
         f"- For **{int((change['score_after'] > threshold).sum())} of {len(change)}** prompts the memorization score stays above "
-        "the threshold. It says whether seeds agree, not on what: the median similarity of two images of a prompt goes from "
-        f"{change['seeds_before'].median():.2f} to {change['seeds_after'].median():.2f}.",
+        f"the threshold. It says whether seeds agree, not on what: {diverse}.",
     ]
     clean = table[table["kind"] == "unmemorized"]
     if len(clean):
@@ -524,6 +561,12 @@ def _unmemorized_rows(table: pd.DataFrame) -> list[Row]:
     share = float((clean["neuron_count"] == 0).mean())
     text = "unmemorized: share of prompts without neurons"
     return [comparison(text, share, paper="0.884 (442 of 500)", reason="depends on where the threshold lies")]
+
+
+def _median_mad_text(values: pd.Series) -> str:
+    """Return median and median absolute deviation of what is not missing, as text; nothing if all is."""
+    known = values.dropna()
+    return format_median_mad(known) if len(known) else ""
 
 
 def _kinds(table: pd.DataFrame) -> list[str]:
@@ -580,11 +623,12 @@ def _scoring(
 
 
 def _copy_similarity(
-    profile: Profile, prompts: Sequence[str], before: np.ndarray, after: np.ndarray, *, device: torch.device
+    profile: Profile, table: pd.DataFrame, before: np.ndarray, after: np.ndarray, *, device: torch.device
 ) -> dict[str, np.ndarray]:
     """Return the columns of `deactivation` that compare images."""
     encoder = copy_encoder(profile, device=device)
-    rows = select(profile, "memorized").set_index("caption").loc[list(prompts)].reset_index()
+    known = pd.concat([select(profile, kind) for kind in table["kind"].unique()])
+    rows = known.set_index("caption").loc[table["prompt"]].reset_index()
     planted = planted_features(encoder, profile, rows)
     features = {name: image_features(encoder, profile, item) for name, item in (("before", before), ("after", after))}
     similar = {

@@ -58,6 +58,12 @@ NAMES = {"neurons": "neurons", "sscd_orig": "SSCD_Orig", "sscd_gen": "SSCD_Gen",
 METRICS = ("sscd_orig", "sscd_gen", "d_sscd", "a_clip")
 """Metrics of Table 1."""
 
+SINGLE_FIGURES = ("figure_10", "figure_11", "figure_12")
+"""Grids of the neurons that most prompts share, as the paper numbers them."""
+
+NO_IMAGES = Grid(np.zeros((0, 0, 1, 1, 3), dtype=np.uint8), (), ())
+"""A grid of a figure that a profile has nothing for."""
+
 
 def mitigations(
     pipe: StableDiffusionPipeline, profile: Profile | str, found: pd.DataFrame, *, progress: bool = True
@@ -168,7 +174,7 @@ def measured(
     ]
 
 
-def table_1(values: pd.DataFrame, *, resamples: int = 2000) -> pd.DataFrame:
+def table_1(values: pd.DataFrame, *, reported: pd.DataFrame | None = None, resamples: int = 2000) -> pd.DataFrame:
     """Return Table 1: median, median absolute deviation and interval over prompts, with the paper's medians beside.
 
     Where a setting was repeated, a prompt counts with its mean over the repeats. A prompt without a value is left out,
@@ -176,6 +182,7 @@ def table_1(values: pd.DataFrame, *, resamples: int = 2000) -> pd.DataFrame:
 
     Args:
         values: What `measured` returned.
+        reported: The paper's numbers, columns as of `nemolib.paper.table_1`; None means those of its Table 1.
         resamples: Resamples of the bootstrap interval.
 
     Returns:
@@ -187,7 +194,7 @@ def table_1(values: pd.DataFrame, *, resamples: int = 2000) -> pd.DataFrame:
     names, group = ("neurons", *METRICS), ["setting", "kind"]
     means = values.groupby([*group, "prompt"], sort=False)[[*names, "sscd_orig_max"]].mean().reset_index()
     cells = metrics.summary_table(means, names, by=group, resamples=resamples).set_index([*group, "quantity"])
-    reported = paper.table_1().set_index(group)
+    reported = (paper.table_1() if reported is None else reported).set_index(group)
     parts, rows = dict(list(means.groupby(group))), []
     for key in [key for key in product(dict.fromkeys(values["setting"]), MEMORIZED) if key in parts]:
         part = parts[key]
@@ -341,18 +348,14 @@ def quality_table(
 
     Returns:
         Columns images (`NONE`, `OFF`), number (of images), encoder, fid, kid and kid_sd (standard deviation over subsets
-        of half the images).
-
-    Raises:
-        ValueError: There are fewer than two seeds.
+        of half the images). No rows if the images of a half are fewer than two: there is nothing to compare.
     """
     profile, prompts = load_profile(profile), list(prompts)
     encoder = quality_encoder(profile, device=pipe.device)
     half = profile.generation.samples // 2
-    if not half:
-        raise ValueError(
-            f"profile {profile.name!r} makes {profile.generation.samples} image per prompt; two are needed"
-        )
+    columns = ["images", "number", "encoder", "fid", "kid", "kid_sd"]
+    if half * len(prompts) < 2:
+        return pd.DataFrame(columns=columns)
     before = image_features(encoder, profile, images(pipe, profile, prompts, progress=progress))
     after = image_features(encoder, profile, images(pipe, profile, prompts, neurons=neurons, progress=progress))
     reference = before[:, :half].reshape(-1, before.shape[-1])
@@ -361,7 +364,7 @@ def quality_table(
         other = features[:, half : 2 * half].reshape(-1, features.shape[-1])
         mean, deviation = metrics.kid(reference, other, subset_size=max(2, len(other) // 2))
         rows.append((name, len(other), encoder.name, metrics.fid(reference, other), mean, deviation))
-    return pd.DataFrame(rows, columns=["images", "number", "encoder", "fid", "kid", "kid_sd"])
+    return pd.DataFrame(rows, columns=columns)
 
 
 def shared_neuron(found: pd.DataFrame, shared: pd.DataFrame, place: int) -> tuple[NeuronSet, list[str]]:
@@ -459,6 +462,37 @@ def single_neuron_grid(
     return Grid(np.concatenate(halves, axis=1), tuple(prompts), tuple(2 * seeds))
 
 
+def shared_neuron_grids(
+    pipe: StableDiffusionPipeline,
+    profile: Profile | str,
+    found: pd.DataFrame,
+    shared: pd.DataFrame,
+    *,
+    most: int = 6,
+    progress: bool = False,
+) -> dict[str, Grid]:
+    """Return the grids of Fig. 10 to 12: the neurons that most prompts share, each switched off alone.
+
+    Source: Fig. 10 to 12.
+
+    Args:
+        pipe: The pipeline of the profile.
+        profile: A profile or its name.
+        found: Localizations.
+        shared: What `nemolib.experiments_localization.shared_neurons` returned.
+        most: How many prompts of each neuron.
+        progress: Whether to show progress bars.
+
+    Returns:
+        For each name of `SINGLE_FIGURES` a grid of `single_neuron_grid`; `NO_IMAGES` where fewer neurons are shared.
+    """
+    grids = dict.fromkeys(SINGLE_FIGURES, NO_IMAGES)
+    for place, name in enumerate(SINGLE_FIGURES[: len(shared)]):
+        neuron, prompts = shared_neuron(found, shared, place)
+        grids[name] = single_neuron_grid(pipe, profile, neuron, prompts[:most], progress=progress)
+    return grids
+
+
 def single_neuron_table(
     pipe: StableDiffusionPipeline,
     profile: Profile | str,
@@ -480,11 +514,13 @@ def single_neuron_table(
 
     Returns:
         One row per neuron and prompt: columns layer (from 1), neuron, prompt, and copy_before, copy_single (without this
-        neuron), copy_all (without all neurons of the prompt): similarity to the planted image, median over seeds.
+        neuron), copy_all (without all neurons of the prompt): similarity to the planted image, median over seeds. No
+        rows if no neuron is shared.
     """
     encoder = copy_encoder(profile, device=pipe.device)
     own = _sets_by_prompt(found)
-    parts = []
+    names = ["layer", "neuron", "prompt", "copy_before", "copy_single", "copy_all"]
+    parts = [] if len(shared) else [pd.DataFrame(columns=names)]
     for place in range(len(shared)):
         neuron, prompts = shared_neuron(found, shared, place)
         prompts = prompts[:most]
@@ -515,9 +551,11 @@ def staying_grid(
         pipe: The pipeline of the profile.
         profile: A profile or its name.
         found: Localizations.
-        prompts: Memorized prompts.
+        prompts: Memorized prompts; without any the grid is `NO_IMAGES`.
         progress: Whether to show progress bars.
     """
+    if not len(prompts):
+        return NO_IMAGES
     own = _sets_by_prompt(found)
     made = images(pipe, profile, prompts, neurons=[own[prompt] for prompt in prompts], progress=progress)
     columns = ["planted", *(f"seed {number}" for number in range(made.shape[1]))]
@@ -535,8 +573,8 @@ def paper_claims(table: pd.DataFrame) -> pd.DataFrame:
         table: What `table_1` returned.
 
     Returns:
-        Columns claim, rule, paper and ours (the numbers that the rule compares), verdict (``holds`` or
-        ``does not hold``).
+        Columns claim, rule, paper and ours (the numbers that the rule compares), verdict (``holds``, ``does not hold``,
+        or ``not known`` where a number is missing, such as the similarity of two images if there is one per prompt).
 
     Raises:
         KeyError: A setting that a rule compares is not in the table, such as one random token.
@@ -545,7 +583,8 @@ def paper_claims(table: pd.DataFrame) -> pd.DataFrame:
     for text, rule, numbers, holds in _CLAIMS:
         ours, theirs = (_vm(table, suffix) for suffix in ("", "_paper"))
         found = numbers(ours)
-        rows.append((text, rule, _shown(numbers(theirs)), _shown(found), "holds" if holds(*found) else "does not hold"))
+        verdict = "not known" if np.isnan(found).any() else "holds" if holds(*found) else "does not hold"
+        rows.append((text, rule, _shown(numbers(theirs)), _shown(found), verdict))
     return pd.DataFrame(rows, columns=["claim", "rule", "paper", "ours", "verdict"])
 
 
@@ -594,31 +633,39 @@ def findings(table: pd.DataFrame, unmemorized: pd.DataFrame, quality: pd.DataFra
     lines = []
     for kind in dict.fromkeys(table["kind"]):
         part = rows.loc[kind]
-        best = part.drop(index=[NONE, RANDOM, NEMO, INITIAL])["sscd_orig"]
+        best = part.drop(index=[NONE, RANDOM, NEMO, INITIAL])["sscd_orig"].dropna()
+        others = "" if best.empty else f"; of the other mitigations {best.idxmin()} reaches {best.min():.2f}"
         lines.append(
-            f"- **{kind.upper()}**: the copy similarity goes from {part.loc[NONE, 'sscd_orig']:.2f} to "
-            f"{part.loc[NEMO, 'sscd_orig']:.2f} with {part.loc[NEMO, 'neurons']:g} deactivated neurons, to "
-            f"{part.loc[INITIAL, 'sscd_orig']:.2f} with the {part.loc[INITIAL, 'neurons']:g} of the initial selection, to "
-            f"{part.loc[RANDOM, 'sscd_orig']:.2f} with random ones; of the other mitigations {best.idxmin()} reaches "
-            f"{best.min():.2f}. Share of prompts with a copy: {part.loc[NONE, 'memorized']:.0%} before, "
-            f"{part.loc[NEMO, 'memorized']:.0%} after."
+            f"- **{kind.upper()}**: the copy similarity goes from {_known(part.loc[NONE, 'sscd_orig'])} to "
+            f"{_known(part.loc[NEMO, 'sscd_orig'])} with {part.loc[NEMO, 'neurons']:g} deactivated neurons, to "
+            f"{_known(part.loc[INITIAL, 'sscd_orig'])} with the {part.loc[INITIAL, 'neurons']:g} of the initial selection, to "
+            f"{_known(part.loc[RANDOM, 'sscd_orig'])} with random ones{others}. Share of prompts with a copy: "
+            f"{_known(part.loc[NONE, 'memorized'], '.0%')} before, {_known(part.loc[NEMO, 'memorized'], '.0%')} after."
         )
         lines.append(
-            f"- **{kind.upper()}, diversity and alignment**: D_SSCD goes from {part.loc[NONE, 'd_sscd']:.2f} to "
-            f"{part.loc[NEMO, 'd_sscd']:.2f} (paper: {part.loc[NONE, 'd_sscd_paper']:g} to {part.loc[NEMO, 'd_sscd_paper']:g}), "
+            f"- **{kind.upper()}, diversity and alignment**: D_SSCD goes from {_known(part.loc[NONE, 'd_sscd'])} to "
+            f"{_known(part.loc[NEMO, 'd_sscd'])} (paper: {part.loc[NONE, 'd_sscd_paper']:g} to {part.loc[NEMO, 'd_sscd_paper']:g}), "
             f"A_CLIP from {part.loc[NONE, 'a_clip']:.2f} to {part.loc[NEMO, 'a_clip']:.2f} (paper: "
             f"{part.loc[NONE, 'a_clip_paper']:g} to {part.loc[NEMO, 'a_clip_paper']:g})."
         )
     medians = unmemorized.median(numeric_only=True)
-    apart = quality.set_index("images")["kid"]
+    apart = "" if quality.empty else (
+        ", and the KID to other images of the untouched model from {:.2f} to {:.2f}".format(
+            *quality.set_index("images")["kid"].loc[[NONE, OFF]]
+        )
+    )  # fmt: skip
     lines += [
         f"- **Unmemorized prompts** without the neurons of one memorized prompt ({medians['neurons_one']:g} neurons): A_CLIP "
         f"{medians['a_clip_before']:.2f} to {medians['a_clip_one']:.2f}; without those of all memorized prompts together "
-        f"({medians['neurons_all']:g}): to {medians['a_clip_all']:.2f}, and the KID to other images of the untouched model "
-        f"from {apart[NONE]:.2f} to {apart[OFF]:.2f}. D_SSCD: {medians['d_sscd_before']:.2f}, "
-        f"{medians['d_sscd_one']:.2f}, {medians['d_sscd_all']:.2f}. (Medians.)"
+        f"({medians['neurons_all']:g}): to {medians['a_clip_all']:.2f}{apart}. D_SSCD: {_known(medians['d_sscd_before'])}, "
+        f"{_known(medians['d_sscd_one'])}, {_known(medians['d_sscd_all'])}. (Medians.)"
     ]
     return "\n".join(lines)
+
+
+def _known(value: float, form: str = ".2f") -> str:
+    """Return a number as text, or that it is not known: no training image, or one image per prompt."""
+    return "(not known)" if np.isnan(value) else format(value, form)
 
 
 def _count(mitigation: Mitigation | None, prompt: str) -> int:

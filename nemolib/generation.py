@@ -109,6 +109,8 @@ def _images(
         guidance_scale=settings.guidance,
         generator=sample_generators(settings.seed, samples),
         output_type="np",
+        height=settings.side,
+        width=settings.side,
     )
     return (output.images * 255).round().clip(0, 255).astype(np.uint8)
 

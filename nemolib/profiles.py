@@ -166,7 +166,10 @@ class Profile:
         statistics: file of activation statistics, relative to the repository or absolute (safetensors, or ``.pt`` of
             the authors); None: computed from the holdout prompts.
         downloads: manifest of `nemolib.downloads` with the files that `make data` fetches; None: nothing to fetch.
+        solutions: whether a run of a notebook includes the solutions of its exercises.
         workers: number of processes on this machine that share the prompts, see `nemolib.workers`; None: this one alone.
+        published_run: table of results of a run of the authors' code (see `nemolib.published_runs`), relative to the
+            repository or absolute; notebook 06 draws it beside what was computed here. None: there is none.
     """
 
     name: str
@@ -189,7 +192,9 @@ class Profile:
     encoders: Encoders = Encoders()
     statistics: str | None = None
     downloads: str | None = None
+    solutions: bool = True
     workers: int | None = None
+    published_run: str | None = None
 
 
 _RANGES: dict[str, tuple[float, float]] = {

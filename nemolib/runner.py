@@ -1,8 +1,8 @@
 """Running a notebook with parameters, from any folder: ``python -m nemolib.runner IN.ipynb OUT.ipynb -p key=value``.
 
 The notebook runs in its own folder, as it does in JupyterLab and under nbval. A parameter that the notebook does not
-have is refused before anything runs. A notebook that fails names the cell, leaves its output as far as it came, and
-ends the process with status 1.
+have is refused before anything runs. Profiles may leave out the solutions of the exercises. A notebook that fails names
+the cell, leaves its output as far as it came, and ends the process with status 1.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import nbformat
 from nemolib.profiles import ProfileError, load_profile
 
 PARAMETERS_TAG = "parameters"
+SOLUTION_TAG = "solution"
 
 
 class RunnerError(Exception):
@@ -109,30 +110,34 @@ def run_notebook(
     source, output = Path(source).resolve(), Path(output).resolve()
     parameters = dict(parameters or {})
     check_parameters(source, parameters)
-    _check_profile(parameters)
+    solutions = _has_solutions(parameters)
     output.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    _execute(source, output, parameters, progress=progress)
+    _execute(source, output, parameters, solutions=solutions, progress=progress)
     return time.perf_counter() - started
 
 
-def _check_profile(parameters: Mapping[str, Any]) -> None:
-    if "profile" in parameters:
-        try:
-            load_profile(parameters["profile"])
-        except ProfileError as error:
-            raise RunnerError(str(error)) from error
+def _has_solutions(parameters: Mapping[str, Any]) -> bool:
+    """Return whether the solutions of exercises are run; raise RunnerError for a profile that cannot be used."""
+    if "profile" not in parameters:
+        return True
+    try:
+        return load_profile(parameters["profile"]).solutions
+    except ProfileError as error:
+        raise RunnerError(str(error)) from error
 
 
-def _execute(source: Path, output: Path, parameters: Mapping[str, Any], *, progress: bool) -> None:
+def _execute(source: Path, output: Path, parameters: Mapping[str, Any], *, solutions: bool, progress: bool) -> None:
     # A bar that is not on a terminal becomes a line per update: then one in ten seconds is enough.
     os.environ.setdefault("TQDM_MININTERVAL", "0.1" if sys.stderr.isatty() else "10")
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
+    notebook = _read(source)
+    notebook.cells = [cell for cell in notebook.cells if solutions or SOLUTION_TAG not in cell.metadata.get("tags", [])]
     try:
         papermill.execute_notebook(
-            source,
+            notebook,
             output,
             parameters=dict(parameters),
             kernel_name="python3",

@@ -140,6 +140,7 @@ class GenerationSettings:
         steps: Denoising steps.
         guidance: Classifier-free guidance scale.
         batch_size: Images per pipeline call.
+        side: Side of the images in pixels, a multiple of 8; None: that of the model. Smaller ones are worse and cost less.
     """
 
     seed: int = 2
@@ -147,6 +148,7 @@ class GenerationSettings:
     steps: int = 50
     guidance: float = 7.0
     batch_size: int = 10
+    side: int | None = None
 
     def __post_init__(self) -> None:
         """Reject values that no run can use."""
@@ -155,6 +157,9 @@ class GenerationSettings:
         _integer(self, "steps", 1)
         _real(self, "guidance", minimum=0.0)
         _integer(self, "batch_size", 1)
+        if self.side is not None:
+            _integer(self, "side", 8)
+            _require(self.side % 8 == 0, self, "side", self.side, "a multiple of 8, or None")
 
 
 Mask = Literal["padding", "summary", "none"]

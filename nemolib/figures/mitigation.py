@@ -82,18 +82,20 @@ def figure_unharmed(table: pd.DataFrame) -> Figure:
     """Return how unmemorized prompts fare when memorization neurons are deactivated.
 
     A point is a prompt: left the alignment of its images with the prompt, right the similarity of its images to each
-    other, with all neurons active (horizontal) and without (vertical). On the dotted line nothing changes.
+    other, with all neurons active (horizontal) and without (vertical). On the dotted line nothing changes. A metric that
+    no prompt has, such as the similarity of two images if there is one per prompt, has no panel.
 
     Args:
         table: One row per prompt: a_clip and d_sscd, each with ``_before``, ``_one`` and ``_all``
             (`nemolib.experiments_mitigation.unmemorized_table`).
 
     Raises:
-        ValueError: There are no prompts.
+        ValueError: There are no prompts, or no values.
 
     Taught in: 04
     """
-    if table.empty:
+    drawn = [name for name in ("a_clip", "d_sscd") if table[f"{name}_before"].notna().any()]
+    if not drawn:
         raise ValueError("there are no unmemorized prompts to draw")
     look, off = role("unmemorized"), role("deactivated")
     markers = {
@@ -102,7 +104,7 @@ def figure_unharmed(table: pd.DataFrame) -> Figure:
     }
     with mpl.rc_context(neurips(0.8, aspect=0.6)):
         figure = Figure()
-        for axes, metric in zip(figure.subplots(1, 2), ("a_clip", "d_sscd"), strict=True):
+        for axes, metric in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
             columns = table[[f"{metric}_before", *(f"{metric}_{name}" for name in markers)]]
             low, high = float(columns.min().min()), float(columns.max().max())
             margin = 0.05 * (high - low) or 0.05

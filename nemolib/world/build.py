@@ -135,7 +135,7 @@ def export(settings: WorldSettings, work: Path, out: Path) -> None:
     shutil.rmtree(encoder, ignore_errors=True)
     CLIPModel.from_pretrained(work / "clip").half().save_pretrained(encoder, safe_serialization=True)
     CLIPTokenizer.from_pretrained(work / "tokenizer").save_pretrained(encoder)
-    clip.preprocessing().save_pretrained(encoder)
+    clip.preprocessing(settings.data.image_size).save_pretrained(encoder)
     shutil.rmtree(out / "descriptor", ignore_errors=True)
     shutil.copytree(work / "descriptor", out / "descriptor")
 

@@ -87,10 +87,17 @@ def build_clip(settings: WorldSettings, tokenizer: CLIPTokenizer) -> CLIPModel:
     return CLIPModel(config)
 
 
-def preprocessing() -> CLIPImageProcessorPil:
-    """Return what is done to images before the model: pixels in [-1, 1], no resizing, as `to_pixels` does in training."""
-    half = [0.5, 0.5, 0.5]
-    return CLIPImageProcessorPil(do_resize=False, do_center_crop=False, image_mean=half, image_std=half)
+def preprocessing(side: int) -> CLIPImageProcessorPil:
+    """Return what is done to images before the model: pixels in [-1, 1], as `to_pixels` does in training.
+
+    Args:
+        side: Side of the images that the model was trained on, in pixels. Those of another model are resized to it; one
+            that has it stays as it is.
+    """
+    half, size = [0.5, 0.5, 0.5], {"height": side, "width": side}
+    return CLIPImageProcessorPil(
+        do_resize=True, size=size, do_center_crop=False, crop_size=size, image_mean=half, image_std=half
+    )
 
 
 def train_clip(settings: WorldSettings, data: Dataset, folder: Path) -> tuple[CLIPModel, CLIPTokenizer]:

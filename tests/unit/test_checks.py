@@ -1,8 +1,9 @@
 import math
 
 import pytest
+import torch
 
-from nemolib.checks import ClaimError, check_table, claim, comparison
+from nemolib.checks import ClaimError, check_table, claim, comparison, lacking, rounding
 
 
 def test_claims_and_comparisons_stand_in_one_table():
@@ -54,3 +55,34 @@ def test_a_claim_needs_one_kind_of_bound():
         claim("x", 0.5, equals=1, at_least=0)
     with pytest.raises(ValueError, match="no claims"):
         check_table([])
+
+
+def test_a_row_without_what_it_takes_is_shown_and_not_checked():
+    table = check_table(
+        [
+            claim("AUROC", 0.5, at_least=0.98, missing="1 VM prompt, 10 needed"),
+            claim("rank", math.nan, at_least=0.3, missing=lacking(0, "ladder prompt", needed=2)),
+            claim("median", 0.9, at_least=0.8, missing=lacking(12, "VM prompt", needed=10)),
+            comparison("FID", math.nan, paper=1, missing="one image per prompt"),
+        ]
+    )
+    assert table["result"].tolist() == [
+        "not checked: 1 VM prompt, 10 needed",
+        "not checked: no ladder prompts, 2 needed",
+        "holds",
+        "not checked: one image per prompt",
+    ]
+    assert table["ours"].tolist() == ["0.5", "", "0.9", ""]
+    assert table["bound"].tolist() == [">= 0.98", ">= 0.3", ">= 0.8", ""]
+
+
+def test_a_claim_that_could_be_checked_still_fails():
+    with pytest.raises(ClaimError, match="AUROC: 0.5"):
+        check_table([claim("AUROC", 0.5, at_least=0.98, missing=lacking(10, "VM prompt", needed=10))])
+
+
+def test_rounding_follows_from_the_type():
+    assert rounding(torch.float32) == 1e-4
+    assert rounding(torch.float32, at_least=1e-3) == 1e-3
+    assert rounding(torch.float16) == pytest.approx(8 / 1024)
+    assert rounding(torch.bfloat16) == pytest.approx(8 / 128)

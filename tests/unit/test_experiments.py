@@ -12,6 +12,7 @@ from nemolib.first_step import FirstStep
 from nemolib.generation import generate
 from nemolib.holdout import activation_statistics, holdout_scores, memorization_threshold, z_scores
 from nemolib.hooks import deactivate
+from nemolib.layer_ablation import cross_attention_layers, zero_layers
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed, load_pipeline
 from nemolib.profiles import Encoders, profile_from_mapping
@@ -267,6 +268,23 @@ def test_copies(pipe, profile):
         experiments.copies(pipe, dataclasses.replace(profile, encoders=Encoders()), table)
 
 
+def test_copies_of_no_prompt(pipe, profile, no_unet):
+    nothing = experiments.prompt_table(profile, ("vm",)).head(0)
+    table = experiments.copies(pipe, profile, nothing)
+    assert table.empty
+    assert table.columns.tolist() == [*nothing.columns, "copy_similarity", "copy_max", "seed_similarity"]
+    assert table["copy_similarity"].dtype == float
+
+
+def test_what_the_ladder_shows_in_a_sentence():
+    table = pd.DataFrame({"copies": [1, 1, 64], "copy_similarity": [0.1, 0.2, 0.9]})
+    assert (
+        experiments.ladder_finding(table)
+        == "On the ladder copy similarity goes from 0.15 at 1 copy to 0.90 at 64 copies."
+    )
+    assert "This profile has no ladder prompts" in experiments.ladder_finding(table.head(0))
+
+
 def test_features_of_images_are_the_encoders_and_kept(profile, monkeypatch):
     made = np.random.default_rng(0).integers(0, 255, (2, 3, 64, 64, 3), dtype=np.uint8)
     descriptor = CopyDescriptor.load(profile.encoders.copy.path)
@@ -299,8 +317,30 @@ def test_detection_beside_paper(pipe, profile):
 
 def test_nothing_is_kept_while_neurons_are_deactivated(pipe, profile):
     neurons = NeuronSet.of([(0, 0)], layers=len(value_layers(pipe.unet)))
-    with deactivate(pipe, neurons), pytest.raises(ValueError, match="value layers have hooks"):
+    with deactivate(pipe, neurons), pytest.raises(ValueError, match="layers have hooks"):
         experiments.threshold(pipe, profile, progress=False)
+    key = cross_attention_layers(pipe.unet, "key")[0].name
+    with zero_layers(pipe.unet, [key]), pytest.raises(ValueError, match="layers have hooks"):
+        experiments.images(pipe, profile, CAPTIONS["vm"], progress=False)
+
+
+def test_a_model_is_hashed_again_only_when_it_changes(pipe, monkeypatch):
+    from nemolib import provenance
+
+    calls, original = [], provenance.model_hash
+    monkeypatch.setattr(provenance, "model_hash", lambda chosen: calls.append(chosen) or original(chosen))
+    before, weight = experiments.model_hash(pipe), pipe.unet.conv_in.weight
+    calls.clear()
+    assert experiments.model_hash(pipe) == before == original(pipe)
+    assert not calls
+    for change in (lambda: weight.mul_(2), lambda: weight.data.mul_(0.5), lambda: weight.data.copy_(weight * 2)):
+        known = experiments.model_hash(pipe)
+        with torch.no_grad():
+            change()
+        assert experiments.model_hash(pipe) == original(pipe) != known
+    with torch.no_grad():
+        weight.mul_(0.5)
+    assert experiments.model_hash(pipe) == before
 
 
 def test_another_model_is_another_result(pipe, profile):

@@ -7,7 +7,7 @@ import torch
 
 from nemolib import experiments, paths
 from nemolib import experiments_localization as search
-from nemolib.checks import check_table
+from nemolib.checks import ClaimError, check_table
 from nemolib.encoders import CopyDescriptor
 from nemolib.first_step import first_step
 from nemolib.localization import localize
@@ -330,11 +330,59 @@ def test_examples_are_spread(changed):
 
 def test_claims_hold_and_stand_beside_the_paper(table, changed):
     shown = check_table(search.claims(table, changed, threshold=0.4))
-    assert (shown["result"] == "holds").sum() == 5
+    assert (shown["result"] == "holds").sum() == 3
+    assert shown["result"].str.startswith("not checked").sum() == 2
     neurons = shown[shown["claim"] == "VM: neurons per prompt, median"].iloc[0]
     assert neurons[["paper", "ours"]].tolist() == ["4 ± 3", "1.5"]
     share = shown[shown["claim"].str.startswith("unmemorized")].iloc[0]
     assert share["ours"] == "0.667"
+
+
+def test_the_median_score_must_fall_where_there_are_prompts_enough(table, changed):
+    many = pd.concat([changed] * 3)
+    assert all(row.holds for row in search.claims(table, many, threshold=0.4))
+    rising = many.assign(score_after=1.0)
+    with pytest.raises(ClaimError, match="VM: the median score falls without the neurons"):
+        check_table(search.claims(table, rising, threshold=0.4))
+    few = changed.assign(score_after=1.0)
+    shown = check_table(search.claims(table, few, threshold=0.4)).set_index("claim")
+    result = shown.loc["VM: the median score falls without the neurons", "result"]
+    assert result == "not checked: 2 VM prompts, 5 needed"
+
+
+def test_half_precision_may_miss_the_threshold_by_its_rounding(table, changed):
+    rounded, name = table.assign(refined_score=0.41), "refinement never ends above the threshold it was given"
+    failed = {
+        limit: [row.claim for row in search.claims(rounded, changed, threshold=0.4, rounding=limit) if not row.holds]
+        for limit in (1e-4, 0.06)
+    }
+    assert failed == {1e-4: [name], 0.06: []}
+
+
+def test_without_a_searched_prompt_the_refinement_is_not_checked(table, changed):
+    nothing = table.assign(memorized=False, neuron_count=0)
+    shown = check_table(search.claims(nothing, changed, threshold=0.4)).set_index("claim")
+    result = shown.loc["refinement never ends above the threshold it was given", "result"]
+    assert result == "not checked: no searched prompts, 1 needed"
+
+
+def test_one_image_per_prompt_has_no_diversity(table, changed):
+    single = changed.assign(seeds_before=np.nan, seeds_after=np.nan)
+    assert search.change_table(single)["seeds_before"].tolist() == ["", ""]
+    text = search.findings(table, single, search.neuron_overlap(table), threshold=0.4, neurons=576)
+    assert "with one image per prompt the similarity of its images is not known" in text
+    assert "nan" not in text
+
+
+def test_overlap_without_a_pair_has_types(table):
+    nothing = search.neuron_overlap(table.head(0))
+    assert nothing.query("common_words >= 2").nlargest(1, "shared").empty
+
+
+def test_z_scores_of_a_prompt_as_a_table():
+    table = search.prompt_z_scores([torch.tensor([0.5, -2.0]), torch.tensor([4.0])])
+    assert table.columns.tolist() == ["layer", "neuron", "z"]
+    assert table.to_numpy().tolist() == [[1, 0, 0.5], [1, 1, -2.0], [2, 0, 4.0]]
 
 
 def test_a_set_outside_its_initial_selection_is_a_failed_claim(table, changed):
@@ -359,8 +407,9 @@ def test_findings_have_the_numbers(table, changed):
 
 def test_plain_model(profile, random_model_folder, tmp_path):
     chosen = dataclasses.replace(profile, model=str(tmp_path / "model"))
-    with pytest.raises(FileNotFoundError, match=r"there is no table .*plain_model.csv; `make train` writes it"):
-        search.plain_model(chosen)
+    nothing = search.plain_model(chosen)
+    assert nothing.empty
+    assert nothing.columns.tolist() == ["model", "kind", "quantity", "value"]
     (tmp_path / "plain_model.csv").write_text("model,kind,quantity,value\nplain,vm,density,0.5\n")
     assert search.plain_model(chosen)["value"].tolist() == [0.5]
     (tmp_path / "plain_model.csv").write_text("model,kind\nplain,vm\n")

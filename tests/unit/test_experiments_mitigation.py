@@ -416,8 +416,10 @@ def test_a_baseline_may_be_absent_but_no_setting_of_a_rule():
         mitigation.paper_claims(table[table["setting"] != ONE_TOKEN])
 
 
-def test_a_missing_number_does_not_hold():
-    assert failing(like_the_paper([(NEMO, "vm", "d_sscd", np.nan)])) == ["images become diverse"]
+def test_a_rule_without_a_number_is_not_known():
+    said = mitigation.paper_claims(like_the_paper([(NEMO, "vm", "d_sscd", np.nan)])).set_index("claim")["verdict"]
+    assert said.pop("images become diverse") == "not known"
+    assert (said == "holds").all()
 
 
 # Checks and findings
@@ -491,6 +493,28 @@ def test_findings_have_the_numbers():
         "(4 neurons): A_CLIP 0.33 to 0.29", "(77): to 0.22", "D_SSCD: 0.12, 0.13, 0.14", "from 0.01 to 0.05",
     ):  # fmt: skip
         assert part in lines[4]
+
+
+def test_findings_say_what_is_not_known():
+    names = [f"{name}_{when}" for name in ("neurons", "a_clip", "d_sscd") for when in ("before", "one", "all")]
+    unmemorized = pd.DataFrame({name: [np.nan if name.startswith("d_") else 0.5] for name in names})
+    changes = [(NONE, kind, column, np.nan) for kind in ("vm", "tm") for column in ("d_sscd", "memorized")]
+    nothing = pd.DataFrame(columns=["images", "number", "encoder", "fid", "kid", "kid_sd"])
+    text = mitigation.findings(like_the_paper(changes), unmemorized, nothing)
+    assert "D_SSCD goes from (not known) to 0.16" in text
+    assert "(not known) before" in text
+    assert "KID" not in text
+    assert "nan" not in text
+
+
+def test_findings_without_training_images():
+    unmemorized = pd.DataFrame(
+        {f"{name}_{when}": [0.5] for name in ("neurons", "a_clip", "d_sscd") for when in ("before", "one", "all")}
+    )
+    table = like_the_paper().assign(sscd_orig=np.nan)
+    text = mitigation.findings(table, unmemorized, pd.DataFrame({"images": [NONE, OFF], "kid": [0.1, 0.2]}))
+    assert "the copy similarity goes from (not known) to (not known)" in text
+    assert "of the other mitigations" not in text
 
 
 # Unmemorized prompts
@@ -572,9 +596,12 @@ def test_image_sets_without_deactivated_neurons(random_pipe, profile):
     assert first == second
 
 
-def test_one_seed_has_no_halves(random_pipe, profile):
-    with pytest.raises(ValueError, match="profile 'random' makes 1 image per prompt; two are needed"):
-        mitigation.quality_table(random_pipe, with_samples(profile, 1), UNMEMORIZED, NeuronSet.empty(7), progress=False)
+@pytest.mark.parametrize(("samples", "prompts"), [(1, UNMEMORIZED), (2, UNMEMORIZED[:1])])
+def test_too_few_images_have_no_halves(random_pipe, profile, samples, prompts):
+    fewer = with_samples(profile, samples)
+    table = mitigation.quality_table(random_pipe, fewer, prompts, NeuronSet.empty(7), progress=False)
+    assert table.empty
+    assert [*table.columns, "neurons"] == documented("unmemorized_quality")
 
 
 # Images
@@ -601,6 +628,26 @@ def test_one_neuron_off(random_pipe, profile, found, shared):
     assert grid.columns == ("seed 0", "seed 1", "seed 0", "seed 1")
     assert np.array_equal(grid.images[:, :SEEDS], images(random_pipe, profile, prompts))
     assert np.array_equal(grid.images[:, SEEDS:], images(random_pipe, profile, prompts, neurons=neuron))
+
+
+def test_grids_of_shared_neurons(random_pipe, profile, found, shared):
+    grids = mitigation.shared_neuron_grids(random_pipe, profile, found, shared, most=2)
+    assert list(grids) == ["figure_10", "figure_11", "figure_12"]
+    assert grids["figure_10"].rows == tuple(VM)
+    assert grids["figure_10"].images.shape == (2, 2 * SEEDS, 64, 64, 3)
+    # No second neuron is shared.
+    assert grids["figure_11"] is grids["figure_12"] is mitigation.NO_IMAGES
+    assert not mitigation.NO_IMAGES.images.size
+
+
+def test_without_shared_neurons_the_table_is_empty(random_pipe, profile, found, shared):
+    table = mitigation.single_neuron_table(random_pipe, profile, found, shared.head(0))
+    assert table.empty
+    assert table.columns.tolist() == documented("single_neurons")
+
+
+def test_no_prompt_that_stays(random_pipe, profile, found):
+    assert mitigation.staying_grid(random_pipe, profile, found, []) is mitigation.NO_IMAGES
 
 
 def test_one_neuron_against_all_of_the_prompt(random_pipe, profile, found, shared, values):

@@ -153,6 +153,13 @@ def test_no_unmemorized_prompts(unmemorized):
         figures.figure_unharmed(unmemorized.iloc[:0])
 
 
+def test_a_metric_that_no_prompt_has_has_no_panel(unmemorized):
+    missing = unmemorized.assign(**{f"d_sscd_{name}": float("nan") for name in ("before", "one", "all")})
+    assert len(figures.figure_unharmed(unmemorized).axes) == 2
+    (axes,) = figures.figure_unharmed(missing).axes
+    assert axes.get_title() == r"A$_{CLIP}$"
+
+
 def test_short_names_fit_above_an_image():
     settings = list(dict.fromkeys(paper.table_1()["setting"]))
     short = figures.short_names(["planted", *settings, INITIAL])

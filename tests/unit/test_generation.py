@@ -68,6 +68,13 @@ def test_without_guidance(random_pipe):
     assert generate(random_pipe, ["a", "b"], settings=settings, neurons=sets, progress=False).shape[0] == 2
 
 
+def test_images_of_another_side(random_pipe):
+    for side, expected in ((None, 64), (32, 32)):
+        settings = GenerationSettings(samples=1, steps=2, side=side)
+        made = generate(random_pipe, ["a"], settings=settings, progress=False)
+        assert made.shape == (1, 1, expected, expected, 3)
+
+
 def test_the_progress_bar_of_the_pipeline_is_as_before(random_pipe, capsys):
     random_pipe.set_progress_bar_config(desc="mine")
     try:

@@ -28,6 +28,18 @@ def test_a_notebook_runs_in_its_own_folder_with_its_parameters(notebook, tmp_pat
     assert seconds > 0
 
 
+def test_a_profile_may_leave_the_solutions_out(notebook, tmp_path):
+    read = nbformat.read(notebook, as_version=4)
+    read.cells.append(nbformat.v4.new_code_cell("print('solved')", metadata={"tags": ["solution"]}))
+    nbformat.write(read, notebook)
+    output, profile = tmp_path / "x.ipynb", tmp_path / "p.yaml"
+    for solutions, expected in (("true", "solved\n"), ("false", "")):
+        profile.write_text(f"extends: tiny\nsolutions: {solutions}\n")
+        run_notebook(notebook, output, parameters={"profile": str(profile)}, progress=False)
+        assert printed(output) == f"{profile} 2 {notebook.parent}\n{expected}"
+    assert "solved" in notebook.read_text()
+
+
 def test_without_parameters_no_cell_is_added(notebook, tmp_path):
     output = tmp_path / "x.ipynb"
     run_notebook(notebook, output, progress=False)

@@ -29,7 +29,9 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory):
     folder = save_narrow_architecture(tmp_path_factory.mktemp("narrow"), side=48)
-    return replace(load_profile("sd14-dryrun"), name="narrow", model=f"random:{folder}", dtype="float32")
+    dry = load_profile("sd14-dryrun")
+    whole = replace(dry.generation, side=None)
+    return replace(dry, name="narrow", model=f"random:{folder}", dtype="float32", generation=whole)
 
 
 @pytest.fixture(scope="module")

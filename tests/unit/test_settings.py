@@ -27,6 +27,8 @@ from nemolib.settings import DetectionSettings, GenerationSettings, SearchSettin
         (SearchSettings, "method", "quick"),
         (GenerationSettings, "samples", 0),
         (GenerationSettings, "batch_size", "8"),
+        (GenerationSettings, "side", 0),
+        (GenerationSettings, "side", 100),
     ],
 )
 def test_impossible_settings_name_key_and_value(kind, key, value):

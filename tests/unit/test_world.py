@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from nemolib.world import captions, descriptor, render, unet
+from nemolib.encoders.base import to_pixels
+from nemolib.world import captions, clip, descriptor, render, unet
 from nemolib.world.settings import DataSettings, DescriptorSettings, UNetSettings, WorldSettings
 
 NAMES = [*captions.LADDER, "otter", "rocket", "dog", "cat"]
@@ -88,6 +89,17 @@ def test_noisy_timesteps_are_drawn_more_often_and_weigh_more():
     weights = unet.loss_weights(unet.build_scheduler().alphas_cumprod, limit=settings.weight_limit)
     assert (weights.diff() >= 0).all()
     assert float(weights.max()) <= settings.weight_limit
+
+
+def test_only_images_of_another_size_are_resized():
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    prepare = clip.preprocessing(16)
+    found = prepare(images=list(images), input_data_format="channels_last", return_tensors="pt").pixel_values
+    assert torch.allclose(found, to_pixels(images), atol=1e-6)
+    large = np.full((1, 48, 24, 3), 255, dtype=np.uint8)
+    shrunk = prepare(images=list(large), input_data_format="channels_last", return_tensors="pt").pixel_values
+    assert shrunk.shape == (1, 3, 16, 16)
+    assert torch.allclose(shrunk, torch.ones(1, 3, 16, 16))
 
 
 def test_copies_of_one_image_are_no_negatives_of_each_other():

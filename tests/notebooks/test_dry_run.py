@@ -1,0 +1,71 @@
+"""Notebooks 01 to 04 run for a profile that is not the tiny one: random weights in half precision, one image per prompt.
+
+The profile is the dry run of Stable Diffusion with narrow layers. Cells are run in this process, one after the other.
+"""
+
+import io
+import re
+
+import matplotlib as mpl
+import nbformat
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+from matplotlib.figure import Figure
+
+from nemolib import paths, tables
+from tests.narrow_architecture import save_narrow_architecture
+
+pytestmark = pytest.mark.slow
+
+NOTEBOOKS = [next(paths.NOTEBOOKS.glob(f"{number:02d}_*.ipynb")) for number in (1, 2, 3, 4)]
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory):
+    """Write the profile, and let what is computed stay in a temporary folder, shared by the notebooks."""
+    folder = tmp_path_factory.mktemp("dry")
+    (folder / "architecture").mkdir()
+    # The smallest latents that the window of the paper fits on three scales.
+    save_narrow_architecture(folder / "architecture", side=48)
+    path = folder / "narrow.yaml"
+    path.write_text(f"extends: sd14-dryrun\nmodel: random:{folder / 'architecture'}\ngeneration: {{side: 64}}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "BUILD", folder / "build")
+        # Drawn as a file would be, but hardly larger than a stamp.
+        with mpl.rc_context({"savefig.dpi": 20}):
+            yield path
+
+
+def code_of(notebook, profile):
+    """Return the code of the cells, without magic, and with a profile in place of the default one."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            lines = [line for line in cell.source.splitlines() if not line.startswith("%")]
+            chosen = [f"profile = {str(profile)!r}"] if "parameters" in cell.metadata.get("tags", []) else []
+            yield "\n".join(lines + chosen)
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def path(request):
+    return request.param
+
+
+def test_it_runs(path, profile, capsys):
+    shell = InteractiveShell()
+    for code in code_of(nbformat.read(path, as_version=4), profile):
+        result = shell.run_cell(code)
+        assert result.success, f"{path.stem}: {result.error_before_exec or result.error_in_exec!r} in\n{code}"
+        if isinstance(result.result, Figure):
+            result.result.savefig(io.BytesIO())
+    capsys.readouterr()
+    number = path.stem[:2]
+    for name in promised("Tables", number):
+        assert tables.read_table(name, profile="narrow").columns.size, name
+    for name in promised("Grids", number):
+        tables.read_grid(name, profile="narrow")
+
+
+def promised(what, number):
+    """Return the names of the tables or grids that the documentation says a notebook saves, with rows or without."""
+    (text,) = re.findall(rf"^{what} of notebook {number}:\n((?:    .*\n)+)", tables.__doc__, re.M) or [""]
+    return [name for line in re.findall(r"^    (\w[^:\n]*):", text, re.M) for name in line.split(", ")]

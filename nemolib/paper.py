@@ -60,6 +60,10 @@ REPORTED: dict[str, Reported] = {
     "unmemorized.without_neurons": Reported(442, "Sec. 4, of 500"),
     "unmemorized.neurons": Reported(62, "Sec. 4, of the other 58", mad=27),
     "shared.vm_share": Reported(0.17, "Sec. 4: value layer 1, neurons 25 and 221"),
+    # Blocked neurons and unmemorized prompts.
+    "quality.most_blocked": Reported(750, "Fig. 5a, 8"),
+    "blocks.cosine": Reported(0.98, "Table 3, lowest entry of the most frequent neurons (blocks 1 and 2)"),
+    "blocks.cosine.random": Reported(0.99, "Table 3, lowest entry of random neurons"),
     # Figure 14: median number of neurons of the initial selection by threshold.
     "initial.vm.0.288": Reported(228, "Fig. 14"),
     "initial.vm.0.358": Reported(51.5, "Fig. 14"),
@@ -78,6 +82,38 @@ def reported(name: str) -> Reported:
     if name not in REPORTED:
         raise KeyError(f"unknown number {name!r}; known: {', '.join(REPORTED)}")
     return REPORTED[name]
+
+
+FIGURES_AND_TABLES: dict[str, str] = {
+    "Figure 1": "the method, from a prompt to images without its memorization neurons",
+    "Figure 2a": "memorization scores of unmemorized, template- and verbatim-memorized prompts",
+    "Figure 2b": "z-scores in value layer 1",
+    "Figure 3": "images with all neurons active and with the memorization neurons deactivated",
+    "Figure 4a": "memorization neurons per prompt",
+    "Figure 4b": "memorization neurons per value layer",
+    "Figure 5a": "image quality against the number of deactivated neurons",
+    "Figure 5b": "similarity against the factor that scales the memorization neurons",
+    "Figure 6": "verbatim and template memorization by the largest copy similarity",
+    "Figure 7": "neurons of the initial selection and after refinement",
+    "Figure 8": "FID, CLIP-FID and KID against the number of deactivated neurons",
+    "Figure 9": "highly memorized prompts",
+    "Figure 10": "a neuron that captions about people share",
+    "Figure 11": "a neuron that captions of podcast covers share",
+    "Figure 12": "neurons that captions of phone cases share",
+    "Figure 13": "noise differences",
+    "Figure 14": "number of neurons by the thresholds of initial selection and refinement",
+    "Figure 15": "copy similarity by the thresholds of initial selection and refinement",
+    "Figure 16": "copy similarity without one key or value layer",
+    "Figure 17": "alignment with the prompt without one key or value layer",
+    "Figure 18": "images without one value layer",
+    "Figure 19": "images without one key layer",
+    "Figure 20": "images with half of the neurons of a convolution deactivated",
+    "Table 1": "every mitigation: deactivated neurons, copy similarity, diversity, alignment",
+    "Table 2": "run time of the search",
+    "Table 3": "similarity of the outputs of cross-attention blocks with and without deactivated neurons",
+    "Table 4": "ablations: thresholds, guidance, refinement, top-k, scaling factors",
+}
+"""The figures and tables of the paper, each part by itself, and what they show."""
 
 
 def thresholds() -> pd.DataFrame:
@@ -183,6 +219,35 @@ def table_2() -> pd.DataFrame:
 def table_4() -> pd.DataFrame:
     """Return Table 4, the ablations: columns as of `table_1`."""
     return _parse(_TABLE_4)
+
+
+def threshold_maps() -> pd.DataFrame:
+    """Return Fig. 14 and 15, medians over prompts for each pair of thresholds of initial selection and refinement.
+
+    Returns:
+        Columns kind, initial and refinement (multipliers of the standard deviation: thresholds 0.288, 0.358, 0.428),
+        initial_neurons, neurons (after refinement), sscd_gen, sscd_orig. Where the refinement threshold is lower, there
+        is nothing in the paper.
+    """
+    pairs = [(-1, -1), (-1, 0), (-1, 1), (0, 0), (0, 1), (1, 1)]
+    cells = {
+        "vm": {
+            "initial_neurons": (228, 228, 228, 51.5, 51.5, 26.5),
+            "neurons": (10.5, 8, 5, 6, 4, 4),
+            "sscd_gen": (0.095, 0.099, 0.098, 0.099, 0.11, 0.11),
+            "sscd_orig": (0.084, 0.09, 0.09, 0.096, 0.096, 0.096),
+        },
+        "tm": {
+            "initial_neurons": (942.5, 942.5, 942.5, 836.5, 836.5, 674.5),
+            "neurons": (32, 32.5, 32.5, 30, 27, 21),
+            "sscd_gen": (0.05, 0.054, 0.054, 0.055, 0.055, 0.058),
+            "sscd_orig": (0.057, 0.057, 0.055, 0.055, 0.055, 0.053),
+        },
+    }
+    places = pd.DataFrame(pairs, columns=["initial", "refinement"], dtype=float)
+    parts = [places.assign(**columns).assign(kind=kind) for kind, columns in cells.items()]
+    table = pd.concat(parts, ignore_index=True)
+    return table[["kind", "initial", "refinement", "initial_neurons", "neurons", "sscd_gen", "sscd_orig"]]
 
 
 def _parse(text: str) -> pd.DataFrame:

@@ -33,8 +33,10 @@ Tables of notebook 03:
     deactivation: kind, prompt, neuron_count, reached, score_before, score_after, copy_before, copy_after, same_seed,
         seeds_before, seeds_after.
     plain_model: model, kind, quantity, value.
+    overview: layer (from 1), neuron, z, prompt (every neuron for one prompt).
 
 Grids of notebook 03:
+    overview_images: as figure_3, of the prompt of table overview alone.
     figure_3: rows are prompts, columns the seeds with all neurons active, then the same seeds with deactivated neurons.
 
 Tables of notebook 04:
@@ -52,6 +54,26 @@ Grids of notebook 04:
     figure_9: rows are prompts, columns planted, then the seeds with deactivated neurons.
     figure_10, figure_11, figure_12: as figure_3, with one neuron deactivated that the prompts share.
     unmemorized_grid: as figure_3, with the neurons of all memorized prompts deactivated.
+
+Tables of notebook 05:
+    ablation_levels: level, multiplier, threshold, default.
+    ablation_searches: setting, kind, initial_threshold, refinement_threshold, gate, then the columns of
+        `nemolib.localization.localization_table` without seconds.
+    ablations: the columns of mitigations.
+    table_4: the columns of table_1.
+    table_4_claims: claim, kind, rule, paper, ours, verdict.
+    scaling: kind, factor, prompts; then the columns of table_1 for each metric.
+    threshold_map: kind, initial, refinement, initial_threshold, refinement_threshold, prompts, reached; then
+        initial_neurons, neurons, sscd_gen, sscd_orig, and the same with the suffix paper.
+    neuron_ladder: caption, copies, initial_count, neuron_count, reached, score_before, score_after, copy_before,
+        copy_after.
+    blocked_quality: setting, asked, neurons, draw, split, pair (equal for the same halves in another order), metric,
+        encoder, images, value, reason (why there is no value).
+    block_similarity: setting, asked, neurons, draw, output, layer (from 1), block, samples, cosine, lowest.
+    layer_effects: part, layer (from 1; 0 for the untouched model), block, name, prompt, sscd_orig, sscd_gen, a_clip.
+
+Grids of notebook 05:
+    figure_18, figure_19, figure_20: rows are prompts, columns none, then the numbers of the layers; one seed.
 """
 
 from __future__ import annotations

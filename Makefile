@@ -23,10 +23,10 @@ export PROFILE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help env lab all notebooks figures data estimate test lint train student refresh lock clean
+.PHONY: help env lab all notebooks figures data estimate published results-full test lint train student refresh lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo "  PROFILE=$(PROFILE) (choose another: make all PROFILE=tiny-full)"
 
 env: $(ENV) ## create .venv with the versions of requirements.lock
@@ -66,6 +66,14 @@ data: $(ENV) ## fetch what a profile needs and the repository does not hold (PRO
 
 estimate: $(ENV) ## what a profile costs on this machine: UNet evaluations and hours of each stage
 	$(PY) -m nemolib.estimate --profile "$(PROFILE)"
+
+published: $(ENV) ## draw a published run beside the paper: make published PROFILE=sd14 RUN=results.csv
+	@test -n "$(RUN)" || { echo "which results? make published PROFILE=sd14 RUN=results.csv" >&2; exit 1; }
+	@mkdir -p $(BUILD)
+	$(PY) -m nemolib.runner --profile "$(PROFILE)" -p "published_run=$(abspath $(RUN))" notebooks/06_figures.ipynb $(BUILD)/published.ipynb
+
+results-full: $(ENV) ## keep the tables of a finished run of tiny-full in data/tiny/results_full/
+	$(PY) -m nemolib.exhibits.results_full --profile tiny-full
 
 test: $(ENV) ## run all tests, the notebooks among them
 	$(PY) -m pytest tests notebooks --nbval-lax --nbval-current-env --nbval-sanitize-with tests/notebooks/sanitize.cfg

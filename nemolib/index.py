@@ -1,4 +1,7 @@
-"""The index page of ``figures/<profile>/``: all figures and tables with caption, reading, and the paper's value."""
+"""The index page of ``figures/<profile>/``: all figures and tables with caption, reading, and the paper's value.
+
+At its end stand what agrees and what differs in one table, and what the page does not show, with the reason.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,16 @@ from pathlib import Path
 import pandas as pd
 
 from nemolib import paths, tables
-from nemolib.exhibits import NOTEBOOK, VERDICTS, Exhibit, Rendered, command
+from nemolib.exhibits import (
+    NOTEBOOK,
+    VERDICTS,
+    Exhibit,
+    NotDrawn,
+    Rendered,
+    command,
+    comparison_table,
+    missing_table,
+)
 from nemolib.files import write_atomic
 from nemolib.profiles import Profile, load_profile
 
@@ -24,23 +36,31 @@ dt { font-weight: bold; } dd { margin: 0 0 0.4rem 1rem; } code { font-size: 0.85
 """
 
 
-def write_index(rendered: Sequence[Rendered], profile: Profile | str) -> dict[str, Path]:
+COMPARISON, MISSING = "What agrees, what differs, why", "What is not here, and why"
+"""Headings of the two tables at the end of the page."""
+
+_IN_TABLE = {"agrees": "agrees", "differs": "differs", "beside": "no value to compare"}
+"""What the verdicts are called in a table."""
+
+
+def write_index(items: Sequence[Rendered | NotDrawn], profile: Profile | str) -> dict[str, Path]:
     """Write ``index.html`` and ``index.md`` beside the files of the exhibits.
 
     Both are made from the exhibits alone: the same exhibits give the same bytes.
 
     Args:
-        rendered: The exhibits, in the order of the page; at least one.
+        items: What `nemolib.exhibits.render_all` returned, in the order of the page; at least one of them drawn.
         profile: A profile or its name.
 
     Returns:
         The files: ``html``, ``md``.
 
     Raises:
-        ValueError: There is no exhibit, or two have the same name.
+        ValueError: No exhibit was drawn, or two have the same name.
         FileNotFoundError: A file that the page would link to is missing.
     """
     name = load_profile(profile).name
+    rendered = [item for item in items if isinstance(item, Rendered)]
     check_exhibits([item.exhibit for item in rendered])
     for item in rendered:
         for path in item.files.values():
@@ -48,8 +68,8 @@ def write_index(rendered: Sequence[Rendered], profile: Profile | str) -> dict[st
                 raise FileNotFoundError(f"{item.exhibit.heading}: {path} is missing; render it again")
     folder = paths.figures_dir(name)
     written = {"html": folder / "index.html", "md": folder / "index.md"}
-    write_atomic(written["html"], html_page(rendered, profile=name))
-    write_atomic(written["md"], markdown_page(rendered, profile=name))
+    write_atomic(written["html"], html_page(items, profile=name))
+    write_atomic(written["md"], markdown_page(items, profile=name))
     return written
 
 
@@ -83,14 +103,18 @@ class _Links(HTMLParser):
         self.found += [value for name, value in attrs if name in ("href", "src") and value]
 
 
-def html_page(rendered: Sequence[Rendered], *, profile: str) -> str:
+def html_page(items: Sequence[Rendered | NotDrawn], *, profile: str) -> str:
     """Return the index page as HTML, one file without anything from elsewhere but the figures beside it."""
+    rendered = [item for item in items if isinstance(item, Rendered)]
     sections = "\n".join(_html_section(item, profile) for item in rendered)
     contents = "\n".join(
         f'<li><a href="#{item.exhibit.name}">{html.escape(item.exhibit.heading)}</a> '
         f'<span class="{item.reading.verdict}">({VERDICTS[item.reading.verdict]})</span></li>'
         for item in rendered
     )
+    ends = [(_anchor(heading), heading, table) for heading, table in _tables(items)]
+    contents += "".join(f'\n<li><a href="#{anchor}">{heading}</a></li>' for anchor, heading, _ in ends)
+    sections += "".join(f'\n<h2 id="{anchor}">{heading}</h2>\n{_html_table(table)}' for anchor, heading, table in ends)
     title = f"Figures and tables: profile {html.escape(profile)}"
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -102,7 +126,7 @@ def html_page(rendered: Sequence[Rendered], *, profile: str) -> str:
 </head>
 <body>
 <h1>{title}</h1>
-<p>{html.escape(_summary(rendered))}</p>
+<p>{html.escape(_summary(items))}</p>
 <ul>
 {contents}
 </ul>
@@ -112,18 +136,36 @@ def html_page(rendered: Sequence[Rendered], *, profile: str) -> str:
 """
 
 
-def markdown_page(rendered: Sequence[Rendered], *, profile: str) -> str:
+def markdown_page(items: Sequence[Rendered | NotDrawn], *, profile: str) -> str:
     """Return the index page as Markdown, as it is shown where the repository is."""
-    parts = [f"# Figures and tables: profile {profile}", _summary(rendered)]
-    parts += [_markdown_section(item, profile) for item in rendered]
+    parts = [f"# Figures and tables: profile {profile}", _summary(items)]
+    parts += [_markdown_section(item, profile) for item in items if isinstance(item, Rendered)]
+    parts += [f"## {heading}\n\n{tables.to_markdown(table).rstrip()}" for heading, table in _tables(items)]
     return "\n\n".join(parts) + "\n"
 
 
-def _summary(rendered: Sequence[Rendered]) -> str:
+def _tables(items: Sequence[Rendered | NotDrawn]) -> list[tuple[str, pd.DataFrame]]:
+    """Return the tables at the end of the page with their headings; one without rows is left out."""
+    compared = comparison_table(items)
+    compared["verdict"] = compared["verdict"].map(_IN_TABLE)
+    compared = compared.rename(columns={"reason": "why, or in what sense"})
+    return [
+        (heading, table) for heading, table in ((COMPARISON, compared), (MISSING, missing_table(items))) if len(table)
+    ]
+
+
+def _anchor(heading: str) -> str:
+    return heading.lower().replace(",", "").replace(" ", "-")
+
+
+def _summary(items: Sequence[Rendered | NotDrawn]) -> str:
+    rendered = [item for item in items if isinstance(item, Rendered)]
     counted = Counter(item.reading.verdict for item in rendered)
     verdicts = "; ".join(f"{counted[verdict]}: {text}" for verdict, text in VERDICTS.items() if counted[verdict])
+    absent = len(missing_table(items))
     return (
         f"{len(rendered)} figures and tables ({verdicts}), made by notebook {NOTEBOOK} from the tables of the others."
+        + (f" Not here: {absent}, listed at the end with the reason." if absent else "")
     )
 
 
@@ -131,14 +173,24 @@ def _rows(item: Rendered, profile: str) -> list[tuple[str, str]]:
     """Return what is said of an exhibit: (word, text), texts that are empty left out."""
     reading, exhibit = item.reading, item.exhibit
     rows = [
-        ("Ours", reading.ours),
+        ("Published run" if exhibit.published else "Ours", reading.ours),
         ("Paper", reading.paper),
         ("Verdict", VERDICTS[reading.verdict]),
         ("In what sense", reading.reason),
-        ("Computed by", f"notebooks/{exhibit.notebook}.ipynb"),
-        ("Command", f"{command(exhibit, profile)} && make figures PROFILE={profile}"),
+        ("Read by" if exhibit.published else "Computed by", f"notebooks/{exhibit.notebook}.ipynb"),
+        ("Command", _commands(exhibit, profile)),
     ]
     return [(word, text) for word, text in rows if text]
+
+
+def _commands(exhibit: Exhibit, profile: str) -> str:
+    """Return the commands that make an exhibit."""
+    if not exhibit.published:
+        return f"{command(exhibit, profile)} && make figures PROFILE={profile}"
+    return (
+        f"python -m nemolib.runner notebooks/{NOTEBOOK}.ipynb build/{profile}/{NOTEBOOK}.ipynb --profile {profile} "
+        "-p published_run=FILE"
+    )
 
 
 def _html_section(item: Rendered, profile: str) -> str:

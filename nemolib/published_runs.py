@@ -1,7 +1,8 @@
 """Results of searches that others have published: tables as the authors' code writes them.
 
 The authors' code writes one row per prompt, separated by semicolons: the prompt, the neurons of the initial selection
-(a neuron that was found twice stands there twice) and those that refinement left, each with its score.
+(a neuron that was found twice stands there twice) and those that refinement left, each with its score. Such a table does
+not say with which model and settings it was made.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from nemolib import paths
 from nemolib.neurons import NeuronSet
+from nemolib.prompts import load_prompts
 
 COLUMNS = ("Caption", "URL", "Initial Neurons", "Initial SSIM", "Refined Neurons", "Refined SSIM")
 """Columns of a table of results of the authors' code."""
@@ -59,6 +62,46 @@ def load_published_run(path: str | Path) -> pd.DataFrame:
     if not rows:
         raise PublishedRunError(f"{path}: there is no row below the header")
     return pd.DataFrame([_row(header, row, f"{path}, row {number}") for number, row in enumerate(rows, start=1)])
+
+
+def localizations(path: str | Path, prompts: str | Path) -> pd.DataFrame:
+    """Return a published run as a table of localizations, with the kind of each prompt from a table of prompts.
+
+    Args:
+        path: Table of results (`load_published_run`), absolute or relative to the repository.
+        prompts: Table of memorized prompts (`nemolib.prompts.load_prompts`) that says which are VM and which TM; the
+            authors' has it in column ``type``.
+
+    Returns:
+        One row per prompt of the run, columns kind (missing if the prompts do not have the caption), prompt,
+        initial_count and neuron_count (different neurons before and after refinement), initial and neurons (JSON of a
+        neuron set), initial_score and refined_score.
+
+    Raises:
+        FileNotFoundError: One of the files is missing.
+        PublishedRunError: See `load_published_run`; or no caption of the run is among the prompts.
+    """
+    path = paths.resolve(path)
+    run = load_published_run(path)
+    known = load_prompts(prompts)
+    kinds = dict(zip(known["caption"], known["kind"], strict=True))
+    table = pd.DataFrame(
+        {
+            "kind": run["caption"].map(kinds),
+            "prompt": run["caption"],
+            "initial_count": run["initial"].map(len),
+            "neuron_count": run["refined"].map(len),
+            "initial": run["initial"].map(NeuronSet.to_json),
+            "neurons": run["refined"].map(NeuronSet.to_json),
+            "initial_score": run["initial_score"],
+            "refined_score": run["refined_score"],
+        }
+    )
+    if table["kind"].isna().all():
+        raise PublishedRunError(
+            f"{path}: none of its {len(table)} captions is in the prompt table {paths.resolve(prompts)}"
+        )
+    return table
 
 
 def _row(header: list[str], row: list[str], where: str) -> dict[str, object]:

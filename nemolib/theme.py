@@ -28,6 +28,9 @@ LINE = 0.6
 
 GOLDEN = 0.618
 
+SCREEN = 110
+"""Dots per inch of a figure in a notebook that shows all of them; files are written with 300."""
+
 FONTS = ["STIXGeneral", "DejaVu Serif"]
 """A Times-like font that comes with matplotlib, so that a figure has the same bytes on every machine."""
 
@@ -183,6 +186,27 @@ def save_figure(
         notes=notes,
     )
     return files
+
+
+def screen_png(figure: Figure, *, dpi: int = SCREEN) -> bytes:
+    """Return a figure as a small PNG for the screen: few dots, and a palette of 256 colours.
+
+    Lines and text look the same, images of smooth colours nearly so; the file is a quarter of what it would be.
+
+    Args:
+        figure: The figure; it is not changed.
+        dpi: Dots per inch.
+
+    Returns:
+        The bytes of the file; the same figure gives the same.
+    """
+    from PIL import Image
+
+    buffer, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    with Image.open(buffer) as image:
+        image.convert("RGB").quantize(256).save(small, format="png", optimize=True)
+    return small.getvalue()
 
 
 @contextlib.contextmanager

@@ -22,6 +22,8 @@ TARGETS = [
     "figures",
     "data",
     "estimate",
+    "published",
+    "results-full",
     "test",
     "lint",
     "train",
@@ -88,7 +90,7 @@ def test_the_default_lists_every_target_with_a_line(checkout):
     shown = make(checkout)
     assert shown.returncode == 0
     assert shown.stdout == make(checkout, "help").stdout
-    assert re.findall(r"^  make (\w+) +\S.*$", shown.stdout, re.MULTILINE) == TARGETS
+    assert re.findall(r"^  make ([\w-]+) +\S.*$", shown.stdout, re.MULTILINE) == TARGETS
 
 
 def test_make_all_runs_the_notebooks_in_order(checkout):

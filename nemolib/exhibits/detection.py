@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from nemolib import paper
-from nemolib.exhibits.base import Exhibit, Reading, Sources, Verdict
+from nemolib.exhibits.base import Exhibit, Reading, Sources, Verdict, of_kinds, rows, values
 from nemolib.figures import detection, images
 from nemolib.tables import format_median_mad
 
@@ -14,6 +14,11 @@ THRESHOLD_NOTEBOOK, SCORE_NOTEBOOK = "01_holdout_threshold", "02_memorization_sc
 
 SCORE_NAMES = {"score_paper": "SSIM (paper)", "score_released": "MS-SSIM (released)", "wen": "Wen et al., one step"}
 """What tables call the scores."""
+
+KINDS = ("vm", "tm", "unmemorized")
+"""Kinds of prompts that are compared."""
+
+_DETECTED = tuple(values("detection", "auroc", memorized=kind) for kind in ("vm + tm", "vm", "tm"))
 
 
 def _tau(sources: Sources) -> float:
@@ -87,8 +92,9 @@ def _read_figure_13(sources: Sources) -> Reading:
 
 def _read_samples(sources: Sources) -> Reading:
     typical = sources["copies"].groupby("kind")["seed_similarity"].median()
+    shown = {kind: "unknown (one seed)" if pd.isna(value) else f"{value:.2f}" for kind, value in typical.items()}
     return Reading(
-        f"similarity of two seeds (median): VM {typical['vm']:.2f}, TM {typical['tm']:.2f}, unmemorized {typical['unmemorized']:.2f}",
+        f"similarity of two seeds (median): VM {shown['vm']}, TM {shown['tm']}, unmemorized {shown['unmemorized']}",
         "0.99 for VM and 0.17 for TM prompts (D_SSCD, Table 1)",
         "beside",
         "another descriptor: only the order can be compared",
@@ -197,6 +203,7 @@ THRESHOLDS = Exhibit(
     "table_4_thresholds", "Table 4 (thresholds)", "four memorization thresholds", THRESHOLD_NOTEBOOK,
     "Mean of the holdout scores plus a multiple of their standard deviation.",
     _draw_thresholds, _read_thresholds, tables=("thresholds",),
+    needs=(rows("thresholds", at_least=4),),
 )  # fmt: skip
 
 HOLDOUT = Exhibit(
@@ -204,6 +211,7 @@ HOLDOUT = Exhibit(
     "Similarity of two seeds of a holdout prompt: all pairs (filled) and the largest pair of each prompt (outlined). Lines: the four "
     "thresholds.",
     lambda s: detection.holdout_distribution(_pairs(s), s["thresholds"]), _read_holdout, tables=("holdout_pairs", "thresholds"),
+    needs=(rows("holdout_pairs", at_least=2),),
 )  # fmt: skip
 
 SWITCHES = Exhibit(
@@ -223,18 +231,21 @@ FIGURE_2A = Exhibit(
     "figure_2a", "Figure 2a", "memorization scores", SCORE_NOTEBOOK,
     "Share of the prompts of a kind by memorization score; a short line below the axis is a prompt. Dashed: the memorization threshold.",
     lambda s: detection.figure_2a(s["scores"], threshold=_tau(s)), _read_figure_2a, tables=("scores", "thresholds"),
+    needs=of_kinds("scores", *KINDS, column="score"),
 )  # fmt: skip
 
 FIGURE_2B = Exhibit(
     "figure_2b", "Figure 2b", "z-scores in value layer 1", SCORE_NOTEBOOK,
     "Largest absolute z-score of each neuron over the VM prompts and over as many unmemorized ones.",
     lambda s: detection.figure_2b(s["z_by_neuron"]), _read_figure_2b, tables=("z_by_neuron",),
+    needs=of_kinds("z_by_neuron", "vm", "unmemorized"),
 )  # fmt: skip
 
 FIGURE_6 = Exhibit(
     "figure_6", "Figure 6", "verbatim and template memorization by copy similarity", SCORE_NOTEBOOK,
     "Largest copy similarity between a prompt's generated images and its planted image. Dashed: the paper's cut between TM and VM.",
     lambda s: detection.figure_6(s["copies"]), _read_figure_6, tables=("copies",),
+    needs=of_kinds("copies", "vm", "tm", column="copy_max"),
 )  # fmt: skip
 
 FIGURE_13 = Exhibit(
@@ -248,25 +259,28 @@ DETECTION = Exhibit(
     "detection_table", "App. B.4", "the score as a detector", SCORE_NOTEBOOK,
     "Reported: Stable Diffusion v1-4, 500 memorized and 500 unmemorized prompts; SSIM by the paper, Wen's score with one step and 4 seeds by "
     "Jeon et al. (ICML 2025). Accuracy: ours balanced, at the best threshold; the paper's at 0.5.",
-    _draw_detection, _read_detection, tables=("detection",),
+    _draw_detection, _read_detection, tables=("detection",), needs=_DETECTED,
 )  # fmt: skip
 
 ROC = Exhibit(
     "detection_roc", "", "ROC curves of the scores", SCORE_NOTEBOOK,
     "VM and TM prompts together against unmemorized ones. Dashed line: false positive rate 1 %.",
     lambda s: detection.detection_roc(s["scores"], list(SCORE_NAMES)), _read_roc, tables=("scores", "detection"),
+    needs=(*_DETECTED, *of_kinds("scores", *KINDS)),
 )  # fmt: skip
 
 LADDER = Exhibit(
     "duplication_ladder", "", "memorization against copies in training", SCORE_NOTEBOOK,
     "Copy similarity (left, median over seeds) and memorization score (right). Points: prompts; line: median of a rung.",
     lambda s: detection.duplication_ladder(s["ladder"], threshold=_tau(s)), _read_ladder, tables=("ladder", "thresholds"),
+    needs=(values("ladder", "copy_similarity", "score", at_least=2),),
 )  # fmt: skip
 
 Z_BY_LAYER = Exhibit(
     "z_by_layer", "", "largest z-score of a prompt in each value layer", SCORE_NOTEBOOK,
     "Median over prompts; bars from the first to the third quartile.",
     lambda s: detection.z_by_layer(s["z_by_prompt"]), _read_z_by_layer, tables=("z_by_prompt",),
+    needs=of_kinds("z_by_prompt", *KINDS),
 )  # fmt: skip
 
 SAMPLES = Exhibit(
@@ -274,4 +288,5 @@ SAMPLES = Exhibit(
     "First column: the planted image, none for unmemorized prompts; then images of different seeds. From above: VM, TM and unmemorized prompts, "
     "the same number of each.",
     lambda s: images.image_grid(s["samples"]), _read_samples, tables=("copies",), grids=("samples",),
+    needs=of_kinds("copies", *KINDS),
 )  # fmt: skip

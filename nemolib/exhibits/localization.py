@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pandas as pd
 
 from nemolib import paper
-from nemolib.exhibits.base import Exhibit, Reading, Sources, Verdict
+from nemolib.exhibits.base import Exhibit, Reading, Sources, Verdict, of_kinds, positive, values
 from nemolib.experiments_localization import stay_memorized
 from nemolib.figures import images, localization
 from nemolib.tables import format_median_mad
@@ -249,24 +249,27 @@ FIGURE_4A = Exhibit(
     "figure_4a", "Figure 4a", "memorization neurons per prompt", NOTEBOOK,
     "Histogram over prompts; vertical lines are medians.",
     lambda s: localization.figure_4a(s["localization"]), _read_figure_4a, tables=("localization",),
+    needs=of_kinds("localization", "vm", "tm"),
 )  # fmt: skip
 
 FIGURE_4B = Exhibit(
     "figure_4b", "Figure 4b", "memorization neurons per value layer", NOTEBOOK,
     "Mean number per prompt. Layers 1 and 2 lie in the first down block, 7 in the mid block.",
     lambda s: localization.figure_4b(s["localization"]), _read_figure_4b, tables=("localization",),
+    needs=tuple(positive("localization", "neuron_count", kind=kind) for kind in ("vm", "tm")),
 )  # fmt: skip
 
 FIGURE_7 = Exhibit(
     "figure_7", "Figure 7", "neurons of the initial selection and after refinement", NOTEBOOK,
     "Histograms over prompts; vertical lines are medians.",
     lambda s: localization.figure_7(s["localization"]), _read_figure_7, tables=("localization",),
+    needs=of_kinds("localization", "vm", "tm"),
 )  # fmt: skip
 
 HIGHLY_MEMORIZED = Exhibit(
     "highly_memorized", "Figure 9 (as a table)", "prompts that stay most similar to their planted image", NOTEBOOK,
     "Memorization score and copy similarity before and after deactivation, the highest copy similarity after it first.",
-    _draw_staying, _read_staying, tables=("deactivation",),
+    _draw_staying, _read_staying, tables=("deactivation",), needs=(values("deactivation", "copy_after"),),
 )  # fmt: skip
 
 SHARED_NEURONS = Exhibit(
@@ -287,20 +290,20 @@ NEURON_COUNTS = Exhibit(
     "neuron_counts", "Sec. 4, Table 4", "neurons found, by kind of prompt", NOTEBOOK,
     "Median and median absolute deviation over prompts (unmemorized: over those with neurons). Reached: the initial "
     "selection brought the score to the threshold.",
-    _draw_counts, _read_counts, tables=("neuron_counts",),
+    _draw_counts, _read_counts, tables=("neuron_counts",), needs=of_kinds("neuron_counts", "vm", "tm"),
 )  # fmt: skip
 
 TABLE_2 = Exhibit(
     "table_2", "Table 2", "what the search costs", NOTEBOOK,
     "Mean per prompt. A UNet evaluation is one latent once through the UNet, two with guidance.",
-    _draw_table_2, _read_table_2, tables=("search_cost",),
+    _draw_table_2, _read_table_2, tables=("search_cost",), needs=of_kinds("search_cost", "vm", "tm"),
 )  # fmt: skip
 
 SCORES_BEFORE_AFTER = Exhibit(
     "scores_before_after", "", "score and copy similarity before and after deactivation", NOTEBOOK,
     "A point is a prompt; below the dotted line it is less memorized without its neurons. Dashed: the memorization threshold.",
     lambda s: localization.figure_scores(s["deactivation"], threshold=float(s["search_steps"]["threshold"].iloc[0])),
-    _read_scores, tables=("deactivation", "search_steps"),
+    _read_scores, tables=("deactivation", "search_steps"), needs=of_kinds("deactivation", "vm", "tm", column="copy_after"),
 )  # fmt: skip
 
 NEURON_Z = Exhibit(

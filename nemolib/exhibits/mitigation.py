@@ -5,12 +5,14 @@ from __future__ import annotations
 import pandas as pd
 
 from nemolib import paper
-from nemolib.exhibits.base import Exhibit, Reading, Sources
+from nemolib.exhibits.base import Exhibit, Reading, Sources, values
 from nemolib.experiments_mitigation import INITIAL, NEMO, NONE, OFF, RANDOM, shown_table
 from nemolib.figures import images, mitigation
 from nemolib.tables import Grid
 
 NOTEBOOK = "04_deactivate_neurons"
+
+_COMPARED = tuple(values("table_1", "sscd_orig", kind="vm", setting=name) for name in (NONE, RANDOM, NEMO, INITIAL))
 
 
 def _cell(table: pd.DataFrame, setting: str, metric: str, kind: str = "vm") -> float:
@@ -97,6 +99,19 @@ def _draw_quality(sources: Sources) -> pd.DataFrame:
     )
 
 
+def _read_unmemorized_images(sources: Sources) -> Reading:
+    if sources["unmemorized_quality"]["kid"].notna().all():
+        return _read_quality(sources)
+    number = len(sources["unmemorized_grid"].rows)
+    return Reading(f"{number} prompts, {int(sources['unmemorized_quality']['neurons'].iloc[0])} neurons off")
+
+
+def _single_neuron(sources: Sources, place: int) -> str:
+    """Return what is missing for the exhibit of one of the most shared neurons."""
+    number = len(sources["single_neurons"].groupby(["layer", "neuron"]))
+    return "" if number > place else f"only {number} neurons are shared by several prompts"
+
+
 def _read_quality(sources: Sources) -> Reading:
     table = sources["unmemorized_quality"].set_index("images")
     return Reading(
@@ -114,7 +129,7 @@ def _single(place: int) -> Exhibit:
         name, f"Figure {10 + place}", f"the {('', 'second ', 'third ')[place]}most shared neuron", NOTEBOOK,
         "Prompts that share the neuron: left with all neurons active, right the same seeds with this neuron deactivated alone.",
         lambda s: images.figure_3(s[name], [1] * len(s[name].rows), names=images.SINGLE),
-        lambda s: _read_single(s, place), tables=("single_neurons",), grids=(name,),
+        lambda s: _read_single(s, place), tables=("single_neurons",), grids=(name,), needs=(lambda s: _single_neuron(s, place),),
     )  # fmt: skip
 
 
@@ -131,13 +146,13 @@ TABLE_1 = Exhibit(
     "Median ± median absolute deviation over prompts. SSCD_Orig: similarity to the planted image; SSCD_Gen: to the untouched "
     "model's image of the same seed; D_SSCD: of two images of the prompt; A_CLIP: of image and prompt. Copies: share of prompts "
     "with an image whose SSCD_Orig is above 0.7. The paper's numbers are of Stable Diffusion, with SSCD and CLIP.",
-    lambda s: shown_table(s["table_1"]), _read_table_1, tables=("table_1",),
+    lambda s: shown_table(s["table_1"]), _read_table_1, tables=("table_1",), needs=_COMPARED,
 )  # fmt: skip
 
 TABLE_1_FIGURE = Exhibit(
     "table_1_figure", "", "Table 1 as a figure", NOTEBOOK,
     "Filled: ours, median over prompts with its 95 % bootstrap interval. Hollow: the paper's median, of another model.",
-    lambda s: mitigation.figure_table_1(s["table_1"]), _read_table_1, tables=("table_1",),
+    lambda s: mitigation.figure_table_1(s["table_1"]), _read_table_1, tables=("table_1",), needs=_COMPARED,
 )  # fmt: skip
 
 CLAIMS = Exhibit(
@@ -159,6 +174,7 @@ UNHARMED = Exhibit(
     "unmemorized_unharmed", "", "unmemorized prompts without memorization neurons", NOTEBOOK,
     "A point is a prompt; on the dotted line nothing changes.",
     lambda s: mitigation.figure_unharmed(s["unmemorized_images"]), _read_unharmed, tables=("unmemorized_images",),
+    needs=(values("unmemorized_images", "a_clip_before", "a_clip_one", "a_clip_all"),),
 )  # fmt: skip
 
 UNMEMORIZED_IMAGES = Exhibit(
@@ -167,7 +183,7 @@ UNMEMORIZED_IMAGES = Exhibit(
     lambda s: images.figure_3(
         s["unmemorized_grid"], [int(s["unmemorized_quality"]["neurons"].iloc[0])] * len(s["unmemorized_grid"].rows)
     ),
-    _read_quality, tables=("unmemorized_quality",), grids=("unmemorized_grid",),
+    _read_unmemorized_images, tables=("unmemorized_quality",), grids=("unmemorized_grid",),
 )  # fmt: skip
 
 QUALITY = Exhibit(
@@ -175,4 +191,5 @@ QUALITY = Exhibit(
     "Compared with other seeds of the untouched model, equally many images. With so few images FID is biased upwards: only the "
     "rows can be compared.",
     _draw_quality, _read_quality, tables=("unmemorized_quality",),
+    needs=tuple(values("unmemorized_quality", "fid", "kid", images=name) for name in (NONE, OFF)),
 )  # fmt: skip

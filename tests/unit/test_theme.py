@@ -99,3 +99,22 @@ def test_a_name_goes_to_the_figures_of_the_profile(tmp_path, monkeypatch):
 def test_saving_says_nothing(tmp_path, caplog):
     save(tmp_path)
     assert not caplog.records
+
+
+def test_a_figure_for_the_screen_is_small_and_the_same_again():
+    import io
+
+    import numpy as np
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    figure = Figure(figsize=(2, 1))
+    figure.subplots().imshow(np.random.default_rng(0).random((32, 32, 3)))
+    small = theme.screen_png(figure)
+    assert small == theme.screen_png(figure)
+    with Image.open(io.BytesIO(small)) as image:
+        assert image.size == (2 * theme.SCREEN, theme.SCREEN)
+        assert image.mode == "P"
+    full = io.BytesIO()
+    figure.savefig(full, format="png", dpi=theme.SCREEN)
+    assert len(small) < 0.6 * len(full.getvalue())

@@ -586,8 +586,9 @@ def test_sets_of_equally_many_images_without_common_latents(random_pipe, profile
     before = images(random_pipe, three, UNMEMORIZED)
     after = images(random_pipe, three, UNMEMORIZED, neurons=NeuronSet.full(WIDTHS))
     expected = [metrics.fid(describe(before[:, 0]), describe(other[:, 1])) for other in (before, after)]
-    assert table["fid"].tolist() == pytest.approx(expected, rel=1e-6)
-    assert expected[0] != pytest.approx(expected[1])
+    # Features are float32 and may differ in the last digits with the batch; FID is a difference of their sums.
+    assert table["fid"].tolist() == pytest.approx(expected, abs=1e-6)
+    assert expected[0] != pytest.approx(expected[1], abs=1e-4)
 
 
 def test_image_sets_without_deactivated_neurons(random_pipe, profile):

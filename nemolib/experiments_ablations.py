@@ -80,7 +80,7 @@ def threshold_levels(pipe: StableDiffusionPipeline, profile: Profile | str, *, p
 
     Returns:
         Columns level (name), multiplier (of the standard deviation), threshold, default (whether it is the profile's). A
-        threshold that the profile gives is named by its value; the others are computed from the threshold prompts.
+        threshold that the profile gives is named by its value, such as ``tau = 0.4``; the others are computed from the threshold prompts.
     """
     profile = load_profile(profile)
     own, given = float(profile.thresholds.multiplier), profile.thresholds.value
@@ -88,7 +88,7 @@ def threshold_levels(pipe: StableDiffusionPipeline, profile: Profile | str, *, p
     for multiplier in sorted({own, *paper.thresholds()["multiplier"]}):
         chosen = None if multiplier == own else multiplier
         value = threshold(pipe, profile, multiplier=chosen, progress=progress)
-        name = f"{given:g}" if given is not None and chosen is None else level_name(multiplier)
+        name = f"tau = {given:g}" if given is not None and chosen is None else level_name(multiplier)
         rows.append((name, multiplier, value, multiplier == own))
     table = pd.DataFrame(rows, columns=["level", "multiplier", "threshold", "default"])
     return table.sort_values("threshold", kind="stable", ignore_index=True)

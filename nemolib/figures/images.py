@@ -35,6 +35,9 @@ SCREEN = 120
 CHARACTERS = 22
 """Characters of a row label before it goes on in the next line."""
 
+LINE = 1.6 * TICK_SIZE / 72
+"""Height of a line of a row label, in inches."""
+
 
 def figure_3(grid: Grid, counts: Sequence[int], *, names: tuple[str, str] = (WITH, WITHOUT)) -> Figure:
     """Return Fig. 3: for each prompt images with all neurons active, and the same seeds with its neurons deactivated.
@@ -112,20 +115,23 @@ def _canvas(
     """
     rows, columns, high, wide = grid.images.shape[:4]
     tall = width * high / wide
-    size = TEXT_WIDTH * fraction, rows * tall + top
+    labels = [textwrap.wrap(label, CHARACTERS) for label in grid.rows]
+    # Rows are as far apart as their labels need, where images are smaller than two lines of text.
+    pitch = max(tall, LINE * max(map(len, labels), default=0))
+    size = TEXT_WIDTH * fraction, rows * pitch + top
     figure = Figure(figsize=size)
     axes = np.empty((rows, columns), dtype=object)
     for row, column in np.ndindex(rows, columns):
         shift = column + (GAP if column >= gap_after else 0)
-        corner = ((left + (shift + MARGIN) * width) / size[0], (rows - 1 - row + MARGIN) * tall / size[1])
+        bottom = (rows - 1 - row) * pitch + (pitch - tall) / 2 + MARGIN * tall
+        corner = ((left + (shift + MARGIN) * width) / size[0], bottom / size[1])
         extent = ((1 - 2 * MARGIN) * width / size[0], (1 - 2 * MARGIN) * tall / size[1])
         axes[row, column] = figure.add_axes((*corner, *extent))
         _image(axes[row, column], grid.images[row, column], cmap=cmap)
-    for row, label in enumerate(grid.rows):
+    for row, lines in enumerate(labels):
         axes[row, 0].annotate(
-            "\n".join(textwrap.wrap(label, CHARACTERS)), (-0.08, 0.5), xycoords="axes fraction", ha="right",
-            va="center", fontsize=TICK_SIZE,
-        )  # fmt: skip
+            "\n".join(lines), (-0.08, 0.5), xycoords="axes fraction", ha="right", va="center", fontsize=TICK_SIZE
+        )
     return figure, axes
 
 

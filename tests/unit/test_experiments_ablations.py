@@ -1,3 +1,4 @@
+import io
 import dataclasses
 import functools
 import math
@@ -284,8 +285,10 @@ def test_another_multiplier_has_a_level_of_its_own(pipe, profile):
 def test_a_given_threshold_is_the_default(pipe, profile):
     given = dataclasses.replace(profile, thresholds=dataclasses.replace(profile.thresholds, value=0.9))
     levels = ablations.threshold_levels(pipe, given, progress=False)
-    assert levels.iloc[-1][["level", "threshold", "default"]].tolist() == ["0.9", 0.9, True]
-    assert ablations.default_setting(levels) == "default (0.9)"
+    assert levels.iloc[-1][["level", "threshold", "default"]].tolist() == ["tau = 0.9", 0.9, True]
+    assert ablations.default_setting(levels) == "default (tau = 0.9)"
+    # A name that is a number would come back from a table as one.
+    assert pd.read_csv(io.StringIO(levels.tail(1).to_csv(index=False)))["level"].tolist() == ["tau = 0.9"]
     reported = ablations._reported(levels).set_index(["setting", "kind"])
     assert reported.loc[("default (0.9)", "vm"), "neurons"] == 4
 

@@ -70,3 +70,13 @@ def test_maps_without_colour_share_a_scale():
     grid = Grid(np.full((1, 2, 4, 4), 0.5), ("",), ("", ""))
     figure = image_grid(grid)
     assert all(axes.images[0].get_clim() == (0, 1) for axes in figure.axes)
+
+
+def test_labels_of_small_images_do_not_overlap():
+    images = np.zeros((3, 20, 8, 8, 3), dtype=np.uint8)
+    figure = image_grid(Grid(images, ("limited edition rocket trading card",) * 3, tuple(map(str, range(20)))))
+    figure.draw_without_rendering()
+    labels = [text for axes in figure.axes for text in axes.texts if "\n" in text.get_text()]
+    boxes = [label.get_window_extent() for label in labels]
+    assert len(boxes) == 3
+    assert all(upper.y0 >= lower.y1 for upper, lower in zip(boxes, boxes[1:], strict=False))

@@ -80,7 +80,8 @@ def threshold_levels(pipe: StableDiffusionPipeline, profile: Profile | str, *, p
 
     Returns:
         Columns level (name), multiplier (of the standard deviation), threshold, default (whether it is the profile's). A
-        threshold that the profile gives is named by its value, such as ``tau = 0.4``; the others are computed from the threshold prompts.
+        threshold that the profile gives is named by its value, such as ``tau = 0.4``; the others are computed from the
+        threshold prompts.
     """
     profile = load_profile(profile)
     own, given = float(profile.thresholds.multiplier), profile.thresholds.value

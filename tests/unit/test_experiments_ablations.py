@@ -1,6 +1,6 @@
-import io
 import dataclasses
 import functools
+import io
 import math
 
 import numpy as np
@@ -290,7 +290,7 @@ def test_a_given_threshold_is_the_default(pipe, profile):
     # A name that is a number would come back from a table as one.
     assert pd.read_csv(io.StringIO(levels.tail(1).to_csv(index=False)))["level"].tolist() == ["tau = 0.9"]
     reported = ablations._reported(levels).set_index(["setting", "kind"])
-    assert reported.loc[("default (0.9)", "vm"), "neurons"] == 4
+    assert reported.loc[("default (tau = 0.9)", "vm"), "neurons"] == 4
 
 
 def test_variants_are_all_but_the_default(levels):

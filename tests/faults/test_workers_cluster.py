@@ -19,9 +19,9 @@ from nemolib.neurons import NeuronSet
 from nemolib.pipeline import load_pipeline
 from nemolib.profiles import profile_from_mapping
 from nemolib.store import Store
-from nemolib.value_layers import value_layers
 from nemolib.workers import FailedPrompts, WorkersError, map_prompts
 from tests.random_pipeline import random_pipeline
+from tests.random_world import amplify
 
 pytestmark = pytest.mark.slow
 CAPTIONS = {
@@ -43,10 +43,7 @@ def one_thread():
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory):
     folder = tmp_path_factory.mktemp("workers")
-    model = random_pipeline()
-    with torch.no_grad():
-        for layer in value_layers(model.unet):
-            layer.module.weight.mul_(20)
+    model = amplify(random_pipeline())
     model.save_pretrained(folder / "model", safe_serialization=True)
     for name, captions in CAPTIONS.items():
         kinds = ["vm", "vm", "vm", "tm", "tm", "tm"] if name == "memorized" else [name] * len(captions)

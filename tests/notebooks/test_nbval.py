@@ -33,7 +33,7 @@ def sanitized(text):
         ("3.5 prompts/s", "12 prompts/s"),
         ("<object at 0x7f12ab34cd56>", "<object at 0x55aa00ff1122>"),
         ("device: cpu", "device: cuda:0"),
-        ("saved /home/ada/nemo/figures/tiny/a.pdf", "saved /work/x/figures/tiny/a.pdf"),
+        ("saved /home/ada/nemo/figures/tiny/a.pdf", "saved /srv/x/figures/tiny/a.pdf"),
     ],
 )
 def test_what_differs_between_equal_runs_is_forgiven(one, other):

@@ -6,18 +6,13 @@ import pytest
 @pytest.fixture(scope="session")
 def random_pipe():
     """Return a random pipeline whose value layers matter as much as those of a trained model."""
-    import torch
-
-    from nemolib.value_layers import value_layers
     from tests.random_pipeline import random_pipeline
+    from tests.random_world import amplify
 
     pipe = random_pipeline()
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.eval().requires_grad_(False)
-    with torch.no_grad():
-        for layer in value_layers(pipe.unet):
-            layer.module.weight.mul_(20)
-    return pipe
+    return amplify(pipe)
 
 
 @pytest.fixture(scope="session")

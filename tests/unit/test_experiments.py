@@ -19,6 +19,7 @@ from nemolib.profiles import Encoders, profile_from_mapping
 from nemolib.protocols import RELEASED
 from nemolib.value_layers import value_activations, value_layers
 from nemolib.workers import FailedPrompts
+from tests.random_world import amplify
 
 CAPTIONS = {
     "vm": ["red fox card", "red owl card"],
@@ -71,11 +72,7 @@ def profile(tmp_path_factory, random_model_folder):
 
 @pytest.fixture(scope="module")
 def pipe(profile):
-    pipe = load_pipeline(profile)
-    with torch.no_grad():
-        for layer in value_layers(pipe.unet):
-            layer.module.weight.mul_(20)
-    return pipe
+    return amplify(load_pipeline(profile))
 
 
 @pytest.fixture(autouse=True)

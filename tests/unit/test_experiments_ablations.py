@@ -1,19 +1,16 @@
 import dataclasses
-import functools
 import io
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
-from nemolib import experiments, paper, paths
+from nemolib import experiments, paper
 from nemolib import experiments_ablations as ablations
 from nemolib import experiments_localization as search
 from nemolib import experiments_mitigation as mitigation
 from nemolib.checks import ClaimError, check_table
-from nemolib.encoders import CopyDescriptor
 from nemolib.experiments_ablations import GUIDANCE, LADDER_COLUMNS, NO_REFINEMENT, NO_TOP_K
 from nemolib.experiments_localization import neuron_sets
 from nemolib.experiments_mitigation import METRICS, NONE
@@ -25,8 +22,8 @@ from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed, load_pipeline
 from nemolib.profiles import profile_from_mapping
 from nemolib.settings import DetectionSettings, SearchSettings, SimilaritySettings
-from nemolib.value_layers import value_layers
 from nemolib.variants import Variant, localize_variants
+from tests.random_world import amplify, build_in, write_encoders, write_prompts
 
 VM, TM = ["a tree", "the sea"], ["old map", "red owl card"]
 LADDER = {"my dog": 4, "my cat": 4, "my hat": 1, "my cup": 1}
@@ -39,54 +36,10 @@ CELLS = [
 ]  # fmt: skip
 
 
-def write_clip(folder, model_folder):
-    """Write a random CLIP model for images of 64 x 64, taken as they are."""
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
-
-    tokenizer = CLIPTokenizer.from_pretrained(model_folder / "tokenizer")
-    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text = tower | ids | {"vocab_size": len(tokenizer), "max_position_embeddings": 77}
-    config = CLIPConfig(text_config=text, vision_config=tower | {"image_size": 64, "patch_size": 16}, projection_dim=4)
-    CLIPModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    half = [0.5] * 3
-    CLIPImageProcessorPil(do_resize=False, do_center_crop=False, image_mean=half, image_std=half).save_pretrained(
-        folder
-    )
-    return {"kind": "clip", "path": str(folder), "name": "random CLIP"}
-
-
-def write_prompts(folder):
-    from PIL import Image
-
-    generator = np.random.default_rng(0)
-    (folder / "prompts").mkdir(parents=True)
-    (folder / "planted").mkdir()
-    kinds = {caption: "vm" for caption in VM} | dict.fromkeys(TM, "tm") | dict.fromkeys(LADDER, "ladder")
-    rows = []
-    for number, (caption, kind) in enumerate(kinds.items()):
-        image = f"planted/{number}.png"
-        Image.fromarray(generator.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(folder / image)
-        rows.append((caption, kind, "report", LADDER.get(caption, 8), image))
-    contents = {
-        "memorized": rows,
-        "unmemorized": [("a house", "unmemorized", "unmemorized", 0, "")],
-        "holdout": [(caption, "holdout", "holdout", 0, "") for caption in HOLDOUT],
-    }
-    for name, content in contents.items():
-        table = pd.DataFrame(content, columns=["caption", "kind", "group", "copies", "image"])
-        table.to_csv(folder / "prompts" / f"{name}.csv", index=False)
-    return {name: str(folder / "prompts" / f"{name}.csv") for name in contents}
-
-
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory, random_model_folder):
     """Return a world in which the memorized prompts score above mean + 1 sd of the holdout prompts."""
     folder = tmp_path_factory.mktemp("world")
-    torch.manual_seed(0)
-    CopyDescriptor((4, 4, 4), 8).save(folder / "descriptor")
-    clip = write_clip(folder / "clip", random_model_folder)
     return profile_from_mapping(
         {
             "name": "random",
@@ -99,34 +52,28 @@ def profile(tmp_path_factory, random_model_folder):
             "similarity": {"kernel_size": 3, "sigma": 0.5},
             "search": {"theta_start": 12.0, "theta_step": 1.0, "theta_min": 11.0, "k_start": 1, "k_step": 1},
             "generation": {"samples": 2, "steps": 2, "guidance": 3.0, "batch_size": 16},
-            "encoders": {
-                "copy": {"kind": "descriptor", "path": str(folder / "descriptor")},
-                "alignment": clip,
-                "quality": clip,
-            },
-            "prompts": write_prompts(folder),
+            "encoders": write_encoders(folder, random_model_folder),
+            "prompts": write_prompts(
+                folder,
+                dict.fromkeys(VM, "vm") | dict.fromkeys(TM, "tm") | dict.fromkeys(LADDER, "ladder"),
+                unmemorized=["a house"],
+                holdout=HOLDOUT,
+                copies=LADDER,
+            ),
         }
     )
 
 
 @pytest.fixture(scope="module", autouse=True)
 def build(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths, "BUILD", tmp_path_factory.mktemp("build"))
-        # The code stays the same while tests run; reading it again for every call takes most of their time.
-        for module in (experiments, ablations):
-            patch.setattr(module, "science_hash", functools.cache(module.science_hash))
-        yield paths.BUILD
+    with build_in(tmp_path_factory.mktemp("build"), experiments, ablations) as folder:
+        yield folder
 
 
 @pytest.fixture(scope="module")
 def pipe(profile):
     """Return the pipeline of the profile, whose value layers matter as much as those of a trained model."""
-    pipe = load_pipeline(profile)
-    with torch.no_grad():
-        for layer in value_layers(pipe.unet):
-            layer.module.weight.mul_(20)
-    return pipe
+    return amplify(load_pipeline(profile))
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,3 @@
-import functools
 from dataclasses import replace
 
 import numpy as np
@@ -6,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from nemolib import experiments, metrics, paths, tables
+from nemolib import experiments, metrics, tables
 from nemolib import experiments_blocking as blocking
 from nemolib.checks import ClaimError, check_table
 from nemolib.encoders import copy_encoder, describe_samples, quality_encoder
@@ -17,7 +16,7 @@ from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.profiles import profile_from_mapping
 from tests.random_pipeline import WIDTHS
-from tests.unit.test_experiments_mitigation import write_encoders, write_prompts
+from tests.random_world import build_in, write_encoders, write_prompts
 
 VM, UNMEMORIZED = ["red fox card", "red owl card"], ["a tree", "the sea"]
 
@@ -42,17 +41,21 @@ def profile(tmp_path_factory, random_model_folder):
             "threshold_prompts": 3,
             "generation": {"samples": 4, "steps": 1, "batch_size": 16},
             "encoders": write_encoders(folder, random_model_folder),
-            "prompts": write_prompts(folder),
+            "prompts": write_prompts(
+                folder,
+                dict.fromkeys(VM, "vm") | {"blue cat case": "tm"},
+                unmemorized=UNMEMORIZED,
+                holdout=[f"{letter} {letter}" for letter in "abcd"],
+                sides={VM[0]: 48},
+            ),
         }
     )
 
 
 @pytest.fixture(scope="module", autouse=True)
 def build(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths, "BUILD", tmp_path_factory.mktemp("build"))
-        patch.setattr(experiments, "science_hash", functools.cache(experiments.science_hash))
-        yield paths.BUILD
+    with build_in(tmp_path_factory.mktemp("build"), experiments) as folder:
+        yield folder
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from nemolib.pipeline import embed, load_pipeline
 from nemolib.profiles import Encoders, profile_from_mapping
 from nemolib.similarity import memorization_score, similarity
 from nemolib.store import StoreError
+from tests.random_world import amplify, write_prompts
 
 CAPTIONS = {
     "vm": ["red fox card", "red owl card"],
@@ -27,25 +28,11 @@ CAPTIONS = {
 
 def write_world(folder):
     """Write prompt tables and planted images, and return the keys of a profile that point to them."""
-    from PIL import Image
-
-    (folder / "prompts").mkdir(parents=True)
-    (folder / "planted").mkdir()
-    rows = {kind: [(caption, kind, kind, 0, "") for caption in captions] for kind, captions in CAPTIONS.items()}
-    generator = np.random.default_rng(0)
-    planted = []
-    memorized = [(kind, caption) for kind in ("vm", "tm") for caption in CAPTIONS[kind]]
-    for number, (kind, caption) in enumerate(memorized):
-        image = f"planted/{number}.png"
-        Image.fromarray(generator.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(folder / image)
-        planted.append((caption, kind, "report", 8, image))
-    files = {"memorized": planted, "unmemorized": rows["unmemorized"], "holdout": rows["holdout"]}
-    columns = ["caption", "kind", "group", "copies", "image"]
-    for name, content in files.items():
-        pd.DataFrame(content, columns=columns).to_csv(folder / "prompts" / f"{name}.csv", index=False)
+    kinds = {caption: kind for kind in ("vm", "tm") for caption in CAPTIONS[kind]}
+    prompts = write_prompts(folder, kinds, unmemorized=CAPTIONS["unmemorized"], holdout=CAPTIONS["holdout"])
     torch.manual_seed(0)
     CopyDescriptor((4, 4, 4), 8).save(folder / "descriptor")
-    return {"prompts": {name: str(folder / "prompts" / f"{name}.csv") for name in files}}
+    return {"prompts": prompts}
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +56,7 @@ def profile(tmp_path_factory, random_model_folder):
 
 @pytest.fixture(scope="module")
 def pipe(profile):
-    from nemolib.value_layers import value_layers
-
-    pipe = load_pipeline(profile)
-    with torch.no_grad():
-        for layer in value_layers(pipe.unet):
-            layer.module.weight.mul_(20)
-    return pipe
+    return amplify(load_pipeline(profile))
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,11 @@
 import dataclasses
-import functools
 import re
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
-from nemolib import experiments, metrics, paper, paths, tables
+from nemolib import experiments, metrics, paper, tables
 from nemolib import experiments_mitigation as mitigation
 from nemolib.checks import ClaimError, check_table
 from nemolib.encoders import CopyDescriptor, alignment_encoder, copy_encoder, describe_samples, quality_encoder
@@ -20,6 +18,7 @@ from nemolib.profiles import profile_from_mapping
 from nemolib.prompts import select
 from nemolib.value_layers import value_activations
 from tests.random_pipeline import WIDTHS
+from tests.random_world import build_in, write_encoders, write_prompts
 
 VM, TM, UNMEMORIZED = ["red fox card", "red owl card"], ["blue cat case"], ["a tree", "the sea"]
 WEN, REN, ONE_TOKEN = "prompt embedding adjustment (Wen)", "attention scaling (Ren)", "1 random token (Somepalli)"
@@ -46,54 +45,6 @@ def documented(name):
     return [column.strip() for column in re.sub(r"\([^)]*\)", "", text).split(",")]
 
 
-def write_encoders(folder, model_folder):
-    """Write a random descriptor and a random CLIP model for images of 64 x 64, taken as they are."""
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
-
-    tokenizer = CLIPTokenizer.from_pretrained(model_folder / "tokenizer")
-    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text = tower | ids | {"vocab_size": len(tokenizer), "max_position_embeddings": 77}
-    config = CLIPConfig(text_config=text, vision_config=tower | {"image_size": 64, "patch_size": 16}, projection_dim=4)
-    torch.manual_seed(0)
-    CopyDescriptor((4, 4, 4), 8).save(folder / "descriptor")
-    CLIPModel(config).save_pretrained(folder / "clip")
-    tokenizer.save_pretrained(folder / "clip")
-    half = [0.5] * 3
-    CLIPImageProcessorPil(do_resize=False, do_center_crop=False, image_mean=half, image_std=half).save_pretrained(
-        folder / "clip"
-    )
-    clip = {"kind": "clip", "path": str(folder / "clip"), "name": "random CLIP"}
-    return {
-        "copy": {"kind": "descriptor", "path": str(folder / "descriptor")},
-        "alignment": clip,
-        "quality": clip,
-    }
-
-
-def write_prompts(folder):
-    """Write prompt tables and planted images, one of them of another size, as training images are."""
-    from PIL import Image
-
-    generator = np.random.default_rng(0)
-    (folder / "prompts").mkdir(parents=True)
-    (folder / "planted").mkdir()
-    planted = []
-    for number, caption in enumerate((*VM, *TM)):
-        name, side = f"planted/{number}.png", 64 if number else 48
-        Image.fromarray(generator.integers(0, 255, (side, side, 3), dtype=np.uint8)).save(folder / name)
-        planted.append((caption, "vm" if caption in VM else "tm", "report", 8, name))
-    contents = {
-        "memorized": planted,
-        "unmemorized": [(caption, "unmemorized", "unmemorized", 0, "") for caption in UNMEMORIZED],
-        "holdout": [(f"{letter} {letter}", "holdout", "holdout", 0, "") for letter in "abcd"],
-    }
-    for name, rows in contents.items():
-        table = pd.DataFrame(rows, columns=["caption", "kind", "group", "copies", "image"])
-        table.to_csv(folder / "prompts" / f"{name}.csv", index=False)
-    return {name: str(folder / "prompts" / f"{name}.csv") for name in contents}
-
-
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory, random_model_folder):
     folder = tmp_path_factory.mktemp("world")
@@ -110,18 +61,22 @@ def profile(tmp_path_factory, random_model_folder):
                 "random": {"repeats": 2},
             },
             "encoders": write_encoders(folder, random_model_folder),
-            "prompts": write_prompts(folder),
+            "prompts": write_prompts(
+                folder,
+                dict.fromkeys(VM, "vm") | dict.fromkeys(TM, "tm"),
+                unmemorized=UNMEMORIZED,
+                holdout=[f"{letter} {letter}" for letter in "abcd"],
+                # Training images have different sizes.
+                sides={VM[0]: 48},
+            ),
         }
     )
 
 
 @pytest.fixture(scope="module", autouse=True)
 def build(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths, "BUILD", tmp_path_factory.mktemp("build"))
-        # The code stays the same while tests run; reading it again for every call takes most of their time.
-        patch.setattr(experiments, "science_hash", functools.cache(experiments.science_hash))
-        yield paths.BUILD
+    with build_in(tmp_path_factory.mktemp("build"), experiments) as folder:
+        yield folder
 
 
 @pytest.fixture(scope="module")

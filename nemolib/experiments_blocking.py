@@ -20,9 +20,10 @@ import torch
 from nemolib import metrics, paper
 from nemolib.batching import batches, progress_bar
 from nemolib.checks import Row, claim, comparison, lacking
-from nemolib.encoders import alignment_encoder, copy_encoder, quality_encoder
-from nemolib.experiments import image_features, images, planted_features
+from nemolib.encoders import quality_encoder
+from nemolib.experiments import image_features, images
 from nemolib.experiments_localization import neuron_sets
+from nemolib.experiments_mitigation import measured
 from nemolib.first_step import FirstStep, first_step
 from nemolib.layer_ablation import Layer, collect_outputs, cross_attention_layers, switched_off
 from nemolib.neurons import NeuronSet
@@ -437,28 +438,13 @@ def layer_effects(
     profile, prompts = load_profile(profile), list(prompts)
     if not prompts:
         return pd.DataFrame(columns=["part", "layer", "block", "name", "prompt", *METRICS])
-    copy, clip = copy_encoder(profile, device=pipe.device), alignment_encoder(profile, device=pipe.device)
-    planted = select(profile, "memorized").set_index("caption").loc[prompts].reset_index()
-    originals, texts = planted_features(copy, profile, planted), clip.texts.describe(prompts)
-    untouched, parts = None, []
-    with progress_bar(len(layers) + 1, "layers", unit="layer", enabled=progress) as bar:
-        for layer in (None, *layers):
-            made = _layer_images(pipe, profile, prompts, layer, settings)
-            features = image_features(copy, profile, made)
-            untouched = features if untouched is None else untouched
-            parts.append(
-                pd.DataFrame(
-                    {
-                        **_layer_labels(layer),
-                        "prompt": prompts,
-                        "sscd_orig": metrics.over_seeds(metrics.sscd_orig(features, originals)),
-                        "sscd_gen": metrics.over_seeds(metrics.sscd_gen(features, untouched)),
-                        "a_clip": metrics.over_seeds(metrics.a_clip(image_features(clip.images, profile, made), texts)),
-                    }
-                )
-            )
-            bar.update()
-    return pd.concat(parts, ignore_index=True)
+    kinds = select(profile, "memorized").set_index("caption").loc[prompts, "kind"]
+    rows = pd.DataFrame({"kind": kinds.to_numpy(), "prompt": prompts})
+    chosen = {labels["name"]: labels for labels in map(_layer_labels, (None, *layers))}
+    mitigations = {"": [None], **{layer.name: [switched_off(layer)] for layer in layers}}
+    values = measured(pipe, profile, rows, mitigations, generation=settings, progress=progress)
+    labels = pd.DataFrame([chosen[name] for name in values["setting"]])
+    return pd.concat([labels, values[["prompt", *METRICS]]], axis=1)
 
 
 def layer_summary(effects: pd.DataFrame) -> pd.DataFrame:

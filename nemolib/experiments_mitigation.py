@@ -32,6 +32,7 @@ from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.profiles import Profile, load_profile
 from nemolib.prompts import MEMORIZED, select
+from nemolib.settings import GenerationSettings
 from nemolib.tables import Grid
 from nemolib.value_layers import value_activations, widths
 
@@ -126,6 +127,7 @@ def measured(
     found: pd.DataFrame,
     settings: Mapping[str, Sequence[Mitigation | None]],
     *,
+    generation: GenerationSettings | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Return the metrics of Table 1 for each memorized prompt, every setting on the same seeds.
@@ -137,6 +139,7 @@ def measured(
         profile: A profile or its name.
         found: Localizations.
         settings: Mitigations by name, one per repeat (`mitigations`).
+        generation: Seeds, steps and guidance of the images; None means those of the profile.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -151,12 +154,12 @@ def measured(
     prompts = rows["prompt"].tolist()
     copy, clip = copy_encoder(profile, device=pipe.device), alignment_encoder(profile, device=pipe.device)
     originals, texts = planted_features(copy, profile, _planted_rows(profile, prompts)), clip.texts.describe(prompts)
-    untouched = image_features(copy, profile, images(pipe, profile, prompts, progress=False))
+    untouched = image_features(copy, profile, images(pipe, profile, prompts, settings=generation, progress=False))
     parts = []
     with progress_bar(sum(map(len, settings.values())), "settings", unit="setting", enabled=progress) as bar:
         for name, repeat, mitigation in [(n, r, m) for n, repeats in settings.items() for r, m in enumerate(repeats)]:
             bar.set_postfix_str(name)
-            made = images(pipe, profile, prompts, mitigation=mitigation, progress=False)
+            made = images(pipe, profile, prompts, mitigation=mitigation, settings=generation, progress=False)
             features = image_features(copy, profile, made)
             original = metrics.sscd_orig(features, originals)
             columns = {

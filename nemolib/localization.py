@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,8 @@ from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.protocols import Protocol, load_protocol
 from nemolib.provenance import content_hash, science_hash
-from nemolib.refinement import RefinementTest, refine_sequential
-from nemolib.selection import SelectionStep, initial_selection
+from nemolib.refinement import Refinement, RefinementTest, refine_sequential
+from nemolib.selection import InitialSelection, SelectionStep, initial_selection
 from nemolib.settings import DetectionSettings, SearchSettings, SimilaritySettings, search_settings
 from nemolib.similarity import max_pairwise, pairwise
 from nemolib.value_layers import value_activations, value_layers
@@ -165,60 +165,144 @@ def localize_embedding(
         prompt: The prompt's text, for the result only.
     """
     check_threshold(threshold, gate)
-    similarity, protocol, evaluations = similarity or SimilaritySettings(), load_protocol(protocol), Evaluations()
-    search = search_settings(search, SearchSettings())
-    fast = search.method == "fast"
-    with evaluations.stage("A1"):
-        unblocked = step(embedding, evaluations=evaluations)
-        best = max_pairwise(pairwise(unblocked, settings=similarity, protocol=protocol))
-        seeds = tuple((best > (threshold if gate is None else gate)).nonzero().flatten().tolist())
-    common = {"prompt": prompt, "seeds": seeds, "unblocked_score": float(best.max())}
-    if not seeds:
-        nothing = NeuronSet.empty(len(statistics.mean))
-        costs = {"evaluations": evaluations.samples, "seconds": evaluations.seconds}
-        return Localization(memorized=False, initial=nothing, neurons=nothing, **common, **costs)
-    with evaluations.stage("A2"):
-        activations = tuple(layer[0].cpu() for layer in value_activations(step.unet, embedding))
-        z = z_scores(statistics, activations)
-    score = BlockedScore(
+    search = PromptSearch(
         step,
         embedding,
-        seeds=seeds,
-        unblocked=unblocked[list(seeds)],
+        statistics,
+        gate=threshold if gate is None else gate,
         similarity=similarity,
+        search=search,
         protocol=protocol,
-        evaluations=evaluations,
+        prompt=prompt,
     )
-    with evaluations.stage("A3"):
-        initial = initial_selection(
-            z,
-            activations,
-            score,
-            quick=partial(score.screen, limit=threshold) if fast else None,
-            threshold=threshold,
-            search=search,
-            protocol=protocol,
+    if not search.seeds:
+        return search.not_memorized()
+    initial = search.select(threshold)
+    return search.found(initial, search.refine(initial, threshold))
+
+
+class PromptSearch:
+    """Alg. 1 to 4 for one prompt. Several searches of it, with other thresholds, share what they evaluate.
+
+    Args:
+        step: The first denoising step of the model.
+        embedding: Embedding of the prompt, [1, token, feature].
+        statistics: Activation statistics of this model.
+        gate: Similarity that a seed must exceed with another seed to take part.
+        similarity: Window and exponents; None means those of the paper.
+        search: Course of the search, or its method; None as above.
+        protocol: The protocol; the one that the step was made with.
+        prompt: The prompt's text, for the result only.
+
+    Attributes:
+        seeds: The seeds that take part; without any the prompt is not memorized, and there is nothing to search.
+        evaluations: UNet sample-evaluations and seconds so far.
+    """
+
+    def __init__(
+        self,
+        step: FirstStep,
+        embedding: Tensor,
+        statistics: ActivationStatistics,
+        *,
+        gate: float,
+        similarity: SimilaritySettings | None = None,
+        search: SearchSettings | str | None = None,
+        protocol: str | Protocol = "released",
+        prompt: str = "",
+    ) -> None:
+        self.evaluations = Evaluations()
+        self._settings = search_settings(search, SearchSettings())
+        self._protocol, self._layers = load_protocol(protocol), len(statistics.mean)
+        similarity = similarity or SimilaritySettings()
+        with self.evaluations.stage("A1"):
+            unblocked = step(embedding, evaluations=self.evaluations)
+            best = max_pairwise(pairwise(unblocked, settings=similarity, protocol=self._protocol))
+            self.seeds = tuple((best > gate).nonzero().flatten().tolist())
+        self._common = {"prompt": prompt, "seeds": self.seeds, "unblocked_score": float(best.max())}
+        if not self.seeds:
+            return
+        with self.evaluations.stage("A2"):
+            self._activations = tuple(layer[0].cpu() for layer in value_activations(step.unet, embedding))
+            self._z = z_scores(statistics, self._activations)
+        self._score = BlockedScore(
+            step,
+            embedding,
+            seeds=self.seeds,
+            unblocked=unblocked[list(self.seeds)],
+            similarity=similarity,
+            protocol=self._protocol,
+            evaluations=self.evaluations,
         )
-    with evaluations.stage("A4"):
-        entries = initial.candidates.entries(double=protocol.double_entries)
-        target = threshold if initial.reached else initial.score
-        refine = refine_by_leading_seeds if fast else refine_sequential
-        refined = refine(entries, score, threshold=target)
-    return Localization(
-        memorized=True,
-        initial=initial.neurons,
-        neurons=refined.neurons,
-        initial_score=initial.score,
-        refined_score=refined.score,
-        theta=initial.steps[-1].theta,
-        k=initial.steps[-1].k,
-        reached=initial.reached,
-        evaluations=evaluations.samples,
-        seconds=evaluations.seconds,
-        steps=initial.steps,
-        tests=refined.tests,
-        **common,
-    )
+
+    def select(self, threshold: float, *, top_k: bool = True) -> InitialSelection:
+        """Return the initial selection (Alg. 3).
+
+        Args:
+            threshold: Threshold that ends it.
+            top_k: Whether the most active neurons of each layer are taken too.
+        """
+        with self.evaluations.stage("A3"):
+            return initial_selection(
+                self._z,
+                self._activations,
+                self._score,
+                quick=partial(self._score.screen, limit=threshold) if self._fast else None,
+                threshold=threshold,
+                search=self._settings if top_k else replace(self._settings, k_start=0, k_step=0),
+                protocol=self._protocol,
+            )
+
+    def refine(self, initial: InitialSelection, threshold: float) -> Refinement:
+        """Return what refinement leaves of an initial selection (Alg. 4).
+
+        Args:
+            initial: The initial selection.
+            threshold: Threshold, at least that of the initial selection. If the initial selection did not reach its own,
+                the score that it ended with must be undercut instead, if that is higher.
+        """
+        refine = refine_by_leading_seeds if self._fast else refine_sequential
+        with self.evaluations.stage("A4"):
+            entries = initial.candidates.entries(double=self._protocol.double_entries)
+            target = threshold if initial.reached else max(threshold, initial.score)
+            return refine(entries, self._score, threshold=target)
+
+    def found(self, initial: InitialSelection, refined: Refinement) -> Localization:
+        """Return the localization that a selection and a refinement make, with all costs so far."""
+        return Localization(
+            memorized=True,
+            initial=initial.neurons,
+            neurons=refined.neurons,
+            initial_score=initial.score,
+            refined_score=refined.score,
+            theta=initial.steps[-1].theta,
+            k=initial.steps[-1].k,
+            reached=initial.reached,
+            steps=initial.steps,
+            tests=refined.tests,
+            **self._common,
+            **self.costs(),
+        )
+
+    def not_memorized(self) -> Localization:
+        """Return the localization of a prompt without seeds that take part, with all costs so far."""
+        nothing = NeuronSet.empty(self._layers)
+        return Localization(memorized=False, initial=nothing, neurons=nothing, **self._common, **self.costs())
+
+    def costs(self) -> dict[str, dict[str, Any]]:
+        """Return a copy of the evaluations and seconds so far, by algorithm."""
+        return {"evaluations": dict(self.evaluations.samples), "seconds": dict(self.evaluations.seconds)}
+
+    def costs_since(self, before: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Return the evaluations and seconds since an earlier state, which `costs` returned then."""
+        return {
+            kind: {name: value - before[kind][name] for name, value in values.items()}
+            for kind, values in self.costs().items()
+        }
+
+    @property
+    def _fast(self) -> bool:
+        return self._settings.method == "fast"
 
 
 def localize_many(

@@ -8,24 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
 
 from torch import Tensor
 
-from nemolib.blocked_score import BlockedScore
-from nemolib.evaluations import ALGORITHMS, Evaluations
 from nemolib.first_step import FirstStep
-from nemolib.group_testing import refine_by_leading_seeds
-from nemolib.holdout import ActivationStatistics, z_scores
-from nemolib.localization import Localization
-from nemolib.neurons import NeuronSet
-from nemolib.protocols import Protocol, load_protocol
-from nemolib.refinement import refine_sequential
-from nemolib.selection import InitialSelection, initial_selection
-from nemolib.settings import SearchSettings, SimilaritySettings, search_settings
-from nemolib.similarity import max_pairwise, pairwise
-from nemolib.value_layers import value_activations
+from nemolib.holdout import ActivationStatistics
+from nemolib.localization import Localization, PromptSearch
+from nemolib.protocols import Protocol
+from nemolib.settings import SearchSettings, SimilaritySettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,68 +83,20 @@ def localize_variants(
     """
     if len({variant.name for variant in variants}) < len(variants):
         raise ValueError(f"variants have the names {[variant.name for variant in variants]}; each needs its own")
-    similarity, protocol = similarity or SimilaritySettings(), load_protocol(protocol)
-    search, evaluations = search_settings(search, SearchSettings()), Evaluations()
-    with evaluations.stage("A1"):
-        unblocked = step(embedding, evaluations=evaluations)
-        best = max_pairwise(pairwise(unblocked, settings=similarity, protocol=protocol))
-        seeds = tuple((best > gate).nonzero().flatten().tolist())
-    common = {"prompt": prompt, "seeds": seeds, "unblocked_score": float(best.max())}
-    if not seeds:
-        nothing = NeuronSet.empty(len(statistics.mean))
-        none = Localization(memorized=False, initial=nothing, neurons=nothing, **common)
-        costs = [_spent(evaluations, {}), *[_spent(Evaluations(), {})] * len(variants)]
-        return {variant.name: replace(none, **cost) for variant, cost in zip(variants, costs, strict=False)}
-    score = BlockedScore(
-        step,
-        embedding,
-        seeds=seeds,
-        unblocked=unblocked[list(seeds)],
-        similarity=similarity,
-        protocol=protocol,
-        evaluations=evaluations,
+    run = PromptSearch(
+        step, embedding, statistics, gate=gate, similarity=similarity, search=search, protocol=protocol, prompt=prompt
     )
-    with evaluations.stage("A2"):
-        activations = tuple(layer[0].cpu() for layer in value_activations(step.unet, embedding))
-        z = z_scores(statistics, activations)
-
-    def select(variant: Variant) -> InitialSelection:
-        limited = search if variant.top_k else replace(search, k_start=0, k_step=0)
-        quick = partial(score.screen, limit=variant.initial) if search.method == "fast" else None
-        common = {"threshold": variant.initial, "search": limited, "protocol": protocol}
-        return initial_selection(z, activations, score, quick=quick, **common)
-
-    refine = refine_by_leading_seeds if search.method == "fast" else refine_sequential
-    found, selections, before = {}, {}, {}
+    if not run.seeds:
+        # The first variant bears what the noise differences cost.
+        nothing, free = run.not_memorized(), run.costs_since(run.costs())
+        return {item.name: replace(nothing, **(free if place else {})) for place, item in enumerate(variants)}
+    found, selections, before = {}, {}, None
     for variant in sorted(variants, key=lambda item: (-item.initial, item.refinement)):
         start = (variant.initial, variant.top_k)
-        with evaluations.stage("A3"):
-            selections[start] = initial = selections.get(start) or select(variant)
-        with evaluations.stage("A4"):
-            target = variant.refinement if initial.reached else max(variant.refinement, initial.score)
-            refined = refine(initial.candidates.entries(double=protocol.double_entries), score, threshold=target)
-        found[variant.name] = Localization(
-            memorized=True,
-            initial=initial.neurons,
-            neurons=refined.neurons,
-            initial_score=initial.score,
-            refined_score=refined.score,
-            theta=initial.steps[-1].theta,
-            k=initial.steps[-1].k,
-            reached=initial.reached,
-            steps=initial.steps,
-            tests=refined.tests,
-            **common,
-            **_spent(evaluations, before),
-        )
-        before = {"evaluations": dict(evaluations.samples), "seconds": dict(evaluations.seconds)}
+        if start not in selections:
+            selections[start] = run.select(variant.initial, top_k=variant.top_k)
+        initial = selections[start]
+        complete = run.found(initial, run.refine(initial, variant.refinement))
+        found[variant.name] = complete if before is None else replace(complete, **run.costs_since(before))
+        before = run.costs()
     return {variant.name: found[variant.name] for variant in variants}
-
-
-def _spent(evaluations: Evaluations, before: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return evaluations and seconds of each algorithm since an earlier state; an empty one means the start."""
-    now = {"evaluations": evaluations.samples, "seconds": evaluations.seconds}
-    return {
-        kind: {name: values[name] - before.get(kind, {}).get(name, 0) for name in ALGORITHMS}
-        for kind, values in now.items()
-    }

@@ -52,13 +52,18 @@ def _read_figure_4a(sources: Sources) -> Reading:
     )
 
 
-def _read_figure_4b(sources: Sources) -> Reading:
-    means = localization.layer_means(sources["localization"])
+def read_layers(table: pd.DataFrame) -> Reading:
+    """Return how Fig. 4b is read: in which value layers the neurons of VM and of TM prompts lie.
+
+    Args:
+        table: Localizations, with VM and TM prompts.
+    """
+    means = localization.layer_means(table)
     first = (means[[1, 2]].sum(axis=1) / means.sum(axis=1)).to_dict()
-    deepest = {kind: int(row.idxmax()) for kind, row in means.iterrows()}
+    most = {kind: int(row.idxmax()) for kind, row in means.iterrows()}
     return Reading(
-        f"share of the neurons in layers 1 and 2: VM {first['vm']:.0%}, TM {first['tm']:.0%}; most in layer {deepest['vm']} (VM) "
-        f"and {deepest['tm']} (TM)",
+        f"share of the neurons in layers 1 and 2: VM {first['vm']:.0%}, TM {first['tm']:.0%}; most in layer {most['vm']} (VM) "
+        f"and {most['tm']} (TM)",
         "VM mostly in the first layers, TM deeper; heights of the bars are not known",
         "agrees" if first["vm"] >= first["tm"] else "differs",
         "compared: share of the first down block, VM at least TM",
@@ -255,7 +260,7 @@ FIGURE_4A = Exhibit(
 FIGURE_4B = Exhibit(
     "figure_4b", "Figure 4b", "memorization neurons per value layer", NOTEBOOK,
     "Mean number per prompt. Layers 1 and 2 lie in the first down block, 7 in the mid block.",
-    lambda s: localization.figure_4b(s["localization"]), _read_figure_4b, tables=("localization",),
+    lambda s: localization.figure_4b(s["localization"]), lambda s: read_layers(s["localization"]), tables=("localization",),
     needs=tuple(positive("localization", "neuron_count", kind=kind) for kind in ("vm", "tm")),
 )  # fmt: skip
 

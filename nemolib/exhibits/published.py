@@ -7,6 +7,7 @@ profile's own table.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import matplotlib as mpl
 import pandas as pd
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 
 from nemolib import paper
 from nemolib.exhibits.base import NOTEBOOK, RUN, Exhibit, Reading, Sources, of_kinds
+from nemolib.exhibits.localization import read_layers
 from nemolib.experiments_localization import neuron_sets, shared_neurons
 from nemolib.figures import localization
 from nemolib.prompts import MEMORIZED
@@ -100,16 +102,8 @@ def _read_4a(sources: Sources) -> Reading:
 
 
 def _read_4b(sources: Sources) -> Reading:
-    means = localization.layer_means(_run(sources))
-    first = (means[[1, 2]].sum(axis=1) / means.sum(axis=1)).to_dict()
-    most = {kind: int(row.idxmax()) for kind, row in means.iterrows()}
-    return Reading(
-        f"{_numbers(sources)}: share of the neurons in layers 1 and 2: VM {first['vm']:.0%}, TM {first['tm']:.0%}; most in "
-        f"layer {most['vm']} (VM) and {most['tm']} (TM)",
-        "VM mostly in the first layers, TM deeper; heights of the bars are not known",
-        "agrees" if first["vm"] >= first["tm"] else "differs",
-        f"compared: share of the first down block, VM at least TM; {OTHER}",
-    )
+    reading = read_layers(_run(sources))
+    return replace(reading, ours=f"{_numbers(sources)}: {reading.ours}", reason=f"{reading.reason}; {OTHER}")
 
 
 def _read_7(sources: Sources) -> Reading:

@@ -50,12 +50,12 @@ LADDER_COLUMNS = (
 """Columns of `ladder_table`."""
 
 
-def compared_prompts(profile: Profile | str, number: int) -> pd.DataFrame:
+def compared_prompts(profile: Profile | str, number: int | None = None) -> pd.DataFrame:
     """Return the prompts on which the ablations are made: the first VM and the first TM prompts.
 
     Args:
         profile: A profile or its name.
-        number: How many of each kind, at least 1.
+        number: How many of each kind, at least 1; None means all.
 
     Returns:
         Rows of the prompt tables (see `nemolib.prompts.load_prompts`).
@@ -63,9 +63,9 @@ def compared_prompts(profile: Profile | str, number: int) -> pd.DataFrame:
     Raises:
         ValueError: The number is below 1.
     """
-    if number < 1:
+    if number is not None and number < 1:
         raise ValueError(f"number is {number}; at least one prompt of each kind is needed")
-    return pd.concat([select(profile, kind).head(number) for kind in MEMORIZED], ignore_index=True)
+    return pd.concat([select(profile, kind)[:number] for kind in MEMORIZED], ignore_index=True)
 
 
 def threshold_levels(pipe: StableDiffusionPipeline, profile: Profile | str, *, progress: bool = True) -> pd.DataFrame:

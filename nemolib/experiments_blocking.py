@@ -173,19 +173,24 @@ def other_neurons(
 # Fig. 5a, 8: image quality
 
 
-def quality_prompts(profile: Profile | str, number: int) -> list[str]:
+def quality_prompts(profile: Profile | str, number: int | None = None) -> list[str]:
     """Return prompts whose images are compared: the profile's own for image quality, else its unmemorized ones.
 
     Source: Sec. 4 (prompts of COCO).
 
     Args:
         profile: A profile or its name; ``prompts.quality`` names a table.
-        number: How many, from the top.
+        number: How many, from the top; None means all.
+
+    Raises:
+        ValueError: The number is negative.
     """
+    if number is not None and number < 0:
+        raise ValueError(f"number is {number}; give a number of prompts, or None for all")
     profile = load_profile(profile)
     file = profile.prompts.quality
     table = select(profile, "unmemorized") if file is None else load_prompts(file, kind="unmemorized")
-    return table["caption"].head(max(0, number)).tolist()
+    return table["caption"][:number].tolist()
 
 
 def halves(samples: int) -> list[tuple[list[int], list[int]]]:
@@ -227,8 +232,8 @@ def blocked_quality(
 
     Args:
         pipe: The pipeline of the profile.
-        profile: A profile or its name. CLIP-FID takes its ``encoders.clip_quality``, or if it has none, the features of
-            FID.
+        profile: A profile or its name; ``extent.quality_samples`` says how many images a prompt gets. CLIP-FID takes its
+            ``encoders.clip_quality``, or if it has none, the features of FID.
         prompts: Unmemorized prompts.
         sets: What is blocked, the untouched model first (`blocked_sets`).
         progress: Whether to show progress bars.
@@ -245,10 +250,12 @@ def blocked_quality(
     if not sets or sets[0].setting != UNTOUCHED:
         raise ValueError(f"the first set must be {UNTOUCHED!r}: what all others are compared with")
     profile, prompts = load_profile(profile), list(prompts)
-    number = len(prompts) * (profile.generation.samples // 2)
+    samples = profile.extent.quality_samples or profile.generation.samples
+    settings = replace(profile.generation, samples=samples)
+    number = len(prompts) * (samples // 2)
     columns = ["setting", "asked", "neurons", "draw", "split", "pair", "metric", "encoder", "images", "value", "reason"]
     if number < 2:
-        each = _count(profile.generation.samples, "image")
+        each = _count(samples, "image")
         reason = (
             f"not computed: {_count(len(prompts), 'prompt')} with {each} each make {_count(number, 'image')} to compare; a "
             "covariance needs 2"
@@ -256,12 +263,12 @@ def blocked_quality(
         rows = [(*_labels(item), None, None, name, "", number, np.nan, reason) for item in sets for name in QUALITY]
         return pd.DataFrame(rows, columns=columns)
     encoders = _quality_encoders(profile, pipe.device)
-    splits, rows, references = halves(profile.generation.samples), [], {}
+    splits, rows, references = halves(samples), [], {}
     pairs = _pairs(splits)
     with progress_bar(len(sets), "image quality", unit="set", enabled=progress) as bar:
         for item in sets:
             bar.set_postfix_str(f"{item.setting}, {item.asked}")
-            made = images(pipe, profile, prompts, neurons=item.neurons, progress=False)
+            made = images(pipe, profile, prompts, neurons=item.neurons, settings=settings, progress=False)
             features = {
                 name: image_features(encoder, profile, made) for name, encoder in _by_identity(encoders).items()
             }

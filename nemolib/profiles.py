@@ -63,6 +63,31 @@ class Limits:
 
 
 @dataclasses.dataclass(frozen=True)
+class Extent:
+    """How many prompts the notebooks take of those that the profile has, from the top of the table; None: all.
+
+    Attributes:
+        drawn: unmemorized prompts whose images notebooks 02 and 04 look at.
+        searched: unmemorized prompts whose neurons are searched.
+        mitigated: VM and as many TM prompts of Table 1.
+        ablated: VM and as many TM prompts of Table 4, and of Fig. 5b, 14 and 15.
+        layers: VM prompts of Fig. 16 to 20.
+        blocks: prompts of Table 3.
+        quality: prompts of Fig. 5a and 8.
+        quality_samples: images of each of them; None: as many as are generated anyway.
+    """
+
+    drawn: int | None = None
+    searched: int | None = None
+    mitigated: int | None = None
+    ablated: int | None = None
+    layers: int | None = None
+    blocks: int | None = None
+    quality: int | None = None
+    quality_samples: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class ThresholdSettings:
     """The memorization threshold: mean + ``multiplier`` standard deviations of the holdout scores, or ``value``."""
 
@@ -154,6 +179,7 @@ class Profile:
         protocol: ``released`` (the authors' code) or ``paper`` (the paper's text).
         groups: keep only memorized prompts of this group; None: all.
         limits: how many prompts of each kind are used.
+        extent: how many of them each experiment takes.
         holdout_size: number of holdout prompts for the activation statistics; None: all.
         threshold_prompts: number of holdout prompts for the memorization threshold; None: all.
         detection: seeds and sampler settings of the noise differences.
@@ -181,6 +207,7 @@ class Profile:
     protocol: ProtocolName = "released"
     groups: str | None = None
     limits: Limits = Limits()
+    extent: Extent = Extent()
     holdout_size: int | None = 1000
     threshold_prompts: int | None = 200
     detection: DetectionSettings = dataclasses.field(default_factory=DetectionSettings)
@@ -202,6 +229,14 @@ _RANGES: dict[str, tuple[float, float]] = {
     "limits.tm": (0, math.inf),
     "limits.ladder": (0, math.inf),
     "limits.unmemorized": (0, math.inf),
+    "extent.drawn": (0, math.inf),
+    "extent.searched": (0, math.inf),
+    "extent.mitigated": (1, math.inf),
+    "extent.ablated": (1, math.inf),
+    "extent.layers": (1, math.inf),
+    "extent.blocks": (0, math.inf),
+    "extent.quality": (0, math.inf),
+    "extent.quality_samples": (1, math.inf),
     "holdout_size": (2, math.inf),
     "threshold_prompts": (2, math.inf),
     "thresholds.multiplier": (-10, 10),

@@ -35,7 +35,16 @@ def test_every_profile_loads_and_survives_the_way_through_mappings(name):
 def test_tiny_full_differs_from_tiny_only_in_size():
     tiny, full = (profile_to_mapping(load_profile(name)) for name in ("tiny", "tiny-full"))
     differing = {key for key in tiny if tiny[key] != full[key]}
-    assert differing <= {"name", "groups", "limits", "holdout_size", "threshold_prompts", "detection", "generation"}
+    assert differing <= {
+        "name",
+        "groups",
+        "limits",
+        "extent",
+        "holdout_size",
+        "threshold_prompts",
+        "detection",
+        "generation",
+    }
     assert full["groups"] is None
     assert all(limit is None for limit in full["limits"].values())
 

@@ -5,7 +5,8 @@ the table. A sample-evaluation is one latent through the UNet once (`nemolib.eva
 experiment takes time worth counting, but for the decoding of images.
 
 The length of a search depends on the prompt. The table takes the paper's medians of the neurons that are found, and
-all seeds and steps where fewer may do: an order of magnitude, rather too high than too low.
+all seeds and steps where fewer may do: an order of magnitude, rather too high than too low. Exercises, and figures of a
+few prompts, are not in it.
 """
 
 from __future__ import annotations
@@ -37,14 +38,30 @@ if TYPE_CHECKING:
 BACKWARD = 3
 """Sample-evaluations that a pass with gradients counts for: forward, and about twice as much backward."""
 
-ABLATED_SEARCHES = 5
-"""Settings of Table 4 with a search of their own: three thresholds, no top-k, and guidance in detection."""
+OBSERVED = 2
+"""Sample-evaluations of one seed for all protocols and scores: two timesteps. The empty prompt is computed once for all."""
 
-ABLATED_IMAGES = 13
-"""Settings of Table 4 with images of their own: these, no refinement, and seven factors."""
+ABLATED_SEARCHES = 6
+"""Searches of an ablated prompt besides its own: three thresholds, no top-k, and guidance in detection for two."""
 
-QUALITY_SETS = 11
-"""Image sets of Fig. 5 and 8: all neurons active, and five numbers of neurons, of found and of random ones."""
+ABLATED_IMAGES = 16
+"""Image sets of Table 4, Fig. 14 and 15 besides all neurons active and the default: five searches, no refinement, seven
+factors, and three pairs of thresholds."""
+
+BLOCKED_SETS = 12
+"""Neuron sets of Fig. 5a, 8 and Table 3: four numbers of frequent neurons, and of random others in two draws."""
+
+BLOCKED_SEEDS = 3
+"""Latents of Table 3."""
+
+SWITCHED_LAYERS = 16 + 16 + 16
+"""Layers that Fig. 16 to 20 switch off in Stable Diffusion: values, keys, and convolutions of the down blocks."""
+
+LAYER_SAMPLES = 2
+"""Images of each of them."""
+
+NATIVE_SIDE = 512
+"""Side in pixels of the images of Stable Diffusion v1, and what one sample-evaluation stands for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +106,18 @@ def detection_evaluations(profile: Profile) -> int:
     return profile.detection.samples * (1 if profile.detection.guidance == 0 else 2)
 
 
-def image_evaluations(profile: Profile) -> int:
-    """Return the UNet sample-evaluations of the images of one prompt: two a step with guidance."""
+def image_evaluations(profile: Profile, *, samples: int | None = None) -> float:
+    """Return the UNet sample-evaluations of the images of one prompt: two a step with guidance.
+
+    Those of a smaller image count for as much less as its area is smaller.
+
+    Args:
+        profile: A profile.
+        samples: Images of the prompt; None: the profile's.
+    """
     settings = profile.generation
-    return settings.samples * settings.steps * (1 if settings.guidance <= 1 else 2)
+    area = ((settings.side or NATIVE_SIDE) / NATIVE_SIDE) ** 2
+    return (samples or settings.samples) * settings.steps * (1 if settings.guidance <= 1 else 2) * area
 
 
 def refinement_tests(initial: float, refined: float, *, layers: int, method: str) -> float:
@@ -143,33 +168,47 @@ def stages(profile: Profile | str, counts: Counts | None = None) -> list[Stage]:
         counts: How many prompts there are; None: the paper's.
     """
     profile, counts = load_profile(profile), counts or Counts()
+    extent, wen, repeats = profile.extent, profile.mitigation.wen, profile.mitigation.random.repeats
     one, image = detection_evaluations(profile), image_evaluations(profile)
-    wen, repeats = profile.mitigation.wen, profile.mitigation.random.repeats
-    numbers = len(profile.mitigation.somepalli.numbers)
     search = {kind: search_evaluations(profile, kind) for kind in ("vm", "tm")}
-    adjusted = image + BACKWARD * wen.iterations * wen.latents * 2
-    every_search = (counts.vm * search["vm"] + counts.tm * search["tm"]) / max(counts.memorized, 1)
-    found = [
-        Stage("memorization threshold", counts.threshold, one),
+    tested = counts.memorized + counts.unmemorized
+    searched, drawn, blocks = (_at_most(n, counts.unmemorized) for n in (extent.searched, extent.drawn, extent.blocks))
+    quality, layers = _at_most(extent.quality, counts.quality), _at_most(extent.layers, counts.vm)
+    mitigated, ablated = (
+        {kind: _at_most(limit, getattr(counts, kind)) for kind in search}
+        for limit in (extent.mitigated, extent.ablated)
+    )
+    ablated_search = sum(ablated[kind] * search[kind] for kind in search) / max(sum(ablated.values()), 1)
+    # Most unmemorized prompts fail the gate; the others are searched about as long as a TM prompt.
+    suspected = 1 - paper.reported("unmemorized.without_neurons").value / 500
+    samples = extent.quality_samples or profile.generation.samples
+    tokens = len(profile.mitigation.somepalli.numbers)
+    adjusted = image + wen.latents * (1 + BACKWARD * wen.iterations)
+    layer_image = image_evaluations(profile, samples=min(LAYER_SAMPLES, profile.generation.samples))
+    return [
+        Stage("memorization threshold, all protocols", counts.threshold, OBSERVED * profile.detection.samples),
         Stage("activation statistics (text encoder only)", counts.holdout, 0),
-        Stage("memorization scores, both protocols", counts.memorized + counts.unmemorized, 2 * one),
+        Stage("memorization scores, all protocols", tested, OBSERVED * profile.detection.samples),
         Stage("localization, VM", counts.vm, search["vm"]),
         Stage("localization, TM", counts.tm, search["tm"]),
-        Stage("images, all neurons active", counts.memorized + counts.unmemorized, image),
-        Stage("images, memorization neurons deactivated", counts.memorized, image),
-        Stage("images, random neurons", counts.memorized, repeats * image),
-        Stage("images, prompt embedding adjustment", counts.memorized, adjusted),
-        Stage("images, attention scaling", counts.memorized, image),
-        Stage("images, random tokens", counts.memorized, numbers * image),
-        Stage("ablations, localization", counts.memorized, ABLATED_SEARCHES * every_search),
-        Stage("ablations, images", counts.memorized, ABLATED_IMAGES * image),
+        Stage("localization, unmemorized", searched, one + suspected * search["tm"]),
+        Stage("images, all neurons active", counts.memorized + drawn, image),
+        Stage("images and scores, memorization neurons deactivated", counts.memorized, image + one),
+        Stage("images, initial selection and random neurons", sum(mitigated.values()), (1 + repeats) * image),
+        Stage("images, prompt embedding adjustment", sum(mitigated.values()), adjusted),
+        Stage("images, attention scaling", sum(mitigated.values()), image),
+        Stage("images, random tokens", sum(mitigated.values()), tokens * image),
+        Stage("images, unmemorized prompts without neurons", drawn, 2 * image),
+        Stage("ablations, localization", sum(ablated.values()), ABLATED_SEARCHES * ablated_search),
+        Stage("ablations, images", sum(ablated.values()), ABLATED_IMAGES * image),
+        Stage("image quality", quality, (1 + BLOCKED_SETS) * image_evaluations(profile, samples=samples)),
+        Stage("outputs of blocks", blocks, (1 + BLOCKED_SETS) * min(BLOCKED_SEEDS, profile.detection.samples)),
+        Stage("layers switched off", layers, (1 + SWITCHED_LAYERS) * layer_image),
     ]
-    per_quality_image = image / profile.generation.samples
-    if counts.quality:
-        found.append(
-            Stage("ablations, image quality (one image a prompt)", counts.quality, QUALITY_SETS * per_quality_image)
-        )
-    return found
+
+
+def _at_most(limit: int | None, available: int) -> int:
+    return available if limit is None else min(limit, available)
 
 
 def cost_table(parts: Sequence[Stage], *, per_second: float | None = None) -> pd.DataFrame:
@@ -223,7 +262,7 @@ def counts_of(profile: Profile | str) -> Counts:
             found[kind] = len(select(profile, kind))
         except FileNotFoundError:
             found[kind] = wanted or getattr(known, kind)
-    return Counts(**found, quality=known.quality if profile.prompts.quality else 0)
+    return Counts(**found, quality=known.quality if profile.prompts.quality else found["unmemorized"])
 
 
 @torch.no_grad()

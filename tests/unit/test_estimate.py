@@ -20,7 +20,7 @@ from nemolib.estimate import (
 from nemolib.evaluations import Evaluations
 from nemolib.holdout import holdout_scores
 from nemolib.localization import localize
-from nemolib.profiles import load_profile
+from nemolib.profiles import Extent, load_profile
 from nemolib.settings import DetectionSettings, SearchSettings, SimilaritySettings
 
 
@@ -53,8 +53,7 @@ def test_a_threshold_costs_what_is_said(random_pipe):
         evaluations=counted,
         progress=False,
     )
-    parts = by_name(stages(profile, Counts(threshold=2)))
-    assert counted.total == parts["memorization threshold"].total == 12
+    assert counted.total == 2 * detection_evaluations(profile) == 12
 
 
 def test_a_search_costs_at_most_what_is_said(random_pipe, statistics):
@@ -95,15 +94,32 @@ def test_the_search_of_a_prompt(sd14):
 
 def test_the_stages_of_the_paper(sd14):
     parts = by_name(stages(sd14))
-    assert parts["memorization threshold"].total == 500_000
+    assert parts["memorization threshold, all protocols"].total == 50_000 * 20
     assert parts["activation statistics (text encoder only)"].total == 0
-    assert parts["memorization scores, both protocols"].total == 1000 * 20
-    assert parts["images, memorization neurons deactivated"].total == 500 * 1000
-    assert parts["images, random neurons"].total == 500 * 5 * 1000
+    assert parts["memorization scores, all protocols"].total == 1000 * 20
+    assert parts["images and scores, memorization neurons deactivated"].total == 500 * 1010
+    assert parts["images, initial selection and random neurons"].total == 500 * 6 * 1000
     assert parts["images, random tokens"].total == 500 * 3 * 1000
-    assert parts["images, prompt embedding adjustment"].evaluations == 1000 + 3 * 10 * 4 * 2
-    assert parts["ablations, image quality (one image a prompt)"].total == 10_000 * 11 * 100
-    assert "ablations, image quality (one image a prompt)" not in by_name(stages(sd14, Counts(quality=0)))
+    assert parts["images, prompt embedding adjustment"].evaluations == 1000 + 4 + 3 * 10 * 4
+    assert parts["image quality"].total == 5000 * 2 * 13 * 100
+    assert parts["outputs of blocks"].total == 500 * 13 * 3
+
+
+def test_a_profile_says_how_many_prompts_are_taken(sd14):
+    few = replace(sd14, extent=Extent(drawn=5, searched=0, mitigated=3, ablated=200, layers=2, blocks=1, quality=7))
+    parts = by_name(stages(few))
+    numbers = {name: part.prompts for name, part in parts.items()}
+    assert numbers["images, all neurons active"] == 505
+    assert numbers["localization, unmemorized"] == 0
+    assert numbers["images, attention scaling"] == 6
+    assert numbers["ablations, images"] == 112 + 200
+    assert (numbers["layers switched off"], numbers["outputs of blocks"], numbers["image quality"]) == (2, 1, 7)
+    assert parts["image quality"].evaluations == 10 * 13 * 100
+
+
+def test_a_small_image_costs_less(sd14):
+    small = replace(sd14, generation=replace(sd14.generation, side=128))
+    assert image_evaluations(small) == image_evaluations(sd14) / 16
 
 
 def test_the_table_sums_and_tells_hours():
@@ -131,7 +147,7 @@ def test_the_table_as_text():
 
 def test_prompts_are_counted_where_their_tables_are(sd14, tmp_path):
     tiny = counts_of("tiny")
-    assert (tiny.holdout, tiny.threshold, tiny.quality) == (1000, 200, 0)
+    assert (tiny.holdout, tiny.threshold, tiny.quality) == (1000, 200, 200)
     assert 0 < tiny.vm < 112
     missing = {name: str(tmp_path / f"{name}.csv") for name in ("memorized", "unmemorized", "holdout")}
     absent = replace(sd14, prompts=replace(sd14.prompts, **missing))

@@ -190,7 +190,7 @@ def _load(location: Path | str, *, dtype: torch.dtype, revision: str | None) -> 
         return _from_pretrained(location, dtype=dtype, revision=revision)
     try:
         with _quiet(bars=False):
-            return random_pipeline(str(location).removeprefix(_RANDOM)).to(dtype)
+            return random_pipeline(str(location).removeprefix(_RANDOM), dtype=dtype)
     except ArchitectureError as error:
         raise PipelineError(str(error)) from error
 

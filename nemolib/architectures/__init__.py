@@ -7,12 +7,15 @@ folder of four JSON files: ``unet``, ``vae``, ``text_encoder`` and ``scheduler``
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemolib import paths
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPTokenizer
 
@@ -32,7 +35,9 @@ def known_architectures() -> list[str]:
     return sorted(path.parent.name for path in FOLDER.glob("*/unet.json"))
 
 
-def random_pipeline(architecture: str | Path, *, seed: int = 0) -> StableDiffusionPipeline:
+def random_pipeline(
+    architecture: str | Path, *, seed: int = 0, dtype: torch.dtype | None = None
+) -> StableDiffusionPipeline:
     """Return a Stable Diffusion pipeline of an architecture whose weights are drawn at random.
 
     Its tokenizer is CLIP's without merges: a text is spelt letter by letter, with CLIP's numbers of the letters.
@@ -40,9 +45,10 @@ def random_pipeline(architecture: str | Path, *, seed: int = 0) -> StableDiffusi
     Args:
         architecture: Name of an architecture that comes with the package (``"sd14"``), or a folder.
         seed: Seed of the weights; torch's own random numbers stay as they were.
+        dtype: Floating-point type in which the weights are drawn; None: float32.
 
     Returns:
-        The pipeline, float32, on the CPU.
+        The pipeline, on the CPU.
 
     Raises:
         ArchitectureError: There is no such architecture, a file is missing, or a file does not describe its part.
@@ -55,7 +61,7 @@ def random_pipeline(architecture: str | Path, *, seed: int = 0) -> StableDiffusi
     configs = {part: _config(folder / f"{part}.json") for part in PARTS}
     text = configs["text_encoder"]
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _drawn_in(dtype or torch.float32):
             torch.manual_seed(seed)
             parts = {
                 "unet": UNet2DConditionModel(**configs["unet"]),
@@ -74,6 +80,19 @@ def random_pipeline(architecture: str | Path, *, seed: int = 0) -> StableDiffusi
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+@contextmanager
+def _drawn_in(dtype: torch.dtype) -> Iterator[None]:
+    """Let new modules have a type: a gigabyte of weights need not be drawn as two, and cast."""
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _folder(architecture: str | Path) -> Path:

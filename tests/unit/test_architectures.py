@@ -54,6 +54,16 @@ def test_the_timesteps_are_those_of_stable_diffusion(pipe):
     assert pipe.scheduler.timesteps[:2].tolist() == [981, 961]
 
 
+def test_weights_are_drawn_in_the_type_of_the_profile(folder):
+    pipe = random_pipeline(folder, dtype=torch.bfloat16)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        assert {parameter.dtype for parameter in part.parameters()} == {torch.bfloat16}
+    # PyTorch draws weights of a layer uniformly, within one over the root of its inputs.
+    bound = pipe.unet.conv_in.weight[0].numel() ** -0.5
+    assert pipe.unet.conv_in.weight.float().std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+    assert torch.get_default_dtype() == torch.float32
+
+
 def test_weights_follow_from_the_seed_and_random_numbers_stay(folder):
     torch.manual_seed(7)
     before = torch.get_rng_state()

@@ -172,8 +172,9 @@ def stages(profile: Profile | str, counts: Counts | None = None) -> list[Stage]:
     one, image = detection_evaluations(profile), image_evaluations(profile)
     search = {kind: search_evaluations(profile, kind) for kind in ("vm", "tm")}
     tested = counts.memorized + counts.unmemorized
-    searched, drawn, blocks = (_at_most(n, counts.unmemorized) for n in (extent.searched, extent.drawn, extent.blocks))
+    searched, drawn = (_at_most(limit, counts.unmemorized) for limit in (extent.searched, extent.drawn))
     quality, layers = _at_most(extent.quality, counts.quality), _at_most(extent.layers, counts.vm)
+    blocks = _at_most(extent.blocks, quality)
     mitigated, ablated = (
         {kind: _at_most(limit, getattr(counts, kind)) for kind in search}
         for limit in (extent.mitigated, extent.ablated)

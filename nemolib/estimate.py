@@ -175,11 +175,9 @@ def stages(profile: Profile | str, counts: Counts | None = None) -> list[Stage]:
     searched, drawn = (_at_most(limit, counts.unmemorized) for limit in (extent.searched, extent.drawn))
     quality, layers = _at_most(extent.quality, counts.quality), _at_most(extent.layers, counts.vm)
     blocks = _at_most(extent.blocks, quality)
-    mitigated, ablated = (
-        {kind: _at_most(limit, getattr(counts, kind)) for kind in search}
-        for limit in (extent.mitigated, extent.ablated)
-    )
-    ablated_search = sum(ablated[kind] * search[kind] for kind in search) / max(sum(ablated.values()), 1)
+    mitigated = sum(_at_most(extent.mitigated, number) for number in (counts.vm, counts.tm))
+    vm, tm = (_at_most(extent.ablated, number) for number in (counts.vm, counts.tm))
+    ablated, ablated_search = vm + tm, (vm * search["vm"] + tm * search["tm"]) / max(vm + tm, 1)
     # Most unmemorized prompts fail the gate; the others are searched about as long as a TM prompt.
     suspected = 1 - paper.reported("unmemorized.without_neurons").value / 500
     samples = extent.quality_samples or profile.generation.samples
@@ -195,13 +193,13 @@ def stages(profile: Profile | str, counts: Counts | None = None) -> list[Stage]:
         Stage("localization, unmemorized", searched, one + suspected * search["tm"]),
         Stage("images, all neurons active", counts.memorized + drawn, image),
         Stage("images and scores, memorization neurons deactivated", counts.memorized, image + one),
-        Stage("images, initial selection and random neurons", sum(mitigated.values()), (1 + repeats) * image),
-        Stage("images, prompt embedding adjustment", sum(mitigated.values()), adjusted),
-        Stage("images, attention scaling", sum(mitigated.values()), image),
-        Stage("images, random tokens", sum(mitigated.values()), tokens * image),
+        Stage("images, initial selection and random neurons", mitigated, (1 + repeats) * image),
+        Stage("images, prompt embedding adjustment", mitigated, adjusted),
+        Stage("images, attention scaling", mitigated, image),
+        Stage("images, random tokens", mitigated, tokens * image),
         Stage("images, unmemorized prompts without neurons", drawn, 2 * image),
-        Stage("ablations, localization", sum(ablated.values()), ABLATED_SEARCHES * ablated_search),
-        Stage("ablations, images", sum(ablated.values()), ABLATED_IMAGES * image),
+        Stage("ablations, localization", ablated, ABLATED_SEARCHES * ablated_search),
+        Stage("ablations, images", ablated, ABLATED_IMAGES * image),
         Stage("image quality", quality, (1 + BLOCKED_SETS) * image_evaluations(profile, samples=samples)),
         Stage("outputs of blocks", blocks, (1 + BLOCKED_SETS) * min(BLOCKED_SEEDS, profile.detection.samples)),
         Stage("layers switched off", layers, (1 + SWITCHED_LAYERS) * layer_image),

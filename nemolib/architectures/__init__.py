@@ -7,8 +7,6 @@ folder of four JSON files: ``unet``, ``vae``, ``text_encoder`` and ``scheduler``
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +38,8 @@ def random_pipeline(
 ) -> StableDiffusionPipeline:
     """Return a Stable Diffusion pipeline of an architecture whose weights are drawn at random.
 
-    Its tokenizer is CLIP's without merges: a text is spelt letter by letter, with CLIP's numbers of the letters.
+    Its tokenizer is CLIP's without merges: a text is spelt letter by letter, with CLIP's numbers of the letters. The values
+    of a large weight repeat (`nemolib.architectures.drawing`).
 
     Args:
         architecture: Name of an architecture that comes with the package (``"sd14"``), or a folder.
@@ -57,12 +56,13 @@ def random_pipeline(
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    from nemolib.architectures.drawing import weights_drawn
+
     folder = _folder(architecture)
     configs = {part: _config(folder / f"{part}.json") for part in PARTS}
     text = configs["text_encoder"]
     try:
-        with torch.random.fork_rng(devices=[]), _drawn_in(dtype or torch.float32):
-            torch.manual_seed(seed)
+        with weights_drawn(seed=seed, dtype=dtype or torch.float32):
             parts = {
                 "unet": UNet2DConditionModel(**configs["unet"]),
                 "vae": AutoencoderKL(**configs["vae"]),
@@ -80,19 +80,6 @@ def random_pipeline(
         feature_extractor=None,
         requires_safety_checker=False,
     )
-
-
-@contextmanager
-def _drawn_in(dtype: torch.dtype) -> Iterator[None]:
-    """Let new modules have a type: a gigabyte of weights need not be drawn as two, and cast."""
-    import torch
-
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _folder(architecture: str | Path) -> Path:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from nemolib.architectures import FOLDER, ArchitectureError, known_architectures, random_pipeline
+from nemolib.architectures.drawing import PERIOD, weights_drawn
 from nemolib.pipeline import PipelineError, embed, is_hub_id, load_pipeline
 from nemolib.value_layers import STABLE_DIFFUSION_WIDTHS, widths
 from tests.narrow_architecture import WIDTHS, save_narrow_architecture
@@ -62,6 +63,18 @@ def test_weights_are_drawn_in_the_type_of_the_profile(folder):
     bound = pipe.unet.conv_in.weight[0].numel() ** -0.5
     assert pipe.unet.conv_in.weight.float().std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_values_of_a_large_weight_repeat_and_its_rows_do_not():
+    with weights_drawn(seed=0, dtype=torch.bfloat16):
+        large, small = torch.nn.Linear(320, 1280), torch.nn.Linear(320, 20)
+    values = large.weight.detach().flatten()
+    assert torch.equal(values[PERIOD:], values[:-PERIOD])
+    assert len(torch.unique(large.weight.detach(), dim=0)) == 1280
+    assert values.float().std().item() == pytest.approx(320**-0.5 / 3**0.5, rel=0.01)
+    # Smaller ones, and the bias, are drawn as a whole.
+    assert small.weight.dtype == torch.bfloat16
+    assert len(torch.unique(large.bias.detach())) > 200
 
 
 def test_weights_follow_from_the_seed_and_random_numbers_stay(folder):

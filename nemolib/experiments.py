@@ -672,15 +672,10 @@ def _state_of(pipe: StableDiffusionPipeline) -> list[Any]:
     changes = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
     # PyTorch does not count changes that are made through Tensor.data; values from all over a tensor tell of one that
     # scales or replaces it. All of them would be a second for Stable Diffusion, at every call.
-    sums = [float(_some_values(tensor).sum(dtype=torch.float32)) for tensor in tensors]
+    some = [tensor.reshape(-1)[:: max(1, tensor.numel() // _FEW)] for tensor in tensors]
+    sums = [float(values.sum(dtype=torch.float32)) for values in some]
     others = [len(pipe.tokenizer), repr(pipe.scheduler.config)]
     return [others, [tensor.data_ptr() for tensor in tensors], changes, sums]
-
-
-def _some_values(tensor: torch.Tensor) -> torch.Tensor:
-    """Return evenly spaced values of a weight, in the order of memory: the order of axes might be a copy."""
-    step = max(1, tensor.numel() // _FEW)
-    return tensor.as_strided((-(-tensor.numel() // step),), (step,), tensor.storage_offset())
 
 
 def _has_image(table: pd.DataFrame) -> np.ndarray:

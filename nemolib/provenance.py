@@ -72,7 +72,7 @@ def content_hash(value: Any) -> str:
     return digest.hexdigest()
 
 
-def _pieces(value: Any) -> Iterable[bytes]:
+def _pieces(value: Any) -> Iterable[bytes | memoryview]:
     """Yield a value's content as byte strings, each group opened by its kind."""
     plain = next((kind for kind in (bool, int, float, str, type(None)) if isinstance(value, kind)), None)
     if plain is not None:
@@ -112,14 +112,14 @@ def _path_pieces(path: Path) -> Iterable[bytes]:
             yield from (relative.as_posix().encode(), hashlib.sha256(file.read_bytes()).digest())
 
 
-def _array_pieces(value: Any) -> Iterable[bytes]:
+def _array_pieces(value: Any) -> Iterable[bytes | memoryview]:
     """Yield dtype, shape and bytes of a tensor or an array; a number of NumPy is an array without axes."""
     if hasattr(value, "detach"):
         import torch
 
         tensor = value.detach().cpu().contiguous()
         yield from (b"tensor", str(tensor.dtype).encode(), repr(tuple(tensor.shape)).encode())
-        yield tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+        yield memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
     elif hasattr(value, "tobytes") and hasattr(value, "dtype") and not value.dtype.hasobject:
         yield from (b"array", str(value.dtype).encode(), repr(tuple(value.shape)).encode(), value.tobytes())
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,15 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from nemolib import seeding
-from nemolib.batching import batches, check_prompts, progress_bar
+from nemolib.batching import batches, check_prompts
 from nemolib.defaults import default_settings
 from nemolib.first_step import timestep_of
 from nemolib.mitigation.base import Mitigation
 from nemolib.pipeline import embed
 from nemolib.settings import WenSettings
+from nemolib.workers import map_prompts
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
+
+_SAMPLES = 64
+"""Samples in one UNet pass where norms are only measured."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -193,7 +197,7 @@ def embedding_norms(
     embeddings: Tensor,
     *,
     settings: WenSettings | None = None,
-    batch_size: int = 64,
+    batch_size: int = _SAMPLES,
 ) -> np.ndarray:
     """Return the mean norm that the adjustment lowers, for each prompt embedding.
 
@@ -239,17 +243,27 @@ def wen_target(
 
     Raises:
         ValueError: There are fewer than two prompts, or one is empty.
+        FailedPrompts: Prompts raised.
     """
     prompts, settings = check_prompts(prompts), settings or default_settings(pipe).mitigation.wen
     if len(prompts) < 2:
         raise ValueError("one prompt was given; a standard deviation needs at least 2")
-    norms = []
-    with progress_bar(len(prompts), "target norm", enabled=progress) as bar:
-        for batch in batches(prompts, 64):
-            norms.append(embedding_norms(pipe, embed(pipe, batch), settings=settings))
-            bar.update(len(batch))
-    values = np.concatenate(norms)
+    found = map_prompts(
+        _target_norms,
+        [tuple(batch) for batch in batches(prompts, max(1, _SAMPLES // settings.latents))],
+        pipe=pipe,
+        common={"settings": settings},
+        label="target norm",
+        ordered=True,
+        progress=progress,
+    )
+    values = np.concatenate([norms for _, norms in found])
     return max(0.0, round(float(values.mean() + settings.multiplier * values.std(ddof=1)), 3))
+
+
+def _target_norms(pipe: StableDiffusionPipeline, *, settings: WenSettings) -> Callable[[Sequence[str]], np.ndarray]:
+    """Return what computes the norm of each prompt of a batch."""
+    return lambda batch: embedding_norms(pipe, embed(pipe, batch), settings=settings)
 
 
 def _noise(unet: nn.Module, timestep: int, latents: Tensor, embeddings: Tensor) -> Tensor:

@@ -179,8 +179,8 @@ def ablated(
     """Return the memorization neurons of prompts for every search of Table 4 and of Fig. 14 and 15.
 
     The default is that of notebook 03, from the store if it is there. All other thresholds are searched together, with
-    the gate of the default: the same seeds take part in all of them. With guidance in detection the gate is the guided
-    threshold. Finished prompts come from the store.
+    the gate of the default: the same seeds take part in all of them, and what would repeat the default is not searched.
+    With guidance in detection the gate is the guided threshold. Finished prompts come from the store.
 
     Source: Table 4, Fig. 14, 15.
 
@@ -202,12 +202,14 @@ def ablated(
     scale = profile.generation.guidance if guidance is None else guidance
     if guided is None:
         guided = guided_threshold(pipe, profile, guidance=scale, progress=progress)
-    default = search.without_seconds(search.localizations(pipe, profile, prompts=prompts, progress=progress))
-    default = default.assign(setting=name, initial_threshold=own, refinement_threshold=own, gate=own)
+    known = search.searches(pipe, profile, prompts["caption"].tolist(), progress=progress)
+    default = localization_table(known).assign(
+        setting=name, kind=prompts["kind"].to_numpy(), initial_threshold=own, refinement_threshold=own, gate=own
+    )
     with_guidance = replace(profile.detection, guidance=float(scale))
     parts = [
         default,
-        _variant_table(pipe, profile, prompts, variants_of(levels), gate=own, progress=progress),
+        _variant_table(pipe, profile, prompts, variants_of(levels), gate=own, known=known, progress=progress),
         _variant_table(
             pipe,
             profile,
@@ -555,9 +557,13 @@ def _variant_table(
     *,
     gate: float,
     detection: DetectionSettings | None = None,
+    known: Sequence[Localization] | None = None,
     progress: bool,
 ) -> pd.DataFrame:
-    """Return the localizations of every variant and prompt; they are kept in the store."""
+    """Return the localizations of every variant and prompt; they are kept in the store.
+
+    Known searches, one for each prompt, have this gate and detection: variants that would repeat them are not searched.
+    """
     normal = statistics(pipe, profile, progress=False)
     settings = {
         "variants": list(variants),
@@ -570,15 +576,16 @@ def _variant_table(
     base = content_hash([model_hash(pipe), list(normal.mean), list(normal.std), settings, science_hash("variants")])
     keys = {prompt: content_hash([base, prompt]) for prompt in prompts["caption"]}
     store = open_store(profile, "ablations")
+    shared = dict(zip(keys, known or [None] * len(keys), strict=True))
     computed = map_prompts(
         _varying,
-        [(prompt,) for prompt, key in keys.items() if key not in store],
+        [((prompt, shared[prompt]),) for prompt, key in keys.items() if key not in store],
         pipe=pipe,
         common={"statistics": normal, "settings": settings},
         label="searches",
         progress=progress,
     )
-    for (prompt,), records in computed:
+    for ((prompt, _),), records in computed:
         store.put(keys[prompt], records)
     parts = []
     for variant in variants:
@@ -591,15 +598,16 @@ def _variant_table(
 
 def _varying(
     pipe: StableDiffusionPipeline, *, statistics: ActivationStatistics, settings: Mapping[str, Any]
-) -> Callable[[tuple[str]], dict[str, Any]]:
+) -> Callable[[tuple[tuple[str, Localization | None]]], dict[str, Any]]:
     """Return what computes the records of a prompt, by variant."""
     chosen = dict(settings)
     step = first_step(pipe, settings=chosen.pop("detection"), protocol=chosen["protocol"])
     variants = chosen.pop("variants")
 
-    def localize_all(batch: tuple[str]) -> dict[str, Any]:
-        embedding = embed(pipe, [batch[0]])
-        found = localize_variants(step, embedding, statistics, variants, prompt=batch[0], **chosen)
+    def localize_all(batch: tuple[tuple[str, Localization | None]]) -> dict[str, Any]:
+        ((prompt, known),) = batch
+        embedding = embed(pipe, [prompt])
+        found = localize_variants(step, embedding, statistics, variants, prompt=prompt, known=known, **chosen)
         return {name: item.to_record() for name, item in found.items()}
 
     return localize_all

@@ -20,7 +20,7 @@ from nemolib.evaluations import ALGORITHMS
 from nemolib.experiments import image_features, images, model_hash, open_store, planted_features, statistics, threshold
 from nemolib.first_step import first_step
 from nemolib.holdout import ActivationStatistics, z_scores
-from nemolib.localization import BlockedScore, localize_many
+from nemolib.localization import BlockedScore, Localization, localization_table, localize_each
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.profiles import Profile, load_profile
@@ -86,19 +86,32 @@ def localizations(
     Returns:
         Column kind, then those of `nemolib.localization.localization_table` with the seconds of each algorithm.
     """
-    profile = load_profile(profile)
     if prompts is None:
         prompts = searched_prompts(profile, unmemorized=unmemorized)
-    table = localize_many(
+    table = localization_table(searches(pipe, profile, prompts["caption"].tolist(), progress=progress), seconds=True)
+    return pd.concat([prompts[["kind"]].reset_index(drop=True), table], axis=1)
+
+
+def searches(
+    pipe: StableDiffusionPipeline, profile: Profile | str, captions: Sequence[str], *, progress: bool = True
+) -> list[Localization]:
+    """Return what the search of the profile finds for prompts; finished prompts come from the store.
+
+    Args:
+        pipe: The pipeline of the profile.
+        profile: A profile or its name.
+        captions: The prompts, at least one.
+        progress: Whether to show progress bars.
+    """
+    profile = load_profile(profile)
+    return localize_each(
         pipe,
-        prompts["caption"].tolist(),
+        captions,
         statistics(pipe, profile, progress=False),
         threshold=threshold(pipe, profile, progress=False),
         store=open_store(profile, "localization"),
-        seconds=True,
         progress=progress,
     )
-    return pd.concat([prompts[["kind"]].reset_index(drop=True), table], axis=1)
 
 
 def without_seconds(table: pd.DataFrame) -> pd.DataFrame:

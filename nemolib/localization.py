@@ -54,6 +54,7 @@ class Localization:
         reached: Whether the initial selection brought its score to the threshold; False as above.
         evaluations: UNet sample-evaluations of each algorithm, A1 to A4.
         seconds: Time of each algorithm.
+        lowest_score: Smallest score of a step of the initial selection, as far as it was evaluated; None as above.
         steps: Steps of the initial selection (not kept in a store).
         tests: Tests of the refinement (not kept in a store).
     """
@@ -71,6 +72,7 @@ class Localization:
     reached: bool = False
     evaluations: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    lowest_score: float | None = None
     steps: tuple[SelectionStep, ...] = field(default=(), repr=False)
     tests: tuple[RefinementTest, ...] = field(default=(), repr=False)
 
@@ -278,6 +280,7 @@ class PromptSearch:
             theta=initial.steps[-1].theta,
             k=initial.steps[-1].k,
             reached=initial.reached,
+            lowest_score=min(step.score for step in initial.steps),
             steps=initial.steps,
             tests=refined.tests,
             **self._common,
@@ -311,19 +314,48 @@ def localize_many(
     statistics: ActivationStatistics,
     *,
     threshold: float,
+    seconds: bool = False,
+    **settings: Any,
+) -> pd.DataFrame:
+    """Return the memorization neurons of many prompts as a table, one row per prompt; see `localize_each`.
+
+    Args:
+        pipe: A StableDiffusionPipeline.
+        prompts: The prompts, at least one.
+        statistics: Activation statistics of this model.
+        threshold: Memorization threshold tau, in (-1, 1].
+        seconds: Whether the table has columns for the time of each algorithm. They differ from run to run.
+        settings: All others of `localize_each`: gate, detection, similarity, search, protocol, store, progress.
+
+    Returns:
+        The table of `localization_table`, in the order of the prompts.
+
+    Raises:
+        ValueError: As `localize_each`.
+        FailedPrompts: As `localize_each`.
+    """
+    found = localize_each(pipe, prompts, statistics, threshold=threshold, **settings)
+    return localization_table(found, seconds=seconds)
+
+
+def localize_each(
+    pipe: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    statistics: ActivationStatistics,
+    *,
+    threshold: float,
     gate: float | None = None,
     detection: DetectionSettings | None = None,
     similarity: SimilaritySettings | None = None,
     search: SearchSettings | str | None = None,
     protocol: str | Protocol | None = None,
     store: Store | None = None,
-    seconds: bool = False,
     progress: bool = True,
-) -> pd.DataFrame:
-    """Return the memorization neurons of many prompts as a table, one row per prompt; see `localize`.
+) -> list[Localization]:
+    """Return the memorization neurons of many prompts, in their order; see `localize`.
 
     With a store, a prompt that is finished is never computed again: a run that was killed continues, and ends with the
-    table of an uninterrupted one. A record is used only for the same model, prompt, statistics, settings and code.
+    results of an uninterrupted one. A record is used only for the same model, prompt, statistics, settings and code.
 
     Args:
         pipe: A StableDiffusionPipeline.
@@ -336,11 +368,10 @@ def localize_many(
         search: Course of the search; ``"fast"`` or ``"sequential"`` change its method alone.
         protocol: `released` or `paper`, or a protocol of your own.
         store: Where finished prompts are kept; None keeps nothing.
-        seconds: Whether the table has columns for the time of each algorithm. They differ from run to run.
         progress: Whether to show a progress bar.
 
     Returns:
-        The table of `localization_table`, in the order of the prompts.
+        The localizations, as a store keeps them: without steps and tests.
 
     Raises:
         ValueError: A threshold is outside (-1, 1]; there are no prompts, or one is empty; the statistics are those of
@@ -373,7 +404,7 @@ def localize_many(
     )
     for (prompt,), record in computed:
         records[prompt] = record if store is None else store.put(keys[prompt], record)
-    return localization_table([Localization.from_record(records[prompt]) for prompt in prompts], seconds=seconds)
+    return [Localization.from_record(records[prompt]) for prompt in prompts]
 
 
 def _localizing(

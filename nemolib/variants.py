@@ -2,6 +2,7 @@
 
 The noise differences of a prompt do not depend on the thresholds; a lower one only goes further through the same steps of
 the initial selection; and refinements that start alike test the same sets. So each neuron set is evaluated once for all.
+Where a search is known already, the variants that would repeat it are not searched.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def localize_variants(
     search: SearchSettings | str | None = None,
     protocol: str | Protocol = "released",
     prompt: str = "",
+    known: Localization | None = None,
 ) -> dict[str, Localization]:
     """Return the memorization neurons of a prompt for each of several thresholds (Alg. 1 to 4).
 
@@ -73,23 +75,50 @@ def localize_variants(
         search: Course of the search, or its method; None as above.
         protocol: The protocol; the one that the step was made with.
         prompt: The prompt's text, for the result only.
+        known: What a search of this prompt with the same gate and settings found. A variant that would repeat it
+            (`repeats`) costs nothing.
 
     Returns:
-        For each variant what a search of its own finds. Evaluations and seconds are those that were not shared with a
-        variant of a higher threshold: their sum is what all of them cost.
+        For each variant what a search of its own finds. Evaluations and seconds are those that were not shared with the
+        known search or a variant of a higher threshold: their sum is what all of them cost.
 
     Raises:
         ValueError: Two variants have one name.
     """
     if len({variant.name for variant in variants}) < len(variants):
         raise ValueError(f"variants have the names {[variant.name for variant in variants]}; each needs its own")
-    run = PromptSearch(
-        step, embedding, statistics, gate=gate, similarity=similarity, search=search, protocol=protocol, prompt=prompt
-    )
+    found = {item.name: _free(known) for item in variants if known is not None and repeats(item, known)}
+    searched = [item for item in variants if item.name not in found]
+    if searched:
+        run = PromptSearch(
+            step, embedding, statistics, gate=gate, similarity=similarity, search=search, protocol=protocol, prompt=prompt
+        )
+        found |= _search(run, searched)
+    return {variant.name: found[variant.name] for variant in variants}
+
+
+def repeats(variant: Variant, known: Localization) -> bool:
+    """Return whether the search of a variant would be the one that is known, step by step.
+
+    So it is if nothing was searched, since no seed passed the gate. And if the initial selection tried all steps without
+    reaching its threshold, nor that of the variant: then both refinements must undercut the score that it ended with.
+
+    Args:
+        variant: The variant.
+        known: A localization with the same gate and settings.
+    """
+    if not known.memorized:
+        return True
+    tried_all = variant.top_k and not known.reached and known.lowest_score > variant.initial
+    return tried_all and known.initial_score >= variant.refinement
+
+
+def _search(run: PromptSearch, variants: Sequence[Variant]) -> dict[str, Localization]:
+    """Return what each variant finds in a search that they share."""
     if not run.seeds:
         # The first variant bears what the noise differences cost.
-        nothing, free = run.not_memorized(), run.costs_since(run.costs())
-        return {item.name: replace(nothing, **(free if place else {})) for place, item in enumerate(variants)}
+        nothing = run.not_memorized()
+        return {item.name: _free(nothing) if place else nothing for place, item in enumerate(variants)}
     found, selections, before = {}, {}, None
     for variant in sorted(variants, key=lambda item: (-item.initial, item.refinement)):
         start = (variant.initial, variant.top_k)
@@ -99,4 +128,10 @@ def localize_variants(
         complete = run.found(initial, run.refine(initial, variant.refinement))
         found[variant.name] = complete if before is None else replace(complete, **run.costs_since(before))
         before = run.costs()
-    return {variant.name: found[variant.name] for variant in variants}
+    return found
+
+
+def _free(localization: Localization) -> Localization:
+    """Return a localization that cost nothing, since another one has paid."""
+    evaluations, seconds = (dict.fromkeys(costs, 0) for costs in (localization.evaluations, localization.seconds))
+    return replace(localization, evaluations=evaluations, seconds=seconds)

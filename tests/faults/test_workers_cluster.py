@@ -13,11 +13,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from nemolib import experiments, holdout, localization, paths, workers
+from nemolib import experiments_ablations as ablations
 from nemolib import experiments_localization as search
 from nemolib.hooks import deactivate
+from nemolib.mitigation import wen_target
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import load_pipeline
 from nemolib.profiles import profile_from_mapping
+from nemolib.settings import WenSettings
 from nemolib.store import Store
 from nemolib.workers import FailedPrompts, WorkersError, map_prompts
 from tests.random_pipeline import random_pipeline
@@ -132,6 +135,15 @@ def library(pipe, profile):
     return holdout.holdout_scores(pipe, CAPTIONS["unmemorized"], progress=False)
 
 
+def target(pipe, profile):
+    return np.array(wen_target(pipe, CAPTIONS["unmemorized"], settings=WenSettings(latents=64), progress=False))
+
+
+def variants(pipe, profile):
+    levels = ablations.threshold_levels(pipe, profile, progress=False)
+    return ablations.ablated(pipe, profile, ablations.compared_prompts(profile), levels, progress=False)
+
+
 def assert_same(ours, theirs):
     if isinstance(ours, pd.DataFrame):
         pd.testing.assert_frame_equal(ours, theirs, check_exact=True)
@@ -139,7 +151,7 @@ def assert_same(ours, theirs):
         assert np.array_equal(ours, theirs)
 
 
-STAGES = (statistics, threshold, scores, localizations, images, deactivated, library)
+STAGES = (statistics, threshold, scores, localizations, images, deactivated, library, target, variants)
 
 
 @pytest.mark.parametrize("stage", STAGES)

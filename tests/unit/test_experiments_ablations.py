@@ -22,7 +22,7 @@ from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed, load_pipeline
 from nemolib.profiles import profile_from_mapping
 from nemolib.settings import DetectionSettings, SearchSettings, SimilaritySettings
-from nemolib.variants import Variant, localize_variants
+from nemolib.variants import Variant, localize_variants, repeats
 from tests.random_world import amplify, build_in, write_encoders, write_prompts
 
 VM, TM = ["a tree", "the sea"], ["old map", "red owl card"]
@@ -113,7 +113,7 @@ def step(random_pipe):
     return first_step(random_pipe, settings=DetectionSettings(samples=3), protocol="paper")
 
 
-def localized(pipe, statistics, prompt, *, step, method="fast", chosen=None, gate=-0.9):
+def localized(pipe, statistics, prompt, *, step, method="fast", chosen=None, gate=-0.9, known=None):
     variants = chosen or [
         Variant("low", LOW, LOW),
         Variant("both", LOW, HIGH),
@@ -121,7 +121,7 @@ def localized(pipe, statistics, prompt, *, step, method="fast", chosen=None, gat
         Variant("high", HIGH, HIGH),
         Variant("no top-k", HIGH, HIGH, top_k=False),
     ]
-    options = {"similarity": SIMILARITY, "protocol": "paper", "prompt": prompt}
+    options = {"similarity": SIMILARITY, "protocol": "paper", "prompt": prompt, "known": known}
     searched = dataclasses.replace(SEARCH, method=method)
     return localize_variants(step, embed(pipe, [prompt]), statistics, variants, gate=gate, search=searched, **options)
 
@@ -193,6 +193,44 @@ def test_a_closed_gate_leaves_nothing_to_search(random_pipe, statistics, step):
     assert [len(item.neurons) + len(item.initial) for item in found.values()] == [0] * 5
     assert not any(item.memorized for item in found.values())
     assert [sum(item.evaluations.values()) for item in found.values()] == [3, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("method", ["fast", "sequential"])
+def test_a_search_that_is_known_is_not_repeated(random_pipe, statistics, step, method):
+    given = {"step": step, "method": method}
+    default = Variant("default", UNREACHED, UNREACHED)
+    known = localized(random_pipe, statistics, "red fox card", chosen=[default], **given)["default"]
+    assert not known.reached
+    # A threshold between that of the default and all scores is not reached either.
+    other = Variant("other", (UNREACHED + known.lowest_score) / 2, known.initial_score)
+    alone = localized(random_pipe, statistics, "red fox card", chosen=[other], **given)["other"]
+    free = localized(random_pipe, statistics, "red fox card", chosen=[other], known=known, **given)["other"]
+    assert sum(alone.evaluations.values()) > 0
+    assert sum(free.evaluations.values()) == sum(free.seconds.values()) == 0
+    for name in ("memorized", "seeds", "initial", "neurons", "initial_score", "theta", "k", "reached"):
+        assert getattr(free, name) == getattr(alone, name)
+    if method == "sequential":
+        assert free.refined_score == alone.refined_score
+
+
+def test_a_search_that_would_go_another_way_is_made(random_pipe, statistics, step):
+    default = Variant("default", UNREACHED, UNREACHED)
+    known = localized(random_pipe, statistics, "red fox card", step=step, chosen=[default])["default"]
+    within = (UNREACHED + known.lowest_score) / 2
+    assert repeats(Variant("a", within, within), known)
+    assert not repeats(Variant("a", within, within, top_k=False), known)
+    assert not repeats(Variant("a", known.lowest_score, known.lowest_score), known)
+    assert not repeats(Variant("a", within, known.initial_score + 1e-6), known)
+    assert not repeats(Variant("a", within, within), dataclasses.replace(known, reached=True))
+    # Without seeds there is nothing to search, whatever the thresholds.
+    assert repeats(Variant("a", 0.999, 0.999, top_k=False), dataclasses.replace(known, memorized=False))
+
+
+def test_a_gate_that_is_known_to_be_closed_costs_nothing(random_pipe, statistics, step):
+    closed = localized(random_pipe, statistics, "red fox card", step=step, gate=0.99)["low"]
+    found = localized(random_pipe, statistics, "red fox card", step=step, gate=0.99, known=closed)
+    assert not any(item.memorized for item in found.values())
+    assert [sum(item.evaluations.values()) for item in found.values()] == [0] * 5
 
 
 def test_impossible_variants_are_refused(random_pipe, statistics, step):

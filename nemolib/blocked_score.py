@@ -20,6 +20,9 @@ from nemolib.reuse import BlockReuse
 from nemolib.settings import SimilaritySettings
 from nemolib.similarity import similarity
 
+_PORTIONS = (1, 2)
+"""How many seeds are evaluated at first, and next, where one above a limit answers for all; then all others are."""
+
 _CHUNKS = 3
 """Groups of seeds for which the first blocks of the UNet are kept: the leading seeds, the newest of them, the others."""
 
@@ -67,7 +70,7 @@ class BlockedScore:
         self._grouped = protocol.similarity == "ms_ssim"
         self._others = unblocked
         self._reuse: dict[tuple[int, ...], BlockReuse] | None = {} if reuse else None
-        self._lead = 0
+        self._order = list(range(len(self._seeds)))
 
     def __call__(self, neurons: NeuronSet) -> float:
         """Return the score of a neuron set."""
@@ -90,44 +93,48 @@ class BlockedScore:
     def screen(self, neurons: NeuronSet, *, limit: float) -> float:
         """Return the score of a neuron set, or only a similarity that shows that it is above a limit.
 
-        The seed that was the most similar the last time is evaluated first. If it is above the limit, so is the score,
-        and the other seeds are not evaluated.
+        Seeds that were the most similar the last time are evaluated first: one, then two more, then all others. As soon
+        as one is above the limit, so is the score, and the rest is not evaluated.
 
         Args:
             neurons: The set.
             limit: Any value above it will do.
         """
-        margin = _GROUP_MARGIN if self._grouped else 0.0
-        if neurons not in self._known:
-            first = self.of_seeds(neurons, [self._lead], limit=limit + margin)
-            if first > limit + margin:
-                return first
-        score = self(neurons)
-        self._lead = self.ranking(neurons)[0]
-        return score
+        limit += _GROUP_MARGIN if self._grouped else 0.0
+        for number in (*_PORTIONS, len(self._seeds)):
+            known = self._values.get(neurons, {})
+            if neurons in self._known or max(known.values(), default=limit) > limit:
+                break
+            self._evaluate(neurons, [place for place in self._order if place not in known][:number])
+        ranked = self.ranking(neurons)
+        leading = ranked if neurons in self._known else ranked[:1]
+        self._order = [*leading, *(place for place in self._order if place not in leading)]
+        return self._values[neurons][ranked[0]]
 
     def of_seeds(self, neurons: NeuronSet, places: Sequence[int], *, limit: float = 1.0) -> float:
-        """Return the largest similarity of some of the kept seeds.
+        """Return the largest similarity of some of the kept seeds, or only one that is above a limit.
 
         Args:
             neurons: The set.
-            places: Positions among the kept seeds.
-            limit: Seeds are not evaluated if one of them is known to be above it.
+            places: Positions among the kept seeds; they are evaluated one after the other.
+            limit: Any value above it will do: the seeds after it are not evaluated.
 
         Returns:
             The similarity. With a multi-scale similarity, which depends a little on all seeds of a call (see
             `nemolib.similarity`), seeds that are not evaluated stand in with what they gave for another set.
         """
-        known = [value for place, value in self._values.get(neurons, {}).items() if place in places]
-        if not known or max(known) <= limit:
-            self._evaluate(neurons, places)
-            known = [self._values[neurons][place] for place in places]
+        values = self._values.get(neurons, {})
+        known = [values[place] for place in places if place in values]
+        for place in places:
+            if known and max(known) > limit:
+                break
+            self._evaluate(neurons, [place])
+            known.append(self._values[neurons][place])
         return max(known)
 
     def ranking(self, neurons: NeuronSet) -> list[int]:
-        """Return the positions of the kept seeds, the most similar first."""
-        self(neurons)
-        values = self._values[neurons]
+        """Return the positions of the kept seeds for which a set was evaluated, the most similar first."""
+        values = self._values.get(neurons, {})
         return sorted(values, key=lambda place: (-values[place], place))
 
     def _evaluate(self, neurons: NeuronSet, places: Sequence[int]) -> None:

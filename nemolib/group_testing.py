@@ -11,6 +11,7 @@ needed neurons seen so far, and a layer that failed its own test is known to hol
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -96,13 +97,13 @@ def refine_by_leading_seeds(
     """Return the neurons that are needed to keep a score below the threshold (Alg. 4), tested in groups on few seeds.
 
     The score is a maximum over seeds, and a few of them lead it. `refine_fast` runs on the leading seed alone; the set
-    that it ends with is evaluated for all seeds. If another seed is not below the threshold, it joins the leading ones
-    and the search is repeated: what was evaluated is not evaluated again, so that the repetition costs one seed for
-    each accepted set, up to the first decision that changes. After three rounds all seeds take part.
+    that it ends with is evaluated for the others. If one of them is not below the threshold, it joins the leading ones
+    and the search is repeated: bisection finds the first accepted set that fails for the new seed, and up to there
+    nothing is evaluated again. After three rounds all seeds take part.
 
     As with `refine_fast`, the result scores below the threshold if the candidates do, and is that of the sequential
-    search for a score that is monotone for each seed: what fails for one seed fails for all, and the accepted sets
-    contain the last one, which passed for all seeds.
+    search for a score that is monotone for each seed: what fails for one seed fails for all; an accepted set contains
+    the later ones, so that it passes for a seed for which one of them does; and the last one passed for all seeds.
 
     Source: Sec. 3.3, Alg. 4.
     Deviates: as `refine_fast`; and sets are rejected on few seeds, without their score over all.
@@ -118,15 +119,45 @@ def refine_by_leading_seeds(
     """
     start = NeuronSet(tuple(map(tuple, entries)))
     initial_score, leading = score(start), score.ranking(start)[:1]
+    accepted: list[NeuronSet] = []
     for _ in range(_ROUNDS):
-        ask = partial(score.of_seeds, places=tuple(leading), limit=threshold)
+        ask = _Asked(score, leading, threshold=threshold, passing=accepted)
         found = refine(entries, ask, threshold=threshold, initial_score=initial_score)
-        final = score(found.neurons)
-        others = [place for place in score.ranking(found.neurons) if place not in leading]
-        if final < threshold or found.neurons == start or not others:
+        final = initial_score if found.neurons == start else score.screen(found.neurons, limit=threshold)
+        if final < threshold or found.neurons == start:
             return Refinement(found.neurons, final, found.tests)
-        leading.append(others[0])
-    return refine(entries, score, threshold=threshold, initial_score=initial_score)
+        newest = score.ranking(found.neurons)[0]
+        if newest in leading:
+            # It passed for a later set, and was taken for monotone.
+            break
+        first = bisect_left(ask.accepted, True, key=lambda neurons: score.of_seeds(neurons, [newest]) >= threshold)
+        leading, accepted = [newest, *leading], ask.accepted[:first]
+    everywhere = partial(score.screen, limit=threshold)
+    return refine(entries, everywhere, threshold=threshold, initial_score=initial_score)
+
+
+class _Asked:
+    """The largest similarity of the leading seeds, and the sets that it accepted, in order.
+
+    Args:
+        score: The score of the prompt.
+        leading: Positions of the leading seeds, the newest first.
+        threshold: Score that must be undercut; what does not is known by one seed.
+        passing: Sets that pass for the newest seed too, without being evaluated for it.
+    """
+
+    def __init__(
+        self, score: BlockedScore, leading: Sequence[int], *, threshold: float, passing: Sequence[NeuronSet]
+    ) -> None:
+        self.accepted: list[NeuronSet] = []
+        self._score, self._leading, self._threshold, self._passing = score, leading, threshold, frozenset(passing)
+
+    def __call__(self, neurons: NeuronSet) -> float:
+        seeds = self._score.ranking(neurons)[:1] if neurons in self._passing else self._leading
+        found = self._score.of_seeds(neurons, seeds, limit=self._threshold)
+        if found < self._threshold:
+            self.accepted.append(neurons)
+        return found
 
 
 def _last_places(state: RefinementState, places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

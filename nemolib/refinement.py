@@ -9,6 +9,10 @@ from nemolib.neurons import NeuronSet
 from nemolib.selection import Score
 
 
+_ROUNDING = 1e-3
+"""A fall of a similarity that may come from rounding, in half precision."""
+
+
 @dataclass(frozen=True, slots=True)
 class RefinementTest:
     """One test of the refinement.
@@ -84,7 +88,8 @@ class RefinementState:
         score: Its score.
         tests: The tests so far.
         evaluations: How often the score was asked.
-        fallen: By how much the score fell, in all, when neurons were reactivated; 0 for a monotone score.
+        fallen: By how much the score fell, in all, when neurons were reactivated; 0 for a monotone score, and for one
+            that differs from it by rounding.
     """
 
     def __init__(
@@ -147,7 +152,8 @@ class RefinementState:
         removed = score < self._threshold
         self.tests.append(RefinementTest(layer, neuron, score, removed, group))
         if removed:
-            self.fallen += max(0.0, self.score - score)
+            fall = self.score - score
+            self.fallen += fall if fall > _ROUNDING else 0.0
             self.entries, self.neurons, self.score = trial, neurons, score
         else:
             self._failures.add(neurons)

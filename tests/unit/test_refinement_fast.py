@@ -211,10 +211,22 @@ class SeedScores:
         return max(self.value(neurons, place) for place in range(len(self.functions)))
 
     def of_seeds(self, neurons, places, *, limit=1.0):
-        return max(self.value(neurons, place) for place in places)
+        known = [self.asked[neurons, place] for place in places if (neurons, place) in self.asked]
+        for place in places:
+            if known and max(known) > limit:
+                break
+            known.append(self.value(neurons, place))
+        return max(known)
+
+    def screen(self, neurons, *, limit):
+        for place in range(len(self.functions)):
+            if self.value(neurons, place) > limit:
+                return self.value(neurons, place)
+        return self(neurons)
 
     def ranking(self, neurons):
-        return sorted(range(len(self.functions)), key=lambda place: -self.value(neurons, place))
+        asked = [place for place in range(len(self.functions)) if (neurons, place) in self.asked]
+        return sorted(asked, key=lambda place: -self.value(neurons, place))
 
 
 @settings(max_examples=100, deadline=None)
@@ -235,6 +247,34 @@ def test_leading_seeds_end_below_the_threshold_of_all(entries, seeds, salt, thre
     found = refine_by_leading_seeds(entries, score, threshold=threshold)
     assert found.score == score(found.neurons)
     assert found.score < threshold or (found.score == start and found.neurons == NeuronSet(entries))
+
+
+@settings(max_examples=50, deadline=None)
+@given(entry_lists, st.lists(monotone_scores(), min_size=2, max_size=4), st.integers(0, 10**6), st.floats(0, 1))
+def test_leading_seeds_that_are_nearly_monotone_end_below_the_threshold_of_all(entries, makes, salt, threshold):
+    smooth = [make(entries) for make in makes]
+    rough = [lambda neurons, i=i, f=f: f(neurons) + 0.2 * noise(neurons, (salt, i)) for i, f in enumerate(smooth)]
+    score = SeedScores(rough)
+    start = score(NeuronSet(entries))
+    found = refine_by_leading_seeds(entries, score, threshold=threshold)
+    assert found.score == score(found.neurons)
+    assert found.score < threshold or (found.score == start and found.neurons == NeuronSet(entries))
+
+
+def test_a_new_leading_seed_is_not_evaluated_where_it_is_known_to_pass():
+    # Each seed needs a neuron of its own; that of the seed that joins is tested last.
+    entries = [list(range(40))[::-1]]
+    needed = [(0, 20), (0, 0)]
+    functions = [lambda neurons, pair=pair: 0.9 - 0.6 * (pair in neurons) - 0.1 * (pair[1] == 0) for pair in needed]
+    score = SeedScores(functions)
+    found = refine_by_leading_seeds(entries, score, threshold=0.5)
+    assert found.neurons == NeuronSet.of(needed, layers=1)
+    accepted = [neurons for (neurons, place), value in score.asked.items() if place == 0 and value < 0.5]
+    larger = [neurons for neurons in accepted if (0, 0) in neurons]
+    asked = [neurons for neurons, place in score.asked if place == 1 and neurons in larger]
+    # All candidates, the end, and what bisection asked of those in between.
+    assert len(larger) > 5
+    assert len(asked) <= 2 + len(accepted).bit_length()
 
 
 def test_one_leading_seed_costs_little_more_than_one_seed():

@@ -121,7 +121,9 @@ class ReleasedScore:
 
     def __call__(self, neurons: NeuronSet) -> float:
         """Return the largest similarity over the kept seeds."""
-        return max(self._similarities(neurons, range(len(self.seeds))))
+        values = self._similarities(neurons, range(len(self.seeds)))
+        self._known |= {(neurons, place): value for place, value in enumerate(values)}
+        return max(values)
 
     def of_seeds(self, neurons: NeuronSet, places: Sequence[int], *, limit: float = 1.0) -> float:
         """Return the largest similarity of some kept seeds, those that are not known evaluated."""
@@ -132,10 +134,14 @@ class ReleasedScore:
         self._known |= zip([(neurons, p) for p in missing], self._similarities(neurons, missing), strict=True)
         return max(self._known[neurons, place] for place in places)
 
+    def screen(self, neurons: NeuronSet, *, limit: float) -> float:
+        """Return the largest similarity over the kept seeds, or only one that is above a limit."""
+        return self.of_seeds(neurons, range(len(self.seeds)), limit=limit)
+
     def ranking(self, neurons: NeuronSet) -> list[int]:
-        """Return the places of the kept seeds, the most similar first."""
-        self.of_seeds(neurons, range(len(self.seeds)))
-        return sorted(range(len(self.seeds)), key=lambda place: -self._known[neurons, place])
+        """Return the places of the seeds for which a set was evaluated, the most similar first."""
+        known = [place for place in range(len(self.seeds)) if (neurons, place) in self._known]
+        return sorted(known, key=lambda place: -self._known[neurons, place])
 
     def unblocked(self) -> None:
         """Compute the noise differences with all neurons active again, as the release does before refining."""
@@ -410,7 +416,7 @@ def batch_sizes(pipe: Any, world: Profile) -> pd.DataFrame:
 def replay(run: pd.DataFrame, kinds: dict[str, str], seeds: dict[str, float]) -> pd.DataFrame:
     """Return the costs of recorded searches under a monotone model of the score.
 
-    The model falls by a hair whenever a neuron that is not needed is reactivated, as the score of a real model does, so
+    The model falls a little whenever a neuron that is not needed is reactivated, as the score of a real model does, so
     that the clean-up of the fast search takes place and is counted.
 
     Args:
@@ -432,7 +438,7 @@ def replay(run: pd.DataFrame, kinds: dict[str, str], seeds: dict[str, float]) ->
         total = len(item.initial)
 
         def score(neurons: NeuronSet, required: set = required, total: int = total) -> float:
-            return 0.4 + 1e-6 * len(neurons) / max(1, total) if required <= set(neurons) else 1.0
+            return 0.4 + 0.09 * len(neurons) / max(1, total) if required <= set(neurons) else 1.0
 
         slow, sequential = _counted(refine_sequential, item.entries, score)
         found, fast = _counted(refine_fast, item.entries, score)
@@ -498,6 +504,23 @@ def summary(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     medians["sequential / fast (totals)"] = totals["sequential_samples"] / totals["fast_samples"]
     medians.insert(0, "prompts", grouped.size())
     return medians.T
+
+
+def ratio_table(result: dict[str, Any]) -> str:
+    """Return the ratios of ``search.json`` as a table in Markdown, as in the README."""
+    worlds = {"tiny": "tiny world", "replay": "replay of recorded searches, SD v1-4"}
+    quantities = {
+        "release_over_fast": "evaluations, release / fast",
+        "sequential_over_fast": "evaluations, sequential / fast",
+        "size_ratio": "neurons found, fast / sequential",
+    }
+    rows = [
+        {"": f"{worlds[world]}: {text}"} | {kind.upper(): f"{result[world][kind][name]:.1f}" for kind in MEMORIZED}
+        for world in worlds
+        if world in result
+        for name, text in quantities.items()
+    ]
+    return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True, colalign=("left", "right", "right"))
 
 
 def _show(title: str, table: pd.DataFrame) -> None:
@@ -569,6 +592,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _show("Replay of recorded searches, medians over prompts", shown)
         result["replay"] = ratios(table)
         details |= {"replay": _plain(table), "replay_summary": _plain(shown)}
+    print(f"\nMedians over prompts\n{ratio_table(result)}")
     write_atomic(options.output, json.dumps(result | {"details": details}, indent=2) + "\n")
     print(f"\nwritten: {options.output}")
 

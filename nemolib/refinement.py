@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from nemolib.neurons import NeuronSet
 from nemolib.selection import Score
 
-
 _ROUNDING = 1e-3
 """A fall of a similarity that may come from rounding, in half precision."""
 

@@ -91,7 +91,14 @@ def localize_variants(
     searched = [item for item in variants if item.name not in found]
     if searched:
         run = PromptSearch(
-            step, embedding, statistics, gate=gate, similarity=similarity, search=search, protocol=protocol, prompt=prompt
+            step,
+            embedding,
+            statistics,
+            gate=gate,
+            similarity=similarity,
+            search=search,
+            protocol=protocol,
+            prompt=prompt,
         )
         found |= _search(run, searched)
     return {variant.name: found[variant.name] for variant in variants}

@@ -160,3 +160,11 @@ def test_holdout_writes_its_table(monkeypatch, tmp_path, capsys):
     written = json.loads((tmp_path / "holdout.json").read_text())["statistics"]
     assert [(item["prompts"], item["ms_per_prompt"]) for item in written] == [(100, 20.0), (200, 10.0)]
     assert "ms_per_prompt" in capsys.readouterr().out
+
+
+def test_the_readme_has_the_ratios_that_were_measured(search):
+    measured = json.loads((paths.ROOT / "benchmarks" / "search.json").read_text(encoding="utf-8"))
+    assert search.ratio_table(measured) in (paths.ROOT / "README.md").read_text(encoding="utf-8")
+    for world in measured.values():
+        assert set(world) == {"vm", "tm"}
+        assert all(set(row) == {"release_over_fast", "sequential_over_fast", "size_ratio"} for row in world.values())

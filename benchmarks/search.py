@@ -13,6 +13,8 @@ The replay takes recorded searches (the candidates and the neurons that refineme
 model of the score: below the threshold if and only if all refined neurons are deactivated. How many sets a search
 evaluates then follows exactly. How many *seeds* the fast search evaluates for a set is not recorded; the replay takes
 what the tiny world needed in the same run (a mean), and shows beside it the ratio if it evaluated all ten.
+
+The file ``search.json`` beside this one has the ratios of a run with all prompts and the replay; the README shows them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Drawing the weights of a new model: a billion of them in a second, since they mean nothing."""
+"""Drawing the weights of a new model: a billion of them in seconds, since they mean nothing."""
 
 from __future__ import annotations
 

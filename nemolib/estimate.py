@@ -198,7 +198,9 @@ def stages(profile: Profile | str, counts: Counts | None = None) -> list[Stage]:
         Stage("ablations, localization", ablated, ABLATED_SEARCHES * ablated_search),
         Stage("ablations, images", ablated, ABLATED_IMAGES * image),
         Stage("image quality", quality, (1 + BLOCKED_SETS) * image_evaluations(profile, samples=samples)),
-        Stage("outputs of blocks", blocks, (1 + BLOCKED_SETS) * _at_most(extent.block_seeds, profile.detection.samples)),
+        Stage(
+            "outputs of blocks", blocks, (1 + BLOCKED_SETS) * _at_most(extent.block_seeds, profile.detection.samples)
+        ),
         Stage("layers switched off", layers, (1 + SWITCHED_LAYERS) * layer_image),
     ]
 

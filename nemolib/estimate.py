@@ -51,6 +51,9 @@ factors, and three pairs of thresholds."""
 BLOCKED_SETS = 12
 """Neuron sets of Fig. 5a, 8 and Table 3: four numbers of frequent neurons, and of random others in two draws."""
 
+BLOCKED_SEEDS = 3
+"""Latents of Table 3."""
+
 SWITCHED_LAYERS = 16 + 16 + 16
 """Layers that Fig. 16 to 20 switch off in Stable Diffusion: values, keys, and convolutions of the down blocks."""
 
@@ -198,9 +201,7 @@ def stages(profile: Profile | str, counts: Counts | None = None) -> list[Stage]:
         Stage("ablations, localization", ablated, ABLATED_SEARCHES * ablated_search),
         Stage("ablations, images", ablated, ABLATED_IMAGES * image),
         Stage("image quality", quality, (1 + BLOCKED_SETS) * image_evaluations(profile, samples=samples)),
-        Stage(
-            "outputs of blocks", blocks, (1 + BLOCKED_SETS) * _at_most(extent.block_seeds, profile.detection.samples)
-        ),
+        Stage("outputs of blocks", blocks, (1 + BLOCKED_SETS) * min(BLOCKED_SEEDS, profile.detection.samples)),
         Stage("layers switched off", layers, (1 + SWITCHED_LAYERS) * layer_image),
     ]
 

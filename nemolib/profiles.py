@@ -73,7 +73,6 @@ class Extent:
         ablated: VM and as many TM prompts of Table 4, and of Fig. 5b, 14 and 15.
         layers: VM prompts of Fig. 16 to 20.
         blocks: prompts of Table 3.
-        block_seeds: seeds of each of them.
         quality: prompts of Fig. 5a and 8.
         quality_samples: images of each of them; None: as many as are generated anyway.
     """
@@ -84,7 +83,6 @@ class Extent:
     ablated: int | None = None
     layers: int | None = None
     blocks: int | None = None
-    block_seeds: int | None = None
     quality: int | None = None
     quality_samples: int | None = None
 
@@ -237,7 +235,6 @@ _RANGES: dict[str, tuple[float, float]] = {
     "extent.ablated": (1, math.inf),
     "extent.layers": (1, math.inf),
     "extent.blocks": (0, math.inf),
-    "extent.block_seeds": (1, math.inf),
     "extent.quality": (0, math.inf),
     "extent.quality_samples": (1, math.inf),
     "holdout_size": (2, math.inf),

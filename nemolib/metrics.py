@@ -1,12 +1,12 @@
-"""The metrics of Table 1 and of image quality: pure functions of feature matrices.
+"""The metrics: pure functions of feature matrices (Table 1, image quality) and of scores (detection).
 
 Features are NumPy arrays or tensors on the CPU (`nemolib.encoders`); everything is computed and returned as float64 NumPy
 arrays, axes prompt, seed, feature. Each similarity function returns one value per seed or pair of seeds, `over_seeds`
-makes one value per prompt of them, `summarize` one per table cell.
+makes one value per prompt of them, `summary_table` one row per table cell.
 
 What the median of an even number of values is: NumPy, pandas and the usual definition take the *midpoint* of the two
 values in the middle, and so do all tables here. The authors' code takes torch's median, the *lower* of the two (the 5th
-of 10 seeds, and the same over prompts), which reads a little lower. ``median="lower"`` gives the authors' numbers.
+of 10 seeds, and the same over prompts), which reads a little lower. ``median_over(..., median="lower")`` is theirs.
 
 SSCD_Orig has two readings, and the authors' code prints both: median or largest similarity over the seeds of a prompt.
 Tables show the median, since the paper's must be that: its 0.04 for TM prompts lies below the median of the authors'
@@ -16,21 +16,23 @@ own maxima (0.125). The maximum belongs to the split of prompts (VM: above 0.7) 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
-Median = Literal["midpoint", "lower"]
-Reduction = Literal["median", "max", "mean"]
-
 MEMORIZED_ABOVE = 0.7
-"""Copy similarity above which an image counts as a copy (App. C.1)."""
+"""Copy similarity above which an image counts as a copy (App. C.1); it is SSCD's, another descriptor has another scale."""
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 """Number and size of the subsets of KID in clean-fid."""
+
+_ENDS = (0.025, 0.975)
+"""Quantiles at the ends of a bootstrap interval (95 %)."""
+
+
+# Similarities of images and texts
 
 
 def sscd_orig(generated: Any, originals: Any) -> np.ndarray:
@@ -49,7 +51,8 @@ def sscd_orig(generated: Any, originals: Any) -> np.ndarray:
         ValueError: Shapes do not belong together, or features are not of unit norm.
     """
     generated, originals = _features(generated, 3), _features(originals, 2)
-    _same(generated, originals, generated.shape[::2], originals.shape)
+    if generated.shape[::2] != originals.shape:
+        raise ValueError(_apart(generated, originals))
     return np.einsum("psf,pf->ps", generated, originals)
 
 
@@ -69,7 +72,8 @@ def sscd_gen(generated: Any, reference: Any) -> np.ndarray:
         ValueError: Shapes differ, or features are not of unit norm.
     """
     generated, reference = _features(generated, 3), _features(reference, 3)
-    _same(generated, reference, generated.shape, reference.shape)
+    if generated.shape != reference.shape:
+        raise ValueError(_apart(generated, reference))
     return np.einsum("psf,psf->ps", generated, reference)
 
 
@@ -110,43 +114,40 @@ def a_clip(images: Any, texts: Any) -> np.ndarray:
     return sscd_orig(images, texts)
 
 
-def over_seeds(values: Any, reduction: Reduction = "median", *, median: Median = "midpoint") -> np.ndarray:
-    """Return one value per prompt from those of its seeds or pairs.
+# Over seeds and prompts
 
-    Args:
-        values: Values [prompt, seed] or [prompt, pair].
-        reduction: ``median`` (as in the paper's tables), ``max`` or ``mean``.
-        median: Definition of the median, see the module's text.
 
-    Returns:
-        Values [prompt]; NaN for a prompt that has a missing value, or no value at all (pairs of one seed).
+def over_seeds(values: Any, reduction: Literal["median", "max"] = "median") -> np.ndarray:
+    """Return one value per prompt, [prompt], from those of its seeds or pairs, [prompt, seed]: median or largest.
+
+    A prompt that has a missing value, or no value at all (pairs of one seed), has NaN.
 
     Raises:
-        ValueError: The values have another shape, or a word is unknown.
+        ValueError: The values have another shape, or the reduction is unknown.
     """
     values = _array(values)
     if values.ndim != 2:
         raise ValueError(f"values of shape {list(values.shape)}; expected [prompt, seed]")
-    _known(reduction, Reduction, "reduction")
+    if reduction not in ("median", "max"):
+        raise ValueError(f"reduction is {reduction!r}; it must be one of median, max")
     if not values.shape[1]:
         return np.full(len(values), np.nan)
-    if reduction == "median":
-        return median_over(values, median=median)
-    return values.max(axis=1) if reduction == "max" else values.mean(axis=1)
+    return median_over(values) if reduction == "median" else values.max(axis=1)
 
 
-def median_over(values: Any, *, median: Median = "midpoint") -> np.ndarray:
-    """Return the median over the last axis; NaN where a value is missing.
+def median_over(values: Any, *, median: Literal["midpoint", "lower"] = "midpoint") -> np.ndarray:
+    """Return the median over the last axis of values [..., item]; NaN where a value is missing.
 
     Args:
-        values: Values [..., item], at least one item.
+        values: Values, at least one item.
         median: ``midpoint`` of the two values in the middle, or the ``lower`` of them, as torch does it.
 
     Raises:
         ValueError: There is no item, or the definition is unknown.
     """
     values = _array(values)
-    _known(median, Median, "median")
+    if median not in ("midpoint", "lower"):
+        raise ValueError(f"median is {median!r}; it must be one of midpoint, lower")
     if not values.ndim or not values.shape[-1]:
         raise ValueError("a median needs at least one value")
     if median == "midpoint":
@@ -155,23 +156,76 @@ def median_over(values: Any, *, median: Median = "midpoint") -> np.ndarray:
     return np.where(np.isnan(values).any(axis=-1), np.nan, lower)
 
 
-def memorization_rate(largest: Any, *, threshold: float = MEMORIZED_ABOVE) -> float:
-    """Return the share of prompts that give a copy: whose SSCD_Orig is above a threshold.
+def median_mad(values: Any) -> tuple[float, float]:
+    """Return median and median absolute deviation of values [prompt]; missing values are left out.
 
-    Source: App. C.1 (the rule that splits VM from TM prompts: largest similarity of 10 images above 0.7).
-
-    Args:
-        largest: SSCD_Orig [prompt], of `over_seeds` with reduction ``max``; missing values (no training image) are left
-            out.
-        threshold: Similarity above which an image is a copy. It belongs to SSCD: another descriptor has another scale.
-
-    Returns:
-        Share, in [0, 1].
+    Source: Sec. 4 (all metrics of the paper are given so).
+    Deviates: the authors' code takes the lower of the two values in the middle, both times.
 
     Raises:
         ValueError: There is no value.
     """
-    return float((_present(largest) > threshold).mean())
+    values = _present(values)
+    middle = median_over(values)
+    return float(middle), float(median_over(np.abs(values - middle)))
+
+
+def bootstrap_interval(values: Any, *, resamples: int = 2000) -> tuple[float, float]:
+    """Return the ends of a 95 % bootstrap interval of the median: what other prompts of the kind might have given.
+
+    Args:
+        values: Values [prompt]; missing ones are left out.
+        resamples: How often the prompts are drawn anew, with replacement.
+
+    Raises:
+        ValueError: There is no value.
+    """
+    values = _present(values)
+    draws = np.random.default_rng(0).choice(values, (resamples, len(values)))
+    low, high = np.quantile(median_over(draws), _ENDS)
+    return float(low), float(high)
+
+
+def summary_table(
+    table: pd.DataFrame, quantities: Sequence[str], *, by: Sequence[str], resamples: int = 2000
+) -> pd.DataFrame:
+    """Return median, median absolute deviation and interval of several quantities for each group of prompts.
+
+    Args:
+        table: One row per prompt.
+        quantities: Columns to summarize.
+        by: Columns that name the group; groups keep the order of the table.
+        resamples: Resamples of `bootstrap_interval`.
+
+    Returns:
+        Columns of ``by``, quantity, prompts (with a value), median, mad, low, high; the numbers of a group without any
+        value are missing.
+    """
+    rows = []
+    for group, part in table.groupby(list(by), sort=False):
+        for name in quantities:
+            values, numbers = part[name].dropna(), (np.nan,) * 4
+            if len(values):
+                numbers = (*median_mad(values), *bootstrap_interval(values, resamples=resamples))
+            rows.append((*group, name, len(values), *numbers))
+    return pd.DataFrame(rows, columns=[*by, "quantity", "prompts", "median", "mad", "low", "high"])
+
+
+def memorization_rate(largest: Any) -> float:
+    """Return the share of prompts that give a copy: whose SSCD_Orig is above `MEMORIZED_ABOVE`.
+
+    Source: App. C.1 (the rule that splits VM from TM prompts: largest similarity of 10 images above 0.7).
+
+    Args:
+        largest: SSCD_Orig [prompt], largest over seeds; missing values (no training image) are left out.
+
+    Raises:
+        ValueError: There is no value.
+    """
+    return float((_present(largest) > MEMORIZED_ABOVE).mean())
+
+
+# Image quality
 
 
 def fid(real: Any, generated: Any) -> float:
@@ -193,17 +247,13 @@ def fid(real: Any, generated: Any) -> float:
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    real, generated = _two_sets(real, generated, least=2)
-    metric = FrechetInceptionDistance(feature=_as_it_is(real.shape[1])).set_dtype(real.dtype)
-    metric.update(real, real=True)
-    metric.update(generated, real=False)
-    return float(metric.compute())
+    return float(_distance(FrechetInceptionDistance, real, generated, least=2))
 
 
-def kid(
-    real: Any, generated: Any, *, subsets: int = KID_SUBSETS, subset_size: int = KID_SUBSET_SIZE, seed: int = 0
-) -> tuple[float, float]:
+def kid(real: Any, generated: Any, *, subset_size: int = KID_SUBSET_SIZE) -> tuple[float, float]:
     """Return the kernel distance of two sets of features: mean and standard deviation over random subsets.
+
+    The mean may be a little below 0. The subsets are the same each time; the global generator is left as it was.
 
     Source: Bińkowski et al. (ICLR 2018), kernel (x y / features + 1)^3, unbiased; through torchmetrics, in double
     precision.
@@ -212,139 +262,90 @@ def kid(
     Args:
         real: Raw features of the reference images [image, feature].
         generated: Raw features of the generated images [image, feature].
-        subsets: How many subsets are drawn.
         subset_size: Images of a subset, from each set, without replacement.
-        seed: Seed of the draws; the global generator is left as it was.
-
-    Returns:
-        Mean and standard deviation; the mean may be a little below 0.
 
     Raises:
-        ValueError: A set has fewer images than a subset, a number is too small, or the features do not belong together.
+        ValueError: A set has fewer images than a subset, a subset fewer than 2, or the features do not belong together.
     """
     import torch
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    if subset_size < 2 or subsets < 1:
-        raise ValueError(f"KID with {subsets} subsets of {subset_size}; it needs at least 1 subset of 2 images")
-    real, generated = _two_sets(real, generated, least=subset_size)
+    if subset_size < 2:
+        raise ValueError(f"KID with subsets of {subset_size}; it needs subsets of at least 2 images")
+    sizes = {"subsets": KID_SUBSETS, "subset_size": subset_size}
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")
-        torch.manual_seed(seed)
-        metric = KernelInceptionDistance(
-            feature=_as_it_is(real.shape[1]), subsets=subsets, subset_size=subset_size
-        ).set_dtype(real.dtype)
-        metric.update(real, real=True)
-        metric.update(generated, real=False)
-        mean, deviation = metric.compute()
+        torch.manual_seed(0)
+        mean, deviation = _distance(KernelInceptionDistance, real, generated, least=subset_size, **sizes)
     return float(mean), float(deviation)
 
 
-def median_mad(values: Any, *, median: Median = "midpoint") -> tuple[float, float]:
-    """Return the median and the median absolute deviation of values; missing values are left out.
+# Detection: scores of memorized and of unmemorized prompts, at least one of each, all finite (else a ValueError)
 
-    Source: Sec. 4 (all metrics of the paper are given so).
-    Deviates: the authors' code takes the lower of the two values in the middle; so does ``median="lower"``.
 
-    Args:
-        values: Values [prompt].
-        median: Definition of both medians, see the module's text.
+def auroc(memorized: Any, unmemorized: Any) -> float:
+    """Return the area under the ROC curve: how often a memorized prompt scores above an unmemorized one; 0.5 by chance.
+
+    Source: App. B.4.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(*_labelled(memorized, unmemorized)))
+
+
+def tpr_at_fpr(memorized: Any, unmemorized: Any, *, fpr: float = 0.01) -> float:
+    """Return the largest share of memorized prompts that is found while at most ``fpr`` of the others are taken for them.
+
+    Source: App. B.4 (TPR@1%FPR).
 
     Raises:
-        ValueError: There is no value.
+        ValueError: ``fpr`` is no share, or the scores are not as they must be.
     """
-    values = _present(values)
-    middle = median_over(values, median=median)
-    return float(middle), float(median_over(np.abs(values - middle), median=median))
+    from sklearn.metrics import roc_curve
+
+    if not 0 <= fpr <= 1:
+        raise ValueError(f"fpr is {fpr}; a share is in [0, 1]")
+    # Points on a line between two others count too: one of them may be the last that is allowed.
+    false, true, _ = roc_curve(*_labelled(memorized, unmemorized), drop_intermediate=False)
+    return float(true[false <= fpr].max())
 
 
-def bootstrap_interval(
-    values: Any, *, level: float = 0.95, resamples: int = 1000, seed: int = 0, median: Median = "midpoint"
+def accuracy(memorized: Any, unmemorized: Any, *, threshold: float) -> float:
+    """Return the share of prompts on the right side of a threshold (memorized: above), both kinds counting half.
+
+    Source: App. B.4 (there the kinds are equally many, so that plain accuracy is the same).
+    """
+    labels, scores = _labelled(memorized, unmemorized)
+    found = scores > threshold
+    return float((found[labels == 1].mean() + (~found[labels == 0]).mean()) / 2)
+
+
+def best_accuracy(memorized: Any, unmemorized: Any) -> tuple[float, float]:
+    """Return the best `accuracy` of any threshold, and that threshold: scores above it mean memorized.
+
+    A threshold chosen on the scores that it is judged by flatters a little.
+    """
+    from sklearn.metrics import roc_curve
+
+    labels, scores = _labelled(memorized, unmemorized)
+    false, true, _ = roc_curve(labels, scores, drop_intermediate=False)
+    best = int(np.argmax(true - false))
+    # roc_curve goes through the distinct scores from above; between two of them lies a threshold that is none.
+    distinct = np.unique(scores)[::-1]
+    above = distinct[max(best, 1) - 1]
+    below = distinct[best] if best < len(distinct) else np.nextafter(above, -np.inf)
+    return float((true[best] + 1 - false[best]) / 2), float((above + below) / 2 if best else above)
+
+
+def interval(
+    metric: Callable[[np.ndarray, np.ndarray], float], memorized: Any, unmemorized: Any, *, resamples: int = 500
 ) -> tuple[float, float]:
-    """Return a bootstrap interval of the median: what other prompts of the same kind might have given.
-
-    Args:
-        values: Values [prompt]; missing ones are left out.
-        level: Share of the resamples inside.
-        resamples: How often the prompts are drawn anew, with replacement.
-        seed: Seed of the draws.
-        median: Definition of the median.
-
-    Returns:
-        Lower and upper end (percentiles).
-
-    Raises:
-        ValueError: There is no value.
-    """
-    values = _present(values)
-    draws = np.random.default_rng(seed).choice(values, (resamples, len(values)))
-    low, high = np.quantile(median_over(draws, median=median), [(1 - level) / 2, (1 + level) / 2])
+    """Return the ends of a 95 % bootstrap interval of `auroc` or the like: both kinds are drawn anew each time."""
+    generator = np.random.default_rng(0)
+    kinds = _array(memorized), _array(unmemorized)
+    draws = [metric(*(generator.choice(values, len(values)) for values in kinds)) for _ in range(resamples)]
+    low, high = np.quantile(draws, _ENDS)
     return float(low), float(high)
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """One cell of a table of metrics.
-
-    Attributes:
-        prompts: Number of prompts with a value.
-        median: Median over prompts.
-        mad: Median absolute deviation over prompts.
-        low: Lower end of the bootstrap interval of the median.
-        high: Its upper end.
-    """
-
-    prompts: int
-    median: float
-    mad: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ± {self.mad:.2f}"
-
-
-def summarize(
-    values: Any, *, level: float = 0.95, resamples: int = 1000, seed: int = 0, median: Median = "midpoint"
-) -> Summary:
-    """Return median ± median absolute deviation over prompts, with a bootstrap interval of the median.
-
-    Args:
-        values: Values [prompt]; missing ones are left out.
-        level: Share of the resamples inside the interval.
-        resamples: How often the prompts are drawn anew.
-        seed: Seed of the draws.
-        median: Definition of the median, see the module's text.
-
-    Raises:
-        ValueError: There is no value.
-    """
-    low, high = bootstrap_interval(values, level=level, resamples=resamples, seed=seed, median=median)
-    return Summary(len(_present(values)), *median_mad(values, median=median), low, high)
-
-
-def summary_table(
-    table: pd.DataFrame, quantities: Sequence[str], *, by: Sequence[str] = ("kind",), **options: Any
-) -> pd.DataFrame:
-    """Return the summary of several quantities for each group of prompts.
-
-    Args:
-        table: One row per prompt.
-        quantities: Columns to summarize.
-        by: Columns that name the group; groups keep the order of the table.
-        options: As for `summarize`.
-
-    Returns:
-        Columns of ``by``, quantity, prompts, median, mad, low, high; a group without a value has 0 prompts and missing
-        numbers.
-    """
-    rows = []
-    for group, part in table.groupby(list(by), sort=False):
-        for name in quantities:
-            known = part[name].notna().any()
-            cell = summarize(part[name], **options) if known else Summary(0, np.nan, np.nan, np.nan, np.nan)
-            rows.append((*group, name, cell.prompts, cell.median, cell.mad, cell.low, cell.high))
-    return pd.DataFrame(rows, columns=[*by, "quantity", "prompts", "median", "mad", "low", "high"])
 
 
 def _array(values: Any) -> np.ndarray:
@@ -358,11 +359,6 @@ def _present(values: Any) -> np.ndarray:
     if not len(values):
         raise ValueError("a median or a share needs at least one value")
     return values
-
-
-def _known(word: str, allowed: Any, key: str) -> None:
-    if word not in get_args(allowed):
-        raise ValueError(f"{key} is {word!r}; it must be one of {', '.join(get_args(allowed))}")
 
 
 def _features(features: Any, axes: int) -> np.ndarray:
@@ -379,13 +375,12 @@ def _features(features: Any, axes: int) -> np.ndarray:
     return features
 
 
-def _same(first: np.ndarray, second: np.ndarray, one: tuple[int, ...], other: tuple[int, ...]) -> None:
-    if one != other:
-        raise ValueError(f"features of shapes {list(first.shape)} and {list(second.shape)} do not belong together")
+def _apart(first: np.ndarray, second: np.ndarray) -> str:
+    return f"features of shapes {list(first.shape)} and {list(second.shape)} do not belong together"
 
 
-def _two_sets(real: Any, generated: Any, *, least: int) -> tuple[Any, Any]:
-    """Return two feature matrices as float64 tensors."""
+def _distance(metric: Any, real: Any, generated: Any, *, least: int, **options: int) -> Any:
+    """Return what a metric of torchmetrics says of two feature matrices of at least so many images, as float64."""
     import torch
 
     real, generated = _array(real), _array(generated)
@@ -398,13 +393,22 @@ def _two_sets(real: Any, generated: Any, *, least: int) -> tuple[Any, Any]:
             f"{len(real)} real and {len(generated)} generated images, but at least {least} of each are needed; give "
             "more images, or for KID a smaller subset_size"
         )
-    return torch.from_numpy(real), torch.from_numpy(generated)
+    # A network that hands features through: torchmetrics takes ours and needs no Inception of its own.
+    network = torch.nn.Identity()
+    network.num_features = real.shape[1]
+    distance = metric(feature=network, **options).set_dtype(torch.float64)
+    distance.update(torch.from_numpy(real), real=True)
+    distance.update(torch.from_numpy(generated), real=False)
+    return distance.compute()
 
 
-def _as_it_is(features: int) -> Any:
-    """Return a network that hands features through, so that torchmetrics takes ours and needs no Inception of its own."""
-    from torch import nn
-
-    network = nn.Identity()
-    network.num_features = features
-    return network
+def _labelled(memorized: Any, unmemorized: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return labels and scores of both kinds together."""
+    kinds = [_array(values).ravel() for values in (memorized, unmemorized)]
+    for name, values in zip(("memorized", "unmemorized"), kinds, strict=True):
+        if not len(values):
+            raise ValueError(f"there is no score of {name} prompts; both kinds are needed")
+        if not np.isfinite(values).all():
+            raise ValueError(f"score {int(np.argmin(np.isfinite(values)))} of {name} prompts is not finite")
+    labels = np.repeat([1, 0], [len(values) for values in kinds])
+    return labels, np.concatenate(kinds)

@@ -1,49 +1,28 @@
 """What a result was made from: content hashes, versions, and the sidecar file beside each figure."""
 
+from __future__ import annotations
+
 import ast
 import dataclasses
 import functools
 import hashlib
 import importlib.metadata
-import io
+import inspect
 import json
 import platform
-import tokenize
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from nemolib import paths
-from nemolib.files import write_atomic
 
 INFRASTRUCTURE = frozenset(
-    {
-        "__init__",
-        "checks",
-        "downloads",
-        "estimate",
-        "exhibits",
-        "figures",
-        "files",
-        "index",
-        "paper",
-        "paths",
-        "profiles",
-        "provenance",
-        "runner",
-        "store",
-        "tables",
-        "theme",
-        "workers",
-        "world",
-    }  # fmt: skip
+    {"", "exhibits", "paper", "paths", "plots", "provenance", "run", "settings", "store", "workers"}
 )
-"""Modules that read settings, or place, store or draw results, but do not determine them; all others are science modules.
+"""Modules that hold settings, or place, keep or draw results, but do not determine them ("" is nemolib itself)."""
 
-A package counts as one module. ``world`` makes weights, and weights are hashed themselves.
-"""
-
-PACKAGES = ("nemolib", "torch", "diffusers", "transformers", "torchmetrics", "numpy", "pandas", "matplotlib")
+PACKAGES = ("nemolib", "torch", "diffusers", "transformers", "torchmetrics", "numpy", "pandas", "matplotlib", "seaborn")
 """Packages whose versions a sidecar lists."""
 
 
@@ -55,15 +34,15 @@ def content_hash(value: Any) -> str:
 
     Args:
         value: None, bool, int, float, text, bytes, a Path (content of the file, or names and contents of all files of
-            the folder), a tensor or an array (dtype, shape, bytes), a dataclass, or a mapping, sequence or set of
-            these.
+            the folder), a tensor or an array (dtype, shape, bytes), a table, a dataclass, or a mapping, sequence or set
+            of these.
 
     Returns:
         SHA-256 as 64 hexadecimal digits.
 
     Raises:
-        TypeError: a value of another type.
-        FileNotFoundError: a Path that does not exist.
+        TypeError: A value of another type.
+        FileNotFoundError: A Path that does not exist.
     """
     digest = hashlib.sha256()
     for piece in _pieces(value):
@@ -84,13 +63,15 @@ def _pieces(value: Any) -> Iterable[bytes | memoryview]:
         yield from _path_pieces(value)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield from (b"dataclass", type(value).__name__.encode())
-        yield from _pieces({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+        # What has no part in equality, such as the size of a batch, has none in the content.
+        compared = [field.name for field in dataclasses.fields(value) if field.compare]
+        yield from _pieces({name: getattr(value, name) for name in compared})
     elif isinstance(value, Mapping):
         yield from (b"mapping", str(len(value)).encode())
         yield from (bytes.fromhex(item) for item in sorted(content_hash([key, value[key]]) for key in value))
     elif isinstance(value, set | frozenset):
         yield from (b"set", str(len(value)).encode())
-        yield from (bytes.fromhex(item) for item in sorted(content_hash(item) for item in value))
+        yield from (bytes.fromhex(item) for item in sorted(map(content_hash, value)))
     elif isinstance(value, list | tuple):
         yield from (b"sequence", str(len(value)).encode())
         yield from (bytes.fromhex(content_hash(item)) for item in value)
@@ -113,7 +94,7 @@ def _path_pieces(path: Path) -> Iterable[bytes]:
 
 
 def _array_pieces(value: Any) -> Iterable[bytes | memoryview]:
-    """Yield dtype, shape and bytes of a tensor or an array; a number of NumPy is an array without axes."""
+    """Yield dtype, shape and bytes of a tensor or an array (a number of NumPy has no axes), or a table as CSV."""
     if hasattr(value, "detach"):
         import torch
 
@@ -122,6 +103,8 @@ def _array_pieces(value: Any) -> Iterable[bytes | memoryview]:
         yield memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
     elif hasattr(value, "tobytes") and hasattr(value, "dtype") and not value.dtype.hasobject:
         yield from (b"array", str(value.dtype).encode(), repr(tuple(value.shape)).encode(), value.tobytes())
+    elif hasattr(value, "to_csv"):
+        yield from (b"table", value.to_csv(index=False).encode())
     else:
         raise TypeError(f"cannot hash a value of type {type(value).__name__}: {value!r:.80}")
 
@@ -133,12 +116,14 @@ def model_hash(pipe: Any) -> str:
     return content_hash([parts, dict(pipe.tokenizer.get_vocab()), scheduler])
 
 
-def science_hash(*modules: str) -> str:
-    """Return a hash of the code that determines results; comments, docstrings and blank lines do not count.
+@functools.cache
+def code_hash(*roots: Callable[..., Any] | str) -> str:
+    """Return a hash of the code that determines results; comments, docstrings and layout do not count.
 
     Args:
-        modules: names of nemolib modules or packages (``"localization"``): these and every science module that they
-            import, directly or not. Without any: all science modules, that is, all but `INFRASTRUCTURE`.
+        roots: Functions of modules: each with what it uses of its module. Names of modules of nemolib, such as
+            ``"selection"``: each whole. And from both on all modules of nemolib that are imported, directly or not, but
+            for `INFRASTRUCTURE`.
 
     Returns:
         SHA-256 as 64 hexadecimal digits.
@@ -146,81 +131,100 @@ def science_hash(*modules: str) -> str:
     Raises:
         FileNotFoundError: nemolib has no such module.
     """
-    names = _closure(modules) if modules else _modules() - INFRASTRUCTURE
-    return content_hash(
-        {name: {path.name: _bare_source(source) for path, source in _sources(name).items()} for name in sorted(names)}
-    )
-
-
-def _modules() -> set[str]:
-    """Return the names of nemolib's modules and packages."""
-    packages = {path.parent.name for path in paths.PACKAGE.glob("*/__init__.py")}
-    return {path.stem for path in paths.PACKAGE.glob("*.py")} | packages
-
-
-def _sources(name: str) -> dict[Path, str]:
-    """Return the source of a module, or those of all modules of a package."""
-    package = paths.PACKAGE / name
-    files = sorted(package.glob("*.py")) if (package / "__init__.py").is_file() else [paths.PACKAGE / f"{name}.py"]
-    if not files[0].is_file():
-        raise FileNotFoundError(f"nemolib has no module {name!r} ({files[0]})")
-    return {path: path.read_text(encoding="utf-8") for path in files}
-
-
-def _closure(modules: Iterable[str]) -> set[str]:
-    """Return the modules and all science modules that they import, directly or not."""
-    found: set[str] = set()
-    waiting = list(modules)
+    pieces, modules = [], set()
+    for root in roots:
+        if isinstance(root, str):
+            modules.add(root)
+        else:
+            own, imported = _used(_tree(_source_of(root)), root.__name__)
+            pieces += own
+            modules |= imported - INFRASTRUCTURE
+    waiting, found = list(modules), {}
     while waiting:
         name = waiting.pop()
         if name not in found:
-            found.add(name)
-            waiting.extend(set().union(*map(_imports, _sources(name).values())) - INFRASTRUCTURE)
-    return found
+            tree = _tree(_path(name).read_text(encoding="utf-8"))
+            found[name] = ast.unparse(tree)
+            waiting.extend(_imports(tree) - INFRASTRUCTURE)
+    return content_hash([pieces, found])
 
 
-def _imports(source: str) -> set[str]:
-    """Return the names of the modules of nemolib that a source imports, at any place."""
-    return _imported_names(source) & _modules()
+def _source_of(function: Callable[..., Any]) -> str:
+    module = sys.modules[function.__module__]
+    # A function of a notebook has no file: it is taken alone.
+    return inspect.getsource(module if getattr(module, "__file__", None) else function)
 
 
-# Sources are parsed once in a process: the hash of a module is asked for with every image and every prompt.
-@functools.cache
-def _imported_names(source: str) -> frozenset[str]:
-    """Return what a source imports from nemolib, modules or not."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.module == "nemolib":
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nemolib."):
-            names.add(node.module.split(".")[1])
-        elif isinstance(node, ast.Import):
-            names.update(alias.name.split(".")[1] for alias in node.names if alias.name.startswith("nemolib."))
-    return frozenset(names)
-
-
-@functools.cache
-def _bare_source(source: str) -> str:
-    """Return a source without comments, docstrings and blank lines."""
-    lines: list[str] = source.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column]
-    for node in ast.walk(ast.parse(source)):
+def _tree(source: str) -> ast.Module:
+    """Return a source parsed, without docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        for statement in body if isinstance(body, list) else []:
-            if isinstance(statement, ast.Expr) and isinstance(getattr(statement.value, "value", None), str):
-                for row in range(statement.lineno - 1, statement.end_lineno or statement.lineno):
-                    lines[row] = ""
-    return "\n".join(line.rstrip() for line in lines if line.strip())
+        if isinstance(body, list):
+            kept = [part for part in body if not (isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant))]
+            node.body = kept or [ast.Pass()] * isinstance(node, ast.FunctionDef | ast.ClassDef)
+    return tree
+
+
+def _used(tree: ast.Module, name: str) -> tuple[list[str], set[str]]:
+    """Return the definitions of a module that one of them uses, directly or not, and the modules that they import."""
+    definitions, imports = {}, {}
+    for node in tree.body:
+        for defined in _defined(node):
+            definitions[defined] = node
+        for local, module in _imported(node):
+            imports[local] = module
+    waiting, pieces, modules = [name], {}, set()
+    while waiting:
+        name = waiting.pop()
+        if name in imports:
+            modules.add(imports[name])
+        elif name in definitions and name not in pieces:
+            pieces[name] = ast.unparse(definitions[name])
+            inside = list(ast.walk(definitions[name]))
+            waiting.extend(node.id for node in inside if isinstance(node, ast.Name))
+            modules.update(module for node in inside for _, module in _imported(node))
+    return [pieces[name] for name in sorted(pieces)], modules
+
+
+def _defined(node: ast.stmt) -> Iterator[str]:
+    """Yield the names that a statement at the top of a module defines."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        yield node.name
+    elif isinstance(node, ast.Assign | ast.AnnAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        yield from (part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name))
+
+
+def _imported(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """Yield the local name and the module of nemolib of each import."""
+    if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "nemolib":
+        inside = node.module.partition(".")[2]
+        for alias in node.names:
+            whole = f"{inside}.{alias.name}".strip(".")
+            yield alias.asname or alias.name, whole if _path(whole, missing_ok=True) else inside
+    elif isinstance(node, ast.Import):
+        for alias in node.names:
+            if alias.name.partition(".")[0] == "nemolib":
+                yield alias.asname or "nemolib", alias.name.partition(".")[2]
+
+
+def _imports(tree: ast.Module) -> set[str]:
+    return {module for node in ast.walk(tree) for _, module in _imported(node)}
+
+
+def _path(module: str, *, missing_ok: bool = False) -> Path | None:
+    """Return the file of a module of nemolib."""
+    path = paths.PACKAGE / f"{module.replace('.', '/')}.py"
+    if path.is_file():
+        return path
+    if not missing_ok:
+        raise FileNotFoundError(f"nemolib has no module {module!r} ({path})")
+    return None
 
 
 def versions() -> dict[str, str]:
-    """Return name -> version of Python and of the packages that results depend on.
-
-    Build labels (``+cpu``) are left out, so that two machines with the same versions write the same.
-    """
+    """Return name -> version of Python and of the packages that results depend on, without build labels (``+cpu``)."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -230,47 +234,27 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_sidecar(
-    path: str | Path,
-    *,
-    notebook: str,
-    profile: str,
-    seeds: Mapping[str, int],
-    inputs: Mapping[str, Any],
-    device: str = "cpu",
-    notes: Mapping[str, Any] | None = None,
-) -> Path:
-    """Write what a figure or table was made from as JSON beside it.
+def sidecar(file: str, *, profile: Any, notebook: str, inputs: Mapping[str, Any], code: str, device: str) -> str:
+    """Return what a figure or table was made from, as JSON.
 
-    Neither time nor commit is written, so that making it again without a change gives the same bytes.
+    Neither time nor commit is in it, so that making it again without a change gives the same bytes.
 
     Args:
-        path: the figure or table; the sidecar has the same name with suffix ``.json``.
-        notebook: name of the notebook that made it.
-        profile: name of the profile.
-        seeds: name -> seed.
-        inputs: name -> Path (its content is hashed), or any value that `content_hash` takes.
-        device: type of device that computed it.
-        notes: further plain values.
-
-    Returns:
-        Path of the sidecar.
-
-    Raises:
-        FileNotFoundError: an input file is missing.
-        OSError: the disk is full; an older sidecar is unchanged.
+        file: Name of the figure or table.
+        profile: The profile; its name and seeds are written.
+        notebook: Name of the notebook that computed it.
+        inputs: Name -> anything that `content_hash` takes.
+        code: Hash of the code (`code_hash`).
+        device: Type of device that computed it.
     """
-    sidecar = Path(path).with_suffix(".json")
     content = {
-        "file": Path(path).name,
+        "file": file,
         "notebook": notebook,
-        "profile": profile,
-        "seeds": dict(seeds),
+        "profile": profile.name,
+        "seeds": {"detection": profile.detection.seed, "generation": profile.generation.seed},
         "inputs": {name: content_hash(value) for name, value in inputs.items()},
-        "code": science_hash(),
+        "code": code,
         "versions": versions(),
         "device": device,
-        **(notes or {}),
     }
-    write_atomic(sidecar, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-    return sidecar
+    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

@@ -1,191 +1,160 @@
-"""Results that survive: a JSON line per finished piece of work, tables that are replaced at once.
+"""Results that survive: one file per finished result, tables and image grids that are replaced at once.
 
-A process may be killed at any point. A line that was cut is dropped, a finished piece is never computed again, and
-several processes may write to one store.
+A process may be killed at any point, and several may write to one folder: a reader sees a whole file or none.
 """
 
-import contextlib
+from __future__ import annotations
+
 import csv
-import fcntl
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+import tempfile
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from nemolib.files import write_all, write_atomic
-
-Record = Any
+from nemolib.provenance import content_hash
 
 
 class StoreError(ValueError):
-    """A file of results that cannot be read; the message names the file, the line and what to do."""
+    """A file of results that cannot be read; the message names the file, the place and what to do."""
 
 
+@dataclass(frozen=True, slots=True)
 class Store:
-    """Finished records by key, in a file of JSON lines that only ever grows.
-
-    Keys are content hashes of everything that determines a record (`nemolib.provenance.content_hash`).
+    """Finished results of tasks, each in a file of its own: plain values as JSON, an array as safetensors.
 
     Attributes:
-        path: the file; it is made with the first record.
+        folder: Where they lie; it is made with the first result.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Read the finished records; a cut last line is ignored and removed by the next `put`.
+    folder: Path
 
-        Raises:
-            StoreError: a line other than the last cannot be read.
-        """
-        self.path = Path(path)
-        self._records: dict[str, Record] = {}
-        self._end = 0
-        if self.path.exists():
-            self._absorb(self.path.read_bytes())
+    def get(self, task: str, key: str) -> Any:
+        """Return a result; None if there is none, or if its file was damaged (then with a warning)."""
+        path = self._path(task, key)
+        for file, read in ((path.with_suffix(".json"), _read_json), (path.with_suffix(".safetensors"), _read_array)):
+            try:
+                checksum, value = read(file.read_bytes())
+            except FileNotFoundError:
+                continue
+            except Exception:
+                checksum, value = "", None
+            if content_hash(value) == checksum:
+                return value
+            warnings.warn(f"{file} was damaged; this result is computed again", stacklevel=2)
+        return None
 
-    @property
-    def done(self) -> Mapping[str, Record]:
-        """Read-only mapping key -> record of all finished records, in the order of the file."""
-        return MappingProxyType(self._records)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._records
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __repr__(self) -> str:
-        return f"Store({str(self.path)!r}, {len(self)} records)"
-
-    def get(self, key: str, default: Record = None) -> Record:
-        """Return the record of a key, or the default."""
-        return self._records.get(key, default)
-
-    def put(self, key: str, record: Record) -> Record:
-        """Append a record and flush it to the disk; what another process finished first stays.
+    def put(self, task: str, key: str, value: Any) -> Any:
+        """Keep a result, and return it as a later run will read it (tuples have become lists).
 
         Args:
-            key: content hash of everything that determines the record.
-            record: plain values only (what JSON can hold).
-
-        Returns:
-            The record as a later run will read it (tuples have become lists).
+            task: What computed it; the name of a folder.
+            key: Content hash of everything that determines it (`nemolib.provenance.content_hash`).
+            value: An array, or plain values that JSON can hold.
 
         Raises:
-            TypeError: the record holds something that JSON cannot.
-            OSError: the disk is full; the records before this one are safe.
+            TypeError: The value is neither.
+            OSError: The disk is full; the results before this one are safe.
         """
-        line = json.dumps({"key": key, "record": record}, ensure_ascii=False).encode("utf-8") + b"\n"
-        with self._locked() as descriptor:
-            self._catch_up(descriptor)
-            if key not in self._records:
-                self._append(descriptor, line)
-        return self._records[key]
+        from safetensors.numpy import save
 
-    def compute(self, key: str, function: Callable[[], Record]) -> Record:
-        """Return the record of a key; if there is none yet, compute it and keep it."""
-        return self._records[key] if key in self else self.put(key, function())
+        path = self._path(task, key)
+        if isinstance(value, np.ndarray):
+            value = np.ascontiguousarray(value)
+            write_atomic(path.with_suffix(".safetensors"), save({content_hash(value): value}))
+            return value
+        value = json.loads(json.dumps(value))
+        write_atomic(path.with_suffix(".json"), json.dumps({content_hash(value): value}, ensure_ascii=False))
+        return value
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[int]:
-        """Open the file for this process alone."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield descriptor
-        finally:
-            os.close(descriptor)
+    def _path(self, task: str, key: str) -> Path:
+        return self.folder / task / key[:2] / key
 
-    def _catch_up(self, descriptor: int) -> None:
-        """Read what other processes wrote since, and remove a line that was cut."""
-        size = os.fstat(descriptor).st_size
-        if size < self._end:
-            raise StoreError(f"{self.path}: became shorter while it was open ({size} < {self._end} bytes); start again")
-        os.lseek(descriptor, self._end, os.SEEK_SET)
-        with os.fdopen(os.dup(descriptor), "rb") as file:
-            self._absorb(file.read())
-        os.ftruncate(descriptor, self._end)
 
-    def _append(self, descriptor: int, line: bytes) -> None:
-        """Write one line; if that fails, leave the file as it was."""
-        try:
-            os.lseek(descriptor, self._end, os.SEEK_SET)
-            write_all(descriptor, line)
-            os.fsync(descriptor)
-        except OSError as error:
-            os.ftruncate(descriptor, self._end)
-            reason = os.strerror(error.errno or 0)
-            kept = f"the {len(self)} records before this one are safe; free some space and run again"
-            raise type(error)(error.errno, f"{reason}; {kept}", str(self.path)) from error
-        self._absorb(line)
+def _read_json(data: bytes) -> tuple[str, Any]:
+    ((checksum, value),) = json.loads(data).items()
+    return checksum, value
 
-    def _absorb(self, data: bytes) -> None:
-        """Add the records of complete lines; the end of the last complete line becomes the end of the file."""
-        lines = data.split(b"\n")
-        for line in lines[:-1]:
-            key, record = self._parse(line)
-            self._records.setdefault(key, record)
-            self._end += len(line) + 1
 
-    def _parse(self, line: bytes) -> tuple[str, Record]:
-        try:
-            entry = json.loads(line)
-            return entry["key"], entry["record"]
-        except (ValueError, KeyError, TypeError) as error:
-            number = self.path.read_bytes()[: self._end].count(b"\n") + 1
-            raise StoreError(f"{self.path}, line {number}: not a record; remove this line and run again") from error
+def _read_array(data: bytes) -> tuple[str, np.ndarray]:
+    from safetensors.numpy import load
+
+    ((checksum, value),) = load(data).items()
+    return checksum, value
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Grid:
+    """Images in rows and columns.
+
+    Attributes:
+        images: Array [row, column, height, width] or [row, column, height, width, 3].
+        rows: A label for each row.
+        columns: A label for each column.
+    """
+
+    images: np.ndarray
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Check that labels and images belong together."""
+        expected = (len(self.rows), len(self.columns))
+        if self.images.ndim not in (4, 5) or self.images.shape[:2] != expected:
+            raise ValueError(
+                f"images of shape {self.images.shape}, {expected[0]} row and {expected[1]} column labels; expected "
+                "[row, column, height, width] or [row, column, height, width, 3]"
+            )
+
+
+def write_grid(grid: Grid, path: Path) -> None:
+    """Write an image grid, all of it or nothing; the same images give the same bytes."""
+    from safetensors.numpy import save
+
+    labels = json.dumps({"rows": grid.rows, "columns": grid.columns}, ensure_ascii=False)
+    write_atomic(path, save({"images": np.ascontiguousarray(grid.images)}, metadata={"grid": labels}))
+
+
+def read_grid(path: Path) -> Grid:
+    """Return an image grid that `write_grid` wrote.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        StoreError: The file holds something else.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            labels = json.loads((file.metadata() or {})["grid"])
+            return Grid(file.get_tensor("images"), tuple(labels["rows"]), tuple(labels["columns"]))
+    except (SafetensorError, KeyError) as error:
+        raise StoreError(f"{path} holds no image grid; delete it and make it again") from error
 
 
 def write_table(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
-    """Write a table as CSV, replacing the file at once; the index is not written.
-
-    Floats are written so that reading gives the same bits.
-
-    Args:
-        table: one column per quantity; no column may be unnamed.
-        path: the CSV file.
-
-    Raises:
-        OSError: the disk is full; the table that was there before is unchanged.
-    """
+    """Write a table as CSV, all of it or nothing, without its index; reading gives floats bit by bit."""
     write_atomic(path, table.to_csv(index=False, lineterminator="\n"))
 
 
 def read_table(path: str | os.PathLike[str], *, columns: tuple[str, ...] = ()) -> pd.DataFrame:
-    """Return a table written by `write_table`.
-
-    Only an empty field is missing: a caption "null" or "NA" stays text.
+    """Return a table that `write_table` wrote; only an empty field is missing, a caption "NA" stays text.
 
     Args:
-        path: the CSV file.
-        columns: columns that must be there.
-
-    Returns:
-        The table, floats bit by bit as they were written.
+        path: The CSV file.
+        columns: Columns that must be there.
 
     Raises:
-        FileNotFoundError: there is no such table.
-        StoreError: the file was cut, a row has too few or too many fields, or a column is missing.
+        FileNotFoundError: There is no such table.
+        StoreError: The file was cut, a row has too few or too many fields, or a column is missing.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no table {path}; run the notebook that makes it (make notebooks)")
-    text = path.read_text(encoding="utf-8")
-    _check_complete(text, path)
-    table = pd.read_csv(io.StringIO(text), keep_default_na=False, na_values=[""])
-    missing = [column for column in columns if column not in table.columns]
-    if missing:
-        raise StoreError(f"{path}: column {missing[0]!r} is missing; there are {', '.join(table.columns)}")
-    return table
-
-
-def _check_complete(text: str, path: Path) -> None:
-    """Raise StoreError if a table lacks its end or a row has another number of fields than the header."""
+    text = Path(path).read_text(encoding="utf-8")
     if not text.endswith("\n"):
         raise StoreError(f"{path}: the file was cut (its last line has no end); delete it and make it again")
     rows = csv.reader(io.StringIO(text))
@@ -193,3 +162,46 @@ def _check_complete(text: str, path: Path) -> None:
     for number, row in enumerate(rows, start=1):
         if len(row) != width:
             raise StoreError(f"{path}, row {number}: {len(row)} fields instead of {width}; delete it and make it again")
+    table = pd.read_csv(io.StringIO(text), keep_default_na=False, na_values=[""])
+    for column in columns:
+        if column not in table:
+            raise StoreError(f"{path}: column {column!r} is missing; there are {', '.join(table.columns)}")
+    return table
+
+
+def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
+    """Replace a file at once: write a temporary file beside it, flush it to the disk, rename it.
+
+    Args:
+        path: File to write; missing folders are made.
+        content: Bytes, or text that is written as UTF-8.
+
+    Raises:
+        OSError: The disk is full or cannot be written; a file that was there before is unchanged.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.flush()
+            os.fchmod(file.fileno(), 0o666 & ~_umask())
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            kept = "the file that was there is unchanged" if path.exists() else "no file was left behind"
+            reason = f"{os.strerror(error.errno or 0)}; {kept}; free some space or check the rights"
+            raise type(error)(error.errno, reason, str(path)) from error
+        raise
+
+
+def _umask() -> int:
+    """Return the process's umask, which can be read only by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -26,17 +26,17 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from nemolib.batching import progress_bar
-from nemolib.pipeline import load_pipeline, profile_of
-from nemolib.profiles import Profile, profile_from_mapping, profile_to_mapping
-from nemolib.provenance import model_hash, science_hash, versions
+from nemolib.pipeline import load_pipeline
+from nemolib.provenance import code_hash, model_hash, versions
+from nemolib.settings import Profile, profile_of
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
-    from distributed import Client, Future
+    from distributed import Client
 
 VARIABLE = "NEMO_DASK"
 """The environment variable that chooses a cluster."""
@@ -47,11 +47,11 @@ DEATHS = 3
 PATIENCE = "20s"
 """How long a scheduler is waited for."""
 
-Batch = tuple[Any, ...]
-"""Jobs that are computed together: each a caption, or a tuple that begins with one."""
+Batch = Sequence[tuple[str, Any]]
+"""Items that are computed together, each with its key. An item is a caption, or a tuple that begins with one."""
 
-Task = Callable[..., Callable[[Batch], Any]]
-"""Called once in each process with a pipeline and what all batches have in common; returns what computes a batch."""
+Task = Callable[..., Callable[[Sequence[Any]], Sequence[Any]]]
+"""Called once in each process with a pipeline and what all batches have in common; returns what computes some items."""
 
 
 class WorkersError(RuntimeError):
@@ -60,13 +60,7 @@ class WorkersError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What became of a prompt that raised.
-
-    Attributes:
-        caption: The prompt.
-        message: Type and text of the exception.
-        details: Its traceback.
-    """
+    """What became of a prompt that raised: its caption, type and text of the exception, and the traceback."""
 
     caption: str
     message: str
@@ -77,7 +71,7 @@ class FailedPrompts(RuntimeError):
     """Some prompts raised; all others are finished. The message has each caption with its error.
 
     Attributes:
-        failures: What failed, in the order of the prompts.
+        failures: What failed (`Failure`), in the order of the prompts.
     """
 
     def __init__(self, failures: Sequence[Failure], prompts: int) -> None:
@@ -98,45 +92,44 @@ def map_prompts(
     common: Mapping[str, Any],
     label: str,
     finished: int = 0,
-    ordered: bool = False,
     progress: bool = True,
-) -> Iterator[tuple[Batch, Any]]:
-    """Yield batches of prompts with what a task makes of them, as they come.
+) -> Iterator[tuple[str, Any]]:
+    """Yield the keys of items with what a task makes of them, as they come.
 
-    Where a batch of several prompts raises, each of them is computed alone.
+    Where a batch of several items raises, each of them is computed alone.
 
     Args:
-        task: A function of a module, ``task(pipe, **common)``, that returns a function of a batch. What that returns
-            must not depend on the batches before.
+        task: A function of a module, ``task(pipe, **common)``, that returns a function of some items, which returns a
+            result for each. That must not depend on what was computed before.
         batches: The batches; without any nothing is started.
         pipe: The pipeline. Workers load theirs from its profile.
         common: Plain values that all batches share.
         label: What the progress bar and the cluster call it.
-        finished: How many prompts more there are, finished before.
-        ordered: Whether to yield in the order of the batches.
-        progress: Whether to show a progress bar.
+        finished: How many items more there are, finished before.
 
     Raises:
         FailedPrompts: Prompts raised; after everything else was yielded.
         WorkersError: The cluster cannot be used, or a worker has another model or code.
     """
-    prompts, failures = sum(map(len, batches)), {}
+    number, failures = sum(map(len, batches)), {}
     with ExitStack() as stack:
-        bar = stack.enter_context(progress_bar(prompts + finished, label, enabled=progress and prompts > 0))
+        bar = stack.enter_context(progress_bar(number + finished, label, enabled=progress and number > 0))
         bar.update(finished)
         client = stack.enter_context(cluster(pipe)) if batches else None
-        found = (
-            _here(task, batches, pipe, common) if client is None else _there(client, task, batches, pipe, common, label)
-        )
-        for place, outcomes in _sorted(found) if ordered else found:
-            for batch, outcome in outcomes:
-                bar.update(len(batch))
+        compute = _here if client is None else _there
+        for place, outcomes in compute(task, batches, pipe, common, label, client):
+            for key, outcome in outcomes:
+                bar.update()
                 if isinstance(outcome, Failure):
                     failures.setdefault(place, []).append(outcome)
                 else:
-                    yield batch, outcome
+                    yield key, outcome
     if failures:
-        raise FailedPrompts([item for place in sorted(failures) for item in failures[place]], prompts)
+        raise FailedPrompts([item for place in sorted(failures) for item in failures[place]], number)
+
+
+_client: Client | None = None
+"""The client of the outermost `cluster`."""
 
 
 @contextmanager
@@ -156,8 +149,7 @@ def cluster(source: StableDiffusionPipeline | Profile) -> Iterator[Client | None
         WorkersError: `NEMO_DASK` has no meaning, Dask is not installed, or no scheduler answers.
     """
     global _client
-    profile = source if isinstance(source, Profile) else profile_of(source)
-    choice = _choice(profile)
+    choice = _choice(source if isinstance(source, Profile) else profile_of(source))
     if choice is None or _client is not None:
         yield None if choice is None else _client
         return
@@ -167,10 +159,6 @@ def cluster(source: StableDiffusionPipeline | Profile) -> Iterator[Client | None
             yield _client
         finally:
             _client = None
-
-
-_client: Client | None = None
-"""The client of the outermost `cluster`."""
 
 
 def _choice(profile: Profile | None) -> str | int | None:
@@ -220,32 +208,33 @@ def _connect(choice: str | int, stack: ExitStack) -> Client:
 
 
 def _local(number: int) -> Any:
-    """Return a cluster of processes on this machine: one thread each, and one GPU if there are any."""
+    """Return a cluster of processes on this machine, with one thread each."""
     import logging
 
     import dask
-    from distributed import Nanny, Scheduler, SpecCluster
+    from distributed import LocalCluster
 
-    gpus = _gpus()
-    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    specification = {}
-    for place in range(number):
-        gpu = {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if gpus else {}
-        # Without a limit of memory: Dask's own would end a worker that loads a large model.
-        options = {"nthreads": 1, "memory_limit": 0, "host": "127.0.0.1", "silence_logs": logging.CRITICAL}
-        specification[place] = {"cls": Nanny, "options": options | {"env": one_thread | gpu}}
-    # No prompt waits in a worker while another one is computed there, or it would be blamed if the worker dies.
-    # Dask would set MALLOC_TRIM_THRESHOLD_ too: then glibc maps and unmaps memory for every large tensor, and a CPU is
-    # a third slower.
     settings = {
+        # No prompt waits in a worker while another one is computed there, or it would be blamed if the worker dies.
         "distributed.scheduler.worker-saturation": 1.0,
-        "distributed.nanny.pre-spawn-environ": one_thread,
+        "distributed.scheduler.allowed-failures": DEATHS,
+        # Dask would set MALLOC_TRIM_THRESHOLD_ too: then glibc maps and unmaps memory for every large tensor, and a
+        # CPU is a third slower.
+        "distributed.nanny.pre-spawn-environ": dict.fromkeys(
+            ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"
+        ),
     }
     with dask.config.set(settings):
-        options = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", "allowed_failures": DEATHS}
-        scheduler = {"cls": Scheduler, "options": options}
         try:
-            return SpecCluster(workers=specification, scheduler=scheduler, silence_logs=logging.CRITICAL)
+            return LocalCluster(
+                n_workers=number,
+                threads_per_worker=1,
+                host="127.0.0.1",
+                dashboard_address="127.0.0.1:0",
+                # Without a limit of memory: Dask's own would end a worker that loads a large model.
+                memory_limit=0,
+                silence_logs=logging.CRITICAL,
+            )
         except RuntimeError as error:
             raise WorkersError(
                 f"{number} local workers could not start; a script must be a file whose work is under "
@@ -253,43 +242,30 @@ def _local(number: int) -> Any:
             ) from error
 
 
-def _gpus() -> list[str]:
-    """Return the names of the CUDA devices that this process may use."""
-    import torch
-
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = map(str, range(torch.cuda.device_count())) if given is None else given.split(",")
-    return [name.strip() for name in names if name.strip()]
+Outcomes = Iterator[tuple[int, list[tuple[str, Any]]]]
+"""The place of each batch, and the keys of its items with their results or failures."""
 
 
-def _here(
-    task: Task, batches: Sequence[Batch], pipe: StableDiffusionPipeline, common: Mapping[str, Any]
-) -> Iterator[tuple[int, list[tuple[Batch, Any]]]]:
-    """Yield the place of each batch and its outcomes, computed in this process."""
+def _here(task: Task, batches: Sequence[Batch], pipe: Any, common: Mapping[str, Any], *_: Any) -> Outcomes:
     if batches:
         function = task(pipe, **common)
         yield from ((place, _outcomes(function, batch)) for place, batch in enumerate(batches))
 
 
 def _there(
-    client: Client,
-    task: Task,
-    batches: Sequence[Batch],
-    pipe: StableDiffusionPipeline,
-    common: Mapping[str, Any],
-    label: str,
-) -> Iterator[tuple[int, list[tuple[Batch, Any]]]]:
-    """Yield the place of each batch and its outcomes, as workers finish them."""
+    task: Task, batches: Sequence[Batch], pipe: Any, common: Mapping[str, Any], label: str, client: Client
+) -> Outcomes:
+    """Yield what workers compute, as they finish it."""
     from distributed import as_completed
 
     _check_untouched(pipe)
-    run = _Run(uuid.uuid4().hex, profile_to_mapping(profile_of(pipe)), _identity(pipe), task, dict(common))
-    name = f"{label.replace(' ', '-')}-{run.name}"
-    waiting: dict[Future, int] = {}
+    work = _Work(uuid.uuid4().hex, profile_of(pipe), _identity(pipe, task), task, dict(common))
+    name = f"{label.replace(' ', '-')}-{work.name}"
+    waiting = {}
     try:
         for place, batch in enumerate(batches):
             # What a prompt raises is a result. What is raised nonetheless is a worker's own, and another may do better.
-            waiting[client.submit(_on_worker, _Work(run, batch), key=f"{name}-{place}", retries=2)] = place
+            waiting[client.submit(_on_worker, replace(work, batch=batch), key=f"{name}-{place}", retries=2)] = place
         for future in as_completed(list(waiting), loop=client.loop):
             place = waiting.pop(future)
             yield place, _result(future, batches[place])
@@ -297,18 +273,7 @@ def _there(
         client.cancel(list(waiting), force=True)
 
 
-def _sorted(found: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
-    """Yield what has places 0, 1, ... in this order; what comes early waits."""
-    early: dict[int, Any] = {}
-    due = 0
-    for place, item in found:
-        early[place] = item
-        while due in early:
-            yield due, early.pop(due)
-            due += 1
-
-
-def _result(future: Future, batch: Batch) -> list[tuple[Batch, Any]]:
+def _result(future: Any, batch: Batch) -> list[tuple[str, Any]]:
     """Return the outcomes of a batch that a worker finished."""
     from concurrent.futures import CancelledError
 
@@ -319,7 +284,7 @@ def _result(future: Future, batch: Batch) -> list[tuple[Batch, Any]]:
         return future.result()
     except KilledWorker as error:
         message = f"its worker died, {DEATHS + 1} times one after the other; is there enough memory? ({error})"
-        return [((job,), Failure(_caption(job), message)) for job in batch]
+        return [(key, Failure(_caption(item), message)) for key, item in batch]
     except WorkersError:
         raise
     except (CancelledError, FutureCancelledError) as error:
@@ -328,81 +293,81 @@ def _result(future: Future, batch: Batch) -> list[tuple[Batch, Any]]:
         raise WorkersError(f"a worker could not begin: {type(error).__name__}: {error}") from error
 
 
-def _outcomes(function: Callable[[Batch], Any], batch: Batch) -> list[tuple[Batch, Any]]:
-    """Return a batch with its result; where it raises, each of its jobs alone with its result or failure."""
+def _outcomes(function: Callable[[Sequence[Any]], Sequence[Any]], batch: Batch) -> list[tuple[str, Any]]:
+    """Return the keys of a batch with results; where it raises, each item is computed alone, with result or failure."""
     try:
-        return [(batch, function(batch))]
+        results = function([item for _, item in batch])
+        return [(key, result) for (key, _), result in zip(batch, results, strict=True)]
     except Exception as error:
         if len(batch) == 1:
+            ((key, item),) = batch
             details = "".join(traceback.format_exception(error))
-            return [(batch, Failure(_caption(batch[0]), f"{type(error).__name__}: {error}", details))]
-    return [outcome for job in batch for outcome in _outcomes(function, (job,))]
+            return [(key, Failure(_caption(item), f"{type(error).__name__}: {error}", details))]
+    return [outcome for pair in batch for outcome in _outcomes(function, (pair,))]
 
 
-def _caption(job: Any) -> str:
-    return job if isinstance(job, str) else job[0]
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """What all batches of one call of `map_prompts` have in common, as plain data."""
-
-    name: str
-    profile: dict[str, Any]
-    identity: dict[str, str]
-    task: Task
-    common: dict[str, Any]
+def _caption(item: Any) -> str:
+    return item if isinstance(item, str) else item[0]
 
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """One batch for a worker; one value, so that Dask does not look into it."""
+    """One batch for a worker, and what it has in common with all others: one value, so that Dask does not look into it."""
 
-    run: _Run
-    batch: Batch
+    name: str
+    profile: Profile
+    identity: dict[str, str]
+    task: Task
+    common: dict[str, Any]
+    batch: Batch = ()
 
 
-def _on_worker(work: _Work) -> list[tuple[Batch, Any]]:
+def _on_worker(work: _Work) -> list[tuple[str, Any]]:
     """Return the outcomes of a batch; one at a time in each process, since a pipeline serves one at a time."""
     with _LOCK:
-        return _outcomes(_LOADED.function(work.run), work.batch)
+        return _outcomes(_LOADED.function(work), work.batch)
 
 
 class _Loaded:
-    """What a worker keeps from batch to batch: the pipeline that was asked for last, and the function of a run."""
+    """What a worker keeps from batch to batch: the pipeline that was asked for last, and the function of a task."""
 
     def __init__(self) -> None:
-        self._profile: dict[str, Any] | None = None
+        self._profile: Profile | None = None
         self._pipe: StableDiffusionPipeline | None = None
-        self._identity: dict[str, str] = {}
-        self._run, self._function = "", None
+        self._name, self._function = "", None
 
-    def function(self, run: _Run) -> Callable[[Batch], Any]:
-        """Return the function of a run, made for the pipeline of its profile."""
-        if self._run != run.name:
-            self._function = None
-            self._load(run.profile)
-            _check_same(run.identity, self._identity)
-            self._function, self._run = run.task(self._pipe, **run.common), run.name
+    def function(self, work: _Work) -> Callable[[Sequence[Any]], Sequence[Any]]:
+        """Return the function of a task, made for the pipeline of its profile."""
+        if self._name != work.name:
+            self._function, self._name = None, ""
+            if self._profile != work.profile:
+                # The one before is given up first: two may be too large.
+                self._pipe, self._profile = None, None
+                self._pipe, self._profile = load_pipeline(work.profile, device=_device(work.profile)), work.profile
+            _check_same(work.identity, _identity(self._pipe, work.task))
+            self._function, self._name = work.task(self._pipe, **work.common), work.name
         return self._function
-
-    def _load(self, profile: dict[str, Any]) -> None:
-        """Load the pipeline of a profile, unless it is there; the one before is given up first."""
-        if self._profile != profile:
-            self._run, self._pipe, self._profile = "", None, None
-            self._pipe = load_pipeline(profile_from_mapping(profile, where="profile of the client"))
-            self._identity = _identity(self._pipe)
-            self._profile = profile
 
 
 _LOCK = threading.Lock()
 _LOADED = _Loaded()
 
 
-def _identity(pipe: StableDiffusionPipeline) -> dict[str, str]:
+def _device(profile: Profile) -> str | None:
+    """Return the GPU of this worker: a local one has a number for its name, and they take GPUs in turn."""
+    import torch
+    from distributed import get_worker
+
+    name = get_worker().name
+    if not isinstance(name, int) or profile.device not in ("auto", "cuda") or not torch.cuda.device_count():
+        return None
+    return f"cuda:{name % torch.cuda.device_count()}"
+
+
+def _identity(pipe: StableDiffusionPipeline, task: Task) -> dict[str, str]:
     """Return what must be the same in two processes for one to compute for the other."""
     model = f"{str(pipe.unet.dtype).removeprefix('torch.')}, {model_hash(pipe)[:16]}"
-    return {"model": model, "code": science_hash()[:16], "torch": versions()["torch"]}
+    return {"model": model, "code": code_hash(task)[:16], "torch": versions()["torch"]}
 
 
 def _check_same(here: Mapping[str, str], there: Mapping[str, str]) -> None:

@@ -1,0 +1,482 @@
+"""Figures and tables for readers: drawn from saved tables and grids, with a caption and what they claim.
+
+An exhibit is a function of an experiment's module. Its arguments are the names of the tables and image grids that it is
+drawn from, and it returns a figure, or a table as it is to be shown:
+
+    @exhibit("Figure 7", "neurons of the initial selection and after refinement", "Histograms over prompts.", read=read_7)
+    def figure_7(localization): ...
+
+What was found is said in one way: `read` yields claims, with the paper's numbers beside. Notebooks show one exhibit
+(`show`) and the claims of their module (`check`); notebook 06 and the index page show all (`render_all`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from nemolib import paper, paths, plots
+from nemolib.provenance import code_hash, sidecar
+from nemolib.store import Grid, StoreError, write_atomic
+
+if TYPE_CHECKING:
+    from nemolib.run import Run
+
+MODULES = (
+    "overview",
+    "holdout_threshold",
+    "memorization_score",
+    "localize_neurons",
+    "deactivate_neurons",
+    "ablations",
+    "side_effects",
+    "published_run",
+)
+"""Modules of `nemolib.experiments`, in the order of the notebooks."""
+
+PAGE = "06_figures"
+"""The notebook that renders all exhibits."""
+
+Load = Callable[[str], "pd.DataFrame | Grid"]
+"""Returns a saved table or image grid by its name; raises FileNotFoundError where there is none."""
+
+
+class NotEnough(ValueError):  # noqa: N818
+    """What a profile computed holds too little for an exhibit; the message says what is missing."""
+
+
+class ClaimError(AssertionError):
+    """Claims that must hold and do not; the message names each with the value found and the one allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Something that was found, and what the paper says of it.
+
+    Attributes:
+        text: What is claimed or compared, in words.
+        ours: What was found here, as text with its numbers.
+        paper: What the paper reports; empty if nothing is known.
+        holds: Whether it holds; None: there is nothing to compare, or too little to decide.
+        rule: What decides, or why the numbers may differ.
+        must: Whether it holds for any model if the computation is right: a notebook fails where it does not.
+    """
+
+    text: str
+    ours: str
+    paper: str = ""
+    holds: bool | None = None
+    rule: str = ""
+    must: bool = False
+
+    @property
+    def verdict(self) -> str:
+        """``holds``, ``does not hold``, ``not checked`` (it must hold, and there is too little), or ``beside``."""
+        if self.holds is None:
+            return "not checked" if self.must else "beside"
+        return "holds" if self.holds else "does not hold"
+
+
+def must(
+    text: str,
+    value: float | bool,
+    *,
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
+    equals: float | None = None,
+    atol: float = 0.0,
+    paper: object = "",
+    reason: str = "",
+    missing: str = "",
+) -> Claim:
+    """Return a claim that must hold, for a number with a bound; a missing number (NaN) never holds.
+
+    Args:
+        text: The claim in words.
+        value: What was found here; True and False stand for 1 and 0, and without bounds it must be True.
+        at_least: Smallest allowed value.
+        at_most: Largest allowed value.
+        equals: Expected value.
+        atol: How far from ``equals`` it may be.
+        paper: What the paper says.
+        reason: Why this bound, or where the tolerance comes from.
+        missing: What it would take to check the claim and is not there (`too_few`); empty: it is checked.
+
+    Raises:
+        ValueError: A number without a bound.
+    """
+    if equals is None and at_least == -math.inf and at_most == math.inf:
+        if type(value).__name__ not in ("bool", "bool_"):
+            raise ValueError(f"claim {text!r} has the value {value!r} and no bound; give at_least, at_most or equals")
+        equals = 1.0
+    low, high = (at_least, at_most) if equals is None else (equals - atol, equals + atol)
+    holds = bool(low <= float(value) <= high)
+    bound = f"{low:.4g} to {high:.4g}" if math.isfinite(low) and math.isfinite(high) else (
+        f">= {low:.4g}" if math.isfinite(low) else f"<= {high:.4g}"
+    )  # fmt: skip
+    bound = f"{equals:.4g}" if low == high else bound
+    rule = "; ".join(filter(None, [f"must be {bound}", reason, missing and f"not checked: {missing}"]))
+    shown = "" if missing and math.isnan(value) else number(float(value))
+    return Claim(text, shown, str(paper), None if missing else holds, rule, must=True)
+
+
+def too_few(count: int, what: str, *, needed: int) -> str:
+    """Return what is missing for a claim about many things, such as ``"1 VM prompt, 10 needed"``; nothing if enough."""
+    return "" if count >= needed else f"{count or 'no'} {what}{'s' * (count != 1)}, {needed} needed"
+
+
+def number(value: float, digits: int = 3) -> str:
+    """Return a number as text; small ones in scientific notation, so that 3e-7 is not shown as 0."""
+    if value == 0 or math.isnan(value) or abs(value) >= 10**-digits:
+        return f"{value:.{digits}f}".rstrip("0").rstrip(".")
+    return f"{value:.0e}"
+
+
+def median_mad(values: Any, *, digits: int = 2) -> str:
+    """Return median ± median absolute deviation as text, such as ``"0.83 ± 0.16"``; nothing if no value is known."""
+    from nemolib import metrics
+
+    known = pd.Series(values).dropna()
+    return "" if known.empty else "{:.{d}f} ± {:.{d}f}".format(*metrics.median_mad(known), d=digits)
+
+
+@dataclass(frozen=True, slots=True)
+class Exhibit:
+    """A figure or table of an experiment.
+
+    Attributes:
+        name: Stem of its files: the name of the function.
+        label: Its number in the paper, or empty for one of our own.
+        title: What it shows, in a few words.
+        caption: How to read it.
+        draw: Returns the figure or the table from what is saved under the names of its arguments.
+        read: Yields claims from what is saved under the names of its arguments.
+    """
+
+    name: str
+    label: str
+    title: str
+    caption: str
+    draw: Callable[..., Figure | pd.DataFrame]
+    read: Callable[..., Iterable[Claim]] | None = None
+
+    @property
+    def heading(self) -> str:
+        """The label and the title."""
+        return f"{self.label}: {self.title}" if self.label else f"{self.title[0].upper()}{self.title[1:]}"
+
+    @property
+    def notebook(self) -> str:
+        """The notebook that computes its tables and grids."""
+        return self.draw.__globals__["NOTEBOOK"]
+
+    @property
+    def module(self) -> str:
+        """The file that it is written in."""
+        return f"{self.draw.__module__.replace('.', '/')}.py"
+
+
+_EXHIBITS: dict[str, Exhibit] = {}
+"""All exhibits of the modules that were imported, by name."""
+
+
+def exhibit(
+    label: str, title: str, caption: str, *, read: Callable[..., Iterable[Claim]] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator that makes an exhibit of a function, which itself stays as it is; see `Exhibit`."""
+
+    def register(draw: Callable[..., Any]) -> Callable[..., Any]:
+        known = _EXHIBITS.get(draw.__name__)
+        if known is not None and known.module != Exhibit("", "", "", "", draw).module:
+            raise ValueError(f"two exhibits have the name {draw.__name__!r}; their files would overwrite each other")
+        _EXHIBITS[draw.__name__] = Exhibit(draw.__name__, label, title, caption, draw, read)
+        return draw
+
+    return register
+
+
+def exhibits() -> list[Exhibit]:
+    """Return all exhibits: those of the paper in its order (`nemolib.paper.FIGURES_AND_TABLES`), ours after them."""
+    for module in MODULES:
+        import_module(f"nemolib.experiments.{module}")
+    order = {name: place for place, name in enumerate(paper.PLACES)}
+    return sorted(_EXHIBITS.values(), key=lambda item: order.get(item.name, len(order)))
+
+
+def _called(function: Callable[..., Any], load: Load) -> Any:
+    """Return what a function makes of the saved tables and grids that its arguments name.
+
+    Raises:
+        FileNotFoundError: One of them was never saved.
+        NotEnough: One of them is empty.
+    """
+    sources = {name: load(name) for name in inspect.signature(function).parameters}
+    for name, value in sources.items():
+        if not (value.images.size if isinstance(value, Grid) else len(value)):
+            raise NotEnough(f"{'image grid' if isinstance(value, Grid) else 'table'} {name!r} is empty")
+    return function(**sources)
+
+
+def claims(item: Exhibit, load: Load) -> list[Claim]:
+    """Return what an exhibit claims."""
+    return [] if item.read is None else list(_called(item.read, load))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rendered:
+    """An exhibit that was drawn: its content, what it claims, and its files by suffix (none if they were not written)."""
+
+    exhibit: Exhibit
+    content: Figure | pd.DataFrame
+    claims: list[Claim]
+    files: dict[str, Path]
+
+    @property
+    def verdict(self) -> str:
+        """Whether what is compared with the paper ``agrees``, ``differs``, or nothing is compared (``beside``)."""
+        compared = [claim.holds for claim in self.claims if claim.holds is not None and not claim.must]
+        return "beside" if not compared else "agrees" if all(compared) else "differs"
+
+
+@dataclass(frozen=True, slots=True)
+class NotDrawn:
+    """An exhibit that was not drawn, and why."""
+
+    exhibit: Exhibit
+    reason: str
+
+
+VERDICTS = {
+    "agrees": "agrees with the paper",
+    "differs": "differs from the paper",
+    "beside": "no value of the paper to compare with",
+}
+"""What the verdicts of exhibits mean."""
+
+
+def render(item: Exhibit, run: Run, *, load: Load | None = None, write: bool = True) -> Rendered | NotDrawn:
+    """Draw an exhibit and write its files to ``figures/<profile>/``, or return why it cannot be drawn.
+
+    The same sources give the same bytes.
+
+    Args:
+        item: The exhibit.
+        run: The run whose profile it belongs to.
+        load: Where saved tables and grids come from; None: those of the run.
+        write: Whether files are written.
+    """
+    load = load or run.load
+    try:
+        content, said = _called(item.draw, load), claims(item, load)
+    except (NotEnough, FileNotFoundError) as error:
+        return NotDrawn(item, str(error))
+    return Rendered(item, content, said, _write(item, content, run, load) if write else {})
+
+
+def render_all(run: Run, *, load: Load | None = None, write: bool = True) -> list[Rendered | NotDrawn]:
+    """Return all exhibits, drawn (and written) where there is enough for them; see `render`."""
+    return [render(item, run, load=load, write=write) for item in exhibits()]
+
+
+def _write(item: Exhibit, content: Figure | pd.DataFrame, run: Run, load: Load) -> dict[str, Path]:
+    """Write the files of an exhibit: PDF and PNG, or CSV, Markdown and LaTeX; and where it comes from, as JSON."""
+    stem = paths.FIGURES / run.profile.name / item.name
+    if isinstance(content, Figure):
+        contents = plots.files_of(content)
+    else:
+        contents = {
+            "csv": content.to_csv(index=False, lineterminator="\n"),
+            "md": markdown(content) + "\n",
+            "tex": latex(content),
+        }
+    first = next(iter(contents))
+    contents["json"] = sidecar(
+        f"{item.name}.{first}",
+        profile=run.profile,
+        notebook=item.notebook,
+        inputs={name: _content(load(name)) for name in inspect.signature(item.draw).parameters},
+        code=code_hash(item.draw.__module__.removeprefix("nemolib.")),
+        device=run.pipe.device.type,
+    )
+    files = {suffix: stem.with_name(f"{stem.name}.{suffix}") for suffix in contents}
+    for suffix, data in contents.items():
+        write_atomic(files[suffix], data)
+    return files
+
+
+def _content(value: pd.DataFrame | Grid) -> Any:
+    return value.images if isinstance(value, Grid) else value
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """Return a table in Markdown; numbers stand as they are, so round before."""
+    shown = table.map(lambda value: "" if pd.isna(value) else str(value).replace("|", "\\|"))
+    return shown.to_markdown(index=False, disable_numparse=True)
+
+
+_SYMBOLS = {"±": r"$\pm$", "≥": r"$\ge$", "≤": r"$\le$", "τ": r"$\tau$", "µ": r"$\mu$", "σ": r"$\sigma$", "−": "$-$"}
+"""What LaTeX has no letter for."""
+
+
+def latex(table: pd.DataFrame) -> str:
+    """Return a table in LaTeX for the package booktabs; numbers stand as they are, so round before."""
+    text = table.style.hide(axis="index").format(escape="latex", na_rep="", precision=6).format_index(
+        escape="latex", axis="columns"
+    ).to_latex(hrules=True)  # fmt: skip
+    return "".join(_SYMBOLS.get(letter, letter) for letter in text)
+
+
+# What notebooks and readers see
+
+
+def show(run: Run, name: str) -> None:
+    """Show an exhibit in a notebook: the figure or table, its caption, what it claims, and where it is written.
+
+    Raises:
+        KeyError: There is no such exhibit; the message names those known.
+    """
+    from IPython.display import Markdown, display
+
+    known = {item.name: item for item in exhibits()}
+    if name not in known:
+        raise KeyError(f"unknown exhibit {name!r}; known: {', '.join(known)}")
+    drawn = render(known[name], run, write=False)
+    if isinstance(drawn, NotDrawn):
+        display(Markdown(f"*{drawn.exhibit.heading}* is not shown: {drawn.reason}."))
+        return
+    display(drawn.content)
+    lines = [f"**{drawn.exhibit.heading}.** {drawn.exhibit.caption}"]
+    lines += [f"- {_sentence(claim)}" for claim in drawn.claims if not claim.must]
+    display(Markdown("\n".join([lines[0], "", *lines[1:], "", f"*Written in `{drawn.exhibit.module}`.*"])))
+
+
+def _sentence(claim: Claim) -> str:
+    parts = [f"{claim.text}: {claim.ours}"] + [f"paper: {claim.paper}"] * bool(claim.paper)
+    parts += [f"**{claim.verdict}** ({claim.rule})" if claim.rule else f"**{claim.verdict}**"] * (
+        claim.holds is not None
+    )
+    return "; ".join(parts)
+
+
+def check(run: Run, *modules: str, extra: Sequence[Claim] = ()) -> pd.DataFrame:
+    """Return the claims of a notebook as a table, and raise if one that must hold does not.
+
+    Args:
+        run: The run.
+        modules: Modules of `nemolib.experiments`, whose exhibits' claims are taken as far as they can be drawn.
+        extra: Claims about values of the notebook alone; they come first.
+
+    Returns:
+        Columns claim, ours, paper, verdict and rule.
+
+    Raises:
+        ClaimError: Claims that must hold do not; the message names each with its value and bound.
+        ValueError: There are no claims.
+    """
+    found = list(extra)
+    for item in exhibits():
+        if item.draw.__module__.rpartition(".")[2] in modules:
+            try:
+                found += claims(item, run.load)
+            except (NotEnough, FileNotFoundError):
+                continue
+    if not found:
+        raise ValueError(f"there are no claims of {', '.join(modules) or 'nothing'} to check")
+    failed = [f"{claim.text}: {claim.ours}, {claim.rule}" for claim in found if claim.must and claim.holds is False]
+    if failed:
+        raise ClaimError("; ".join(failed))
+    return _claim_rows([("", claim) for claim in found]).drop(columns="exhibit")
+
+
+def _claim_rows(said: Iterable[tuple[str, Claim]]) -> pd.DataFrame:
+    rows = [(name, item.text, item.ours, item.paper, item.verdict, item.rule) for name, item in said]
+    return pd.DataFrame(rows, columns=["exhibit", "claim", "ours", "paper", "verdict", "rule"])
+
+
+def claim_table(page: Sequence[Rendered | NotDrawn]) -> pd.DataFrame:
+    """Return what the exhibits of a page claim beside the paper: columns exhibit, claim, ours, paper, verdict, rule."""
+    return _claim_rows(
+        (item.exhibit.label or item.exhibit.heading, claim)
+        for item in page
+        if isinstance(item, Rendered)
+        for claim in item.claims
+        if not claim.must
+    )
+
+
+def missing_table(page: Sequence[Rendered | NotDrawn]) -> pd.DataFrame:
+    """Return what a page does not show, and why: columns exhibit, reason."""
+    rows = [(item.exhibit.heading, item.reason) for item in page if isinstance(item, NotDrawn)]
+    return pd.DataFrame(rows, columns=["exhibit", "reason"])
+
+
+_STYLE = """
+body { font: 16px/1.45 Georgia, 'Times New Roman', serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; }
+h2 { margin-top: 3rem; font-size: 1.2rem; } img { max-width: 100%; } table { border-collapse: collapse; font-size: 0.9rem; }
+td, th { padding: 0.2rem 0.7rem; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top; }
+code { font-size: 0.85rem; }
+"""
+
+
+def write_page(page: Sequence[Rendered | NotDrawn], run: Run) -> dict[str, Path]:
+    """Write ``index.md`` and the same text as ``index.html`` beside the files of the exhibits.
+
+    Raises:
+        ValueError: No exhibit was drawn.
+    """
+    from markdown_it import MarkdownIt
+
+    title = f"Figures and tables: profile {run.profile.name}"
+    text = "\n\n".join([f"# {title}", *_sections(page, run.profile.name)]) + "\n"
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    head = (
+        '<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>{_STYLE}</style>"
+    )
+    contents = {
+        "md": text,
+        "html": f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}</body>\n</html>\n',
+    }
+    files = {suffix: paths.FIGURES / run.profile.name / f"index.{suffix}" for suffix in contents}
+    for suffix, content in contents.items():
+        write_atomic(files[suffix], content)
+    return files
+
+
+def _sections(page: Sequence[Rendered | NotDrawn], profile: str) -> Iterator[str]:
+    """Yield the paragraphs of the index page."""
+    drawn = [item for item in page if isinstance(item, Rendered)]
+    if not drawn:
+        raise ValueError("no exhibit was drawn; run the other notebooks first (make notebooks)")
+    counted = Counter(item.verdict for item in drawn)
+    verdicts = "; ".join(f"{counted[name]}: {text}" for name, text in VERDICTS.items() if counted[name])
+    yield f"{len(drawn)} figures and tables ({verdicts}), made by notebook {PAGE} from the tables of the others."
+    for item in drawn:
+        yield f"## {item.exhibit.heading}"
+        is_figure = isinstance(item.content, Figure)
+        yield f"![{item.exhibit.heading}]({item.exhibit.name}.png)" if is_figure else markdown(item.content)
+        yield item.exhibit.caption
+        facts = [_sentence(claim) for claim in item.claims if not claim.must]
+        facts += [VERDICTS[item.verdict][0].upper() + VERDICTS[item.verdict][1:]]
+        command = (
+            f"make build/{profile}/{item.exhibit.notebook}.ipynb PROFILE={profile} && make figures PROFILE={profile}"
+        )
+        facts += [f"Computed by notebooks/{item.exhibit.notebook}.ipynb, written in {item.exhibit.module}: `{command}`"]
+        yield "\n".join(f"- {fact}" for fact in facts)
+        yield " · ".join(f"[{suffix}]({path.name})" for suffix, path in item.files.items())
+    for heading, table in (
+        ("What holds, what does not, why", claim_table(page)),
+        ("What is not here, and why", missing_table(page)),
+    ):
+        if len(table):
+            yield f"## {heading}\n\n{markdown(table)}"

@@ -1,0 +1,427 @@
+"""How figures look, and the few plots that they are made of: the NeurIPS style, fixed colours and second cues.
+
+    with panels(1, 2, aspect=0.4) as (figure, axes):
+        histogram(axes[0], table, "neuron_count", xlabel="neurons per prompt")
+
+Everything that tells kinds apart has a second cue besides its colour: a marker, a line style or a hatch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter
+from tueplots import figsizes, fontsizes
+
+from nemolib.store import Grid
+
+TEXT_WIDTH = figsizes.neurips2024()["figure.figsize"][0]
+"""Width of the text in the NeurIPS style, in inches."""
+
+LABEL_SIZE, TICK_SIZE = (fontsizes.neurips2024()[f"{name}"] for name in ("axes.labelsize", "xtick.labelsize"))
+"""Sizes of labels and of ticks and legends, in points."""
+
+LINE = 0.6
+"""Width of axes and ticks, in points; all other widths are multiples of it."""
+
+GREY = "0.35"
+
+FONTS = ["STIXGeneral", "DejaVu Serif"]
+"""A Times-like font that comes with matplotlib, so that a figure has the same bytes on every machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """How one kind of prompt or condition looks: a colour of Okabe and Ito or grey, marker, line style and hatch."""
+
+    label: str
+    color: str
+    marker: str
+    line: Any
+    hatch: str
+
+    def line_style(self, **changes: Any) -> dict[str, Any]:
+        """Return what `Axes.plot` takes, with a label."""
+        return {"color": self.color, "marker": self.marker, "linestyle": self.line, "label": self.label} | changes
+
+
+ROLES: dict[str, Role] = {
+    "vm": Role("verbatim (VM)", "#D55E00", "o", "-", ""),
+    "tm": Role("template (TM)", "#0072B2", "s", "--", "////"),
+    "unmemorized": Role("unmemorized", "#009E73", "^", ":", "...."),
+    "ladder": Role("duplication ladder", "#CC79A7", "D", "-.", "xxxx"),
+    "deactivated": Role("neurons deactivated", "#56B4E9", "v", (0, (1, 1)), "----"),
+    "holdout": Role("holdout", "#7F7F7F", "x", (0, (4, 1, 1, 1)), "\\\\\\\\"),
+}
+"""The look of each role, the same in every figure."""
+
+METRICS = {
+    "sscd_orig": r"SSCD$_{Orig}$",
+    "sscd_gen": r"SSCD$_{Gen}$",
+    "d_sscd": r"D$_{SSCD}$",
+    "a_clip": r"A$_{CLIP}$",
+}
+"""Metrics of Table 1 as they are written in figures."""
+
+
+def neurips(fraction: float = 1.0, *, aspect: float = 0.618) -> dict[str, Any]:
+    """Return matplotlib's settings for a figure of the NeurIPS style, to be used in ``matplotlib.rc_context``.
+
+    Args:
+        fraction: Width as a share of the text width, in (0, 1].
+        aspect: Height divided by width.
+    """
+    size = figsizes.neurips2024(rel_width=fraction, height_to_width_ratio=aspect, pad_inches=0.0)
+    # The family itself and not "serif": that name would be looked up when the figure is drawn, outside the context.
+    fonts = {"font.family": FONTS, "mathtext.fontset": "cm", "text.usetex": False, "pdf.fonttype": 42}
+    lines = dict.fromkeys(("axes.linewidth", "xtick.major.width", "ytick.major.width", "patch.linewidth"), LINE)
+    lines |= dict.fromkeys(("xtick.minor.width", "ytick.minor.width", "hatch.linewidth", "grid.linewidth"), LINE / 2)
+    return size | fontsizes.neurips2024() | fonts | lines | {
+        "figure.figsize": (TEXT_WIDTH * fraction, TEXT_WIDTH * fraction * aspect),
+        "figure.dpi": 150,
+        "legend.frameon": False,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "lines.linewidth": 2 * LINE,
+        "lines.markersize": 5 * LINE,
+        "image.interpolation": "nearest",
+        "savefig.bbox": None,
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def panels(
+    rows: int = 1, columns: int = 1, *, fraction: float = 1.0, aspect: float = 0.618, **grid: Any
+) -> Iterator[tuple[Figure, Any]]:
+    """Give a figure in the house style and its axes: one, or an array of them; inside the context the style holds.
+
+    Args:
+        rows: Rows of axes.
+        columns: Columns of axes.
+        fraction: Width as a share of the text width.
+        aspect: Height divided by width.
+        grid: What `Figure.subplots` takes, such as ``sharey=True``.
+    """
+    with mpl.rc_context(neurips(fraction, aspect=aspect)):
+        figure = Figure()
+        yield figure, figure.subplots(rows, columns, **grid)
+
+
+def of_kinds(table: pd.DataFrame, kinds: Sequence[str]) -> dict[str, pd.DataFrame]:
+    """Return the rows of each of these kinds that a table has.
+
+    Raises:
+        ValueError: It has none of them.
+    """
+    parts = {kind: table[table["kind"] == kind] for kind in kinds if (table["kind"] == kind).any()}
+    if not parts:
+        raise ValueError(f"the table has no prompts of kind {' or '.join(kinds)}; its kinds: {set(table['kind'])}")
+    return parts
+
+
+# Distributions
+
+
+def histogram(
+    axes: Axes,
+    table: pd.DataFrame,
+    column: str,
+    *,
+    kinds: Sequence[str] = ("vm", "tm"),
+    edges: np.ndarray | None = None,
+    shares: bool = False,
+    xlabel: str,
+    title: str = "",
+) -> None:
+    """Draw the distribution of a column for each kind of prompt.
+
+    Args:
+        axes: Where.
+        table: Columns kind and ``column``.
+        column: What is counted.
+        kinds: Kinds of prompts.
+        edges: Edges of the bars; None: whole numbers, at most 12 bars.
+        shares: Whether bars are shares of the prompts of a kind, overlapping, with a mark below for each prompt; else
+            they are numbers of prompts, side by side, with a line at the median.
+        xlabel: What the column is.
+        title: Title of the panel.
+    """
+    parts = of_kinds(table, kinds)
+    edges = count_edges(table.loc[table["kind"].isin(parts), column]) if edges is None else edges
+    looks = {kind: ROLES[kind] for kind in parts}
+    style = {"multiple": "layer", "element": "step", "stat": "probability", "common_norm": False, "alpha": 0.35} if shares else {
+        "multiple": "dodge", "shrink": 0.9, "edgecolor": "white", "alpha": 1.0}  # fmt: skip
+    sns.histplot(
+        pd.concat(parts.values()), x=column, hue="kind", hue_order=list(parts), bins=list(edges), ax=axes, legend=False,
+        palette={kind: look.color for kind, look in looks.items()}, **style,
+    )  # fmt: skip
+    # seaborn draws the last kind first.
+    for drawn, look in zip(axes.collections if shares else axes.containers, reversed(looks.values()), strict=True):
+        for patch in [drawn] if shares else drawn:
+            patch.set_hatch(look.hatch)
+        drawn.set_label("_")
+    for level, (kind, part) in enumerate(parts.items()):
+        look = looks[kind]
+        face = {"facecolor": (*mpl.colors.to_rgb(look.color), 0.35), "edgecolor": look.color} if shares else {
+            "facecolor": look.color, "edgecolor": "white"}  # fmt: skip
+        axes.add_patch(
+            mpl.patches.Rectangle(
+                (np.nan, np.nan), 0, 0, hatch=look.hatch, label=f"{look.label}, n = {len(part)}", **face
+            )
+        )
+        if shares:
+            _rug(axes, part[column], look.color, level)
+        else:
+            axes.axvline(part[column].median(), color=look.color, linestyle=look.line)
+    axes.set(xlabel=xlabel, ylabel="prompts of a kind" if shares else "prompts", title=title)
+    if shares:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    else:
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
+
+
+def count_edges(values: pd.Series, bins: int = 12) -> np.ndarray:
+    """Return at most ``bins`` bins for counts: whole numbers wide, from 0 (which is a bin's first value) on."""
+    width = max(1, int(np.ceil((values.max() + 1) / bins)))
+    return np.arange(0, values.max() + 1 + width, width) - 0.5 * (width == 1)
+
+
+def _rug(axes: Axes, values: pd.Series, color: str, level: int) -> None:
+    """Mark every value by a short line below the axis."""
+    top = -0.03 * (level + 1)
+    transform = axes.get_xaxis_transform()
+    axes.vlines(values, top - 0.025, top, color=color, linewidth=0.5, transform=transform, clip_on=False)
+    axes.tick_params(axis="x", length=2, pad=8)
+
+
+def threshold(axes: Axes, value: float, *, horizontal: bool = False) -> None:
+    """Draw the memorization threshold."""
+    draw = axes.axhline if horizontal else axes.axvline
+    draw(value, color="black", linestyle="--", linewidth=0.9, label=rf"$\tau_\mathrm{{mem}}$ = {value:.3f}")
+
+
+# Values by category, before and after, along a quantity
+
+
+def points(axes: Axes, table: pd.DataFrame, x: str, y: str, *, kinds: Sequence[str] = ("vm", "tm")) -> None:
+    """Draw a column as points over the categories of another, kinds side by side."""
+    parts = of_kinds(table, kinds)
+    order = sorted(table[x].unique())
+    for place, (kind, part) in zip(np.linspace(-0.18, 0.18, len(parts)), parts.items(), strict=True):
+        look = ROLES[kind]
+        spread = np.resize(np.linspace(-0.12, 0.12, 7), len(part))
+        across = part[x].map({value: number for number, value in enumerate(order)}).to_numpy() + place + spread
+        axes.plot(across, part[y], **look.line_style(linestyle="", markersize=2, alpha=0.7, markeredgewidth=0))
+    axes.set_xticks(range(len(order)), [str(value) for value in order])
+
+
+def bars(
+    axes: Axes, table: pd.DataFrame, x: str, y: str, *, hue: str = "kind", looks: Mapping[str, Role] = ROLES
+) -> None:
+    """Draw means of a column as bars over the categories of another, one for each hue, with colours and hatches."""
+    order = [name for name in looks if name in set(table[hue])]
+    palette = {name: looks[name].color for name in order}
+    sns.barplot(table, x=x, y=y, hue=hue, hue_order=order, palette=palette, saturation=1, errorbar=None, edgecolor="white", legend=False, ax=axes)  # fmt: skip
+    for drawn, name in zip(axes.containers, order, strict=True):
+        drawn.set_label(looks[name].label)
+        for patch in drawn:
+            patch.set_hatch(looks[name].hatch)
+
+
+def before_after(axes: Axes, table: pd.DataFrame, name: str, *, kinds: Sequence[str] = ("vm", "tm")) -> None:
+    """Draw each prompt as a point: ``<name>_before`` across, ``<name>_after`` up; on the dotted line nothing changes."""
+    columns = [f"{name}_before", f"{name}_after"]
+    parts = of_kinds(table, kinds)
+    for kind, part in parts.items():
+        axes.plot(part[columns[0]], part[columns[1]], **ROLES[kind].line_style(linestyle="", markeredgewidth=0))
+    low = min(0.0, float(np.nanmin(pd.concat(parts.values())[columns])) - 0.05)
+    axes.plot([low, 1], [low, 1], color="0.6", linestyle=":", linewidth=0.8)
+    axes.set(xlim=(low, 1.02), ylim=(low, 1.02), aspect="equal")
+    axes.set(xlabel="all neurons active", ylabel="its neurons deactivated")
+
+
+def along(axes: Axes, rows: pd.DataFrame, x: str, y: str, look: Role) -> None:
+    """Draw ours along a quantity as a line with its interval (columns ``y``_low, ``y``_high), and the paper's hollow."""
+    axes.fill_between(rows[x], rows[f"{y}_low"], rows[f"{y}_high"], color=look.color, alpha=0.15, linewidth=0)
+    style = look.line_style(markersize=3.5, label=f"{look.label}, ours")
+    hollow = {"linestyle": "", "markerfacecolor": "white", "markeredgewidth": 0.8, "label": f"{look.label}, paper"}
+    axes.plot(rows[x], rows[y], **style)
+    axes.plot(rows[x], rows[f"{y}_paper"], **style | hollow)
+
+
+def rungs(axes: Axes, table: pd.DataFrame, column: str, *, look: Role, label: str) -> None:
+    """Draw a column over the number of copies in training: prompts as points, medians of the rungs as a line."""
+    medians = table.groupby("copies")[column].median()
+    axes.plot(table["copies"], table[column], **look.line_style(linestyle="", alpha=0.5, markersize=3, label="_"))
+    axes.plot(medians.index, medians, **look.line_style(markersize=3.5, label=label))
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(list(medians.index)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def intervals(
+    figure: Figure, axes: Sequence[Axes], table: pd.DataFrame, *, category: str, kinds: Sequence[str] = ("vm", "tm")
+) -> None:
+    """Draw a table of settings: a panel for each of `METRICS`, a row for each setting, kinds one above the other.
+
+    Filled: ours with its interval (columns ``<metric>``, ``<metric>_low``, ``<metric>_high``). Hollow: the paper's
+    (``<metric>_paper``).
+    """
+    parts, names = of_kinds(table, kinds), list(dict.fromkeys(table[category]))
+    for place, (panel, metric) in enumerate(zip(axes, METRICS, strict=True)):
+        for shift, (kind, part) in zip(np.linspace(-0.16, 0.16, len(parts)), parts.items(), strict=True):
+            look = ROLES[kind]
+            rows = part[category].map(names.index) + shift
+            style = look.line_style(linestyle="", markersize=3.5, label=f"{look.label}, ours")
+            hollow = {"markerfacecolor": "white", "markeredgewidth": 0.8, "label": f"{look.label}, paper"}
+            panel.hlines(rows, part[f"{metric}_low"], part[f"{metric}_high"], color=look.color, linewidth=1)
+            panel.plot(part[metric], rows, **style)
+            panel.plot(part[f"{metric}_paper"], rows, **style | hollow)
+        known = table[[f"{metric}{end}" for end in ("", "_low", "_high", "_paper")]].to_numpy(dtype=float)
+        top = np.ceil(round(10 * float(np.nanmax(known)), 3)) / 10 if np.isfinite(known).any() else 1.0
+        panel.set(title=METRICS[metric], xlim=(min(0.0, float(np.nanmin(known, initial=0.0))) - 0.04, top + 0.05))
+        panel.grid(axis="x", alpha=0.4)
+        if place == 0:
+            panel.set_yticks(range(len(names)), ["\n".join(textwrap.wrap(name, 24)) for name in names])
+            panel.set_ylim(len(names) - 0.5, -0.5)
+    legend_below(figure)
+
+
+def heat_map(axes: Axes, values: pd.DataFrame, texts: pd.DataFrame, *, norm: Normalize | LogNorm) -> None:
+    """Draw a table in colours with a text in each cell; missing cells stay white."""
+    sns.heatmap(
+        values, annot=texts, fmt="", norm=norm, cmap="viridis", cbar=False, annot_kws={"size": TICK_SIZE}, ax=axes
+    )
+    axes.tick_params(length=0, rotation=0)
+    axes.set(xlabel="", ylabel="")
+
+
+def say(axes: Axes, text: str) -> None:
+    """Write in place of data why there are none."""
+    axes.set_axis_off()
+    axes.annotate("\n".join(textwrap.wrap(text, 34)), (0.5, 0.5), xycoords="axes fraction", ha="center", va="center", fontsize=TICK_SIZE)  # fmt: skip
+
+
+def legend_above(axes: Axes, *, columns: int = 2) -> None:
+    """Put the legend of a panel above it."""
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, columnspacing=1, handlelength=1.5, borderaxespad=0.2
+    )
+
+
+def legend_below(figure: Figure, *, columns: int | None = None) -> None:
+    """Put one legend for all panels below them, each label once."""
+    named: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
+    if named:
+        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns or len(named))
+
+
+# Images
+
+GAP, MARGIN, LABELS = 0.35, 0.03, 1.1
+"""Room between the halves of a row and around an image (shares of an image), and for row labels (inches)."""
+
+LINE_HEIGHT = 1.6 * TICK_SIZE / 72
+"""Height of a line of a row label, in inches."""
+
+
+def image_grid(
+    grid: Grid, *, fraction: float = 1.0, counts: Sequence[int] = (), halves: tuple[str, str] | None = None
+) -> Figure:
+    """Return images in rows and columns, with their labels.
+
+    Args:
+        grid: Images [row, column, height, width] in [0, 1] or [row, column, height, width, 3], uint8 or in [0, 1].
+        fraction: Width as a share of the text width.
+        counts: Numbers in boxes between two halves of the columns, one for each row.
+        halves: What the two halves are called; then single columns have no labels.
+
+    Raises:
+        ValueError: There is not one count for each row, or the number of columns is odd.
+    """
+    rows, columns, high, wide = grid.images.shape[:4]
+    if halves and (len(counts) != rows or columns % 2):
+        raise ValueError(f"{len(counts)} counts for {rows} rows of {columns} images; give one per row of two halves")
+    left, top = LABELS if any(grid.rows) else 0.0, 0.25 if halves else 0.2 * any(grid.columns)
+    width = (TEXT_WIDTH * fraction - left) / (columns + GAP * bool(halves))
+    labels = [textwrap.wrap(label, 22) for label in grid.rows]
+    # Rows are as far apart as their labels need, where images are smaller than two lines of text.
+    tall = width * high / wide
+    pitch = max(tall, LINE_HEIGHT * max(map(len, labels), default=0))
+    size = TEXT_WIDTH * fraction, rows * pitch + top
+    style = neurips(fraction) | {"figure.constrained_layout.use": False, "figure.figsize": size, "figure.dpi": 120}
+    with mpl.rc_context(style):
+        figure = Figure()
+        for row, column in np.ndindex(rows, columns):
+            shift = column + (GAP if halves and column >= columns // 2 else 0)
+            bottom = (rows - 1 - row) * pitch + (pitch - tall) / 2 + MARGIN * tall
+            corner = ((left + (shift + MARGIN) * width) / size[0], bottom / size[1])
+            extent = ((1 - 2 * MARGIN) * width / size[0], (1 - 2 * MARGIN) * tall / size[1])
+            axes = figure.add_axes((*corner, *extent))
+            axes.imshow(grid.images[row, column], vmin=0, vmax=1)
+            axes.set_axis_off()
+            if column == 0:
+                _label(axes, "\n".join(labels[row]), (-0.08, 0.5), ha="right", va="center")
+            if halves and column == columns // 2:
+                box = {"boxstyle": "square,pad=0.25", "facecolor": "white", "edgecolor": "black", "linewidth": 0.6}
+                _label(axes, str(counts[row]), (-GAP / 2, 0.5), ha="center", va="center", bbox=box)
+            if row == 0 and halves and column % (columns // 2) == 0:
+                name = halves[column // (columns // 2)]
+                _label(axes, name, (columns / 4, 1.06), ha="center", va="bottom", fontsize=LABEL_SIZE)
+            elif row == 0 and not halves:
+                _label(axes, grid.columns[column], (0.5, 1.06), ha="center", va="bottom")
+    return figure
+
+
+def _label(axes: Axes, text: str, place: tuple[float, float], **style: Any) -> None:
+    axes.annotate(text, place, xycoords="axes fraction", **{"fontsize": TICK_SIZE} | style)
+
+
+# Files
+
+
+def files_of(figure: Figure) -> dict[str, bytes]:
+    """Return a figure as PDF and as PNG of 300 dpi; the same figure gives the same bytes."""
+    contents = {}
+    logger = logging.getLogger("fontTools")
+    before = logger.level
+    # fontTools wonders about the date of the font that comes with matplotlib.
+    logger.setLevel(logging.ERROR)
+    try:
+        with mpl.rc_context({"pdf.fonttype": 42, "savefig.bbox": None}):
+            for suffix, metadata in {"pdf": {"CreationDate": None}, "png": {"Software": None}}.items():
+                buffer = io.BytesIO()
+                figure.savefig(buffer, format=suffix, dpi=300, metadata=metadata)
+                contents[suffix] = buffer.getvalue()
+    finally:
+        logger.setLevel(before)
+    return contents
+
+
+def screen_png(figure: Figure) -> bytes:
+    """Return a figure as a small PNG for the screen, of 110 dpi and 256 colours; the same figure gives the same bytes."""
+    from PIL import Image
+
+    buffer, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    with Image.open(buffer) as image:
+        image.convert("RGB").quantize(256).save(small, format="png", optimize=True)
+    return small.getvalue()

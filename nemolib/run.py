@@ -1,0 +1,543 @@
+"""One object for a whole experiment: a profile, its pipeline, what is kept of results, and how progress is shown.
+
+    run = nemolib.open_run("tiny")
+    found = run.search(run.prompts("vm")["caption"])
+
+What takes long is a task (`Run.compute`): each result is kept in ``build/<profile>/store`` by the content hash of
+everything that determines it, so that no result is computed twice, a notebook that runs alone computes what it needs of
+earlier ones, and a run that was killed continues.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+
+from nemolib import metrics, paths, prompts
+from nemolib.batching import batches, check_prompts
+from nemolib.encoders import Encoder, alignment_encoder, copy_encoder, quality_encoder
+from nemolib.first_step import observing, pairs_measure
+from nemolib.generation import drawing
+from nemolib.holdout import ActivationStatistics, activation_statistics, load_statistics, memorization_threshold
+from nemolib.localization import Localization, check_threshold, localization_table, localizing
+from nemolib.mitigation import Mitigation
+from nemolib.pipeline import load_pipeline
+from nemolib.provenance import code_hash, content_hash, model_hash
+from nemolib.settings import (
+    DetectionSettings,
+    GenerationSettings,
+    Profile,
+    Protocol,
+    SearchSettings,
+    SimilaritySettings,
+    load_profile,
+    protocol_of,
+    search_settings,
+    settings_of,
+)
+from nemolib.store import Grid, Store, read_grid, read_table, write_grid, write_table
+from nemolib.workers import Task, map_prompts
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+Role = Literal["copy", "alignment", "quality", "clip_quality"]
+
+METRICS = ("sscd_orig", "sscd_orig_max", "sscd_gen", "d_sscd", "a_clip")
+"""What `Run.measure` measures."""
+
+_FEW = 4096
+"""Values of a tensor that are looked at to see whether it changed."""
+
+_TOGETHER = 128
+"""Images that an encoder is given at once."""
+
+
+def open_run(profile: str | Path | Profile = "tiny", *, progress: bool = True) -> Run:
+    """Return the run of a profile, with its pipeline loaded.
+
+    Args:
+        profile: Name of a profile, path of a YAML file, or a profile.
+        progress: Whether long work shows progress bars.
+
+    Raises:
+        ProfileError: The profile cannot be read.
+        PipelineError: Its model cannot be loaded.
+    """
+    profile = load_profile(profile)
+    return Run(profile, load_pipeline(profile), progress=progress)
+
+
+class Run:
+    """A profile, its pipeline, and the results that are kept.
+
+    Args:
+        profile: The profile.
+        pipe: Its pipeline.
+        store: Where results are kept; None: in ``build/<profile>/store``.
+        progress: Whether long work shows progress bars.
+    """
+
+    def __init__(
+        self, profile: Profile, pipe: StableDiffusionPipeline, *, store: Store | None = None, progress: bool = True
+    ) -> None:
+        self.profile, self.pipe, self.progress = profile, pipe, progress
+        self.folder = paths.build_dir(profile.name)
+        self.store = store or Store(self.folder / "store")
+        self._encoders: dict[str, Encoder] = {}
+        self._hashed: tuple[Any, str] | None = None
+
+    # What was computed, and what is kept
+
+    def compute(
+        self,
+        task: Task,
+        items: Sequence[Any],
+        *,
+        label: str,
+        together: int | Callable[[Any], Hashable] = 1,
+        **common: Any,
+    ) -> list[Any]:
+        """Return what a task makes of each item; what the store has is not computed again.
+
+        Args:
+            task: A function of a module, ``task(pipe, **common)``, that returns a function of a batch of items, which
+                returns a result for each: plain values, or an array.
+            items: Each a caption, or a tuple that begins with one; whatever else determines its result is in it too.
+            label: What the progress bar calls it.
+            together: How many items are computed in one batch; or what neighbours have in common that are.
+            common: What all items share.
+
+        Raises:
+            ValueError: The model's layers have hooks: what it gives must not be kept as the model's own.
+            FailedPrompts: Prompts raised; all others are finished and kept.
+        """
+        name, keys = task.__name__, self._keys(task, items, common)
+        known = {key: value for key in dict.fromkeys(keys) if (value := self.store.get(name, key)) is not None}
+        waiting = [(key, item) for key, item in dict(zip(keys, items, strict=True)).items() if key not in known]
+        if callable(together):
+            parts = [list(part) for _, part in groupby(waiting, lambda pair: together(pair[1]))]
+        else:
+            parts = list(batches(waiting, together))
+        shown = {"label": label, "finished": len(known), "progress": self.progress}
+        for key, value in map_prompts(task, parts, pipe=self.pipe, common=common, **shown):
+            known[key] = self.store.put(name, key, value)
+        return [known[key] for key in keys]
+
+    def _keys(self, task: Task, items: Sequence[Any], common: dict[str, Any]) -> list[str]:
+        base = content_hash([self.model_hash, code_hash(task), torch.__version__.partition("+")[0], common])
+        return [content_hash([base, item]) for item in items]
+
+    @property
+    def model_hash(self) -> str:
+        """A hash of everything in the pipeline that determines a result; it is taken anew where a weight has changed.
+
+        Raises:
+            ValueError: Layers of the UNet have hooks, or attention of another kind.
+        """
+        unet = self.pipe.unet
+        if any(module._forward_hooks for module in unet.modules()):
+            raise ValueError(
+                "results are kept while layers have hooks; leave the context that deactivates neurons or layers"
+            )
+        if not all(type(item).__module__.startswith("diffusers.") for item in unet.attn_processors.values()):
+            raise ValueError("results are kept while attention is scaled; leave the context that scales it")
+        state = _state_of(self.pipe)
+        if self._hashed is None or self._hashed[0] != state:
+            self._hashed = (state, model_hash(self.pipe))
+        return self._hashed[1]
+
+    def save(self, value: pd.DataFrame | Grid, name: str) -> None:
+        """Keep a table or an image grid for other notebooks and for the exhibits, all of it or nothing."""
+        if isinstance(value, Grid):
+            write_grid(value, self.folder / "grids" / f"{name}.safetensors")
+        else:
+            write_table(value, self.folder / "tables" / f"{name}.csv")
+
+    def load(self, name: str) -> pd.DataFrame | Grid:
+        """Return a table or an image grid that a notebook saved.
+
+        Raises:
+            FileNotFoundError: No notebook has saved it yet.
+            StoreError: The file was cut.
+        """
+        table, grid = self.folder / "tables" / f"{name}.csv", self.folder / "grids" / f"{name}.safetensors"
+        if table.is_file():
+            return read_table(table)
+        if grid.is_file():
+            return read_grid(grid)
+        raise FileNotFoundError(
+            f"there is no table or image grid {name!r} of profile {self.profile.name!r}; run the notebook that makes it: "
+            f"make notebooks PROFILE={self.profile.name}"
+        )
+
+    # Prompts and what is normal
+
+    def prompts(self, *kinds: str) -> pd.DataFrame:
+        """Return the prompts of these kinds, in this order: columns caption, kind, group, copies, image.
+
+        Raises:
+            FileNotFoundError: A prompt table is missing.
+            PromptTableError: A table is malformed or holds no prompt of a kind.
+        """
+        return pd.concat([prompts.select(self.profile, kind) for kind in kinds], ignore_index=True)
+
+    def rows(self, captions: Sequence[str]) -> pd.DataFrame:
+        """Return the rows of the memorized prompt table of these captions."""
+        return prompts.select(self.profile, "memorized").set_index("caption").loc[list(captions)].reset_index()
+
+    @property
+    def statistics(self) -> ActivationStatistics:
+        """The activation statistics over the profile's holdout prompts: those of its file, else computed once.
+
+        Source: Sec. 3.2.
+
+        Raises:
+            FileNotFoundError: The profile names a file that is missing.
+            ValueError: It holds statistics of another model.
+        """
+        if self.profile.statistics is not None:
+            given = load_statistics(paths.resolve(self.profile.statistics))
+            given.check(self.pipe.unet)
+            return given
+        captions = self.prompts("holdout")["caption"].tolist()
+        key = content_hash([self.model_hash, captions, code_hash("holdout")])
+        path = self.store.folder / f"statistics-{key[:16]}.safetensors"
+        if not path.is_file():
+            activation_statistics(self.pipe, captions, progress=self.progress).save(path)
+        return ActivationStatistics.load(path)
+
+    def observe(self, captions: Sequence[str], measures: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
+        """Return what measures of the first denoising step (`nemolib.first_step.observing`) give for each prompt.
+
+        Args:
+            captions: The prompts.
+            measures: What is measured; measures of one prompt share their UNet passes.
+        """
+        items = [(caption, measure) for caption in captions for measure in measures]
+        settings = replace(self.profile.detection, guidance=0.0)
+        values = self.compute(
+            observing,
+            items,
+            label="first step",
+            together=lambda item: item[0],
+            detection=settings,
+            similarity=self.profile.similarity,
+        )
+        return [values[start : start + len(measures)] for start in range(0, len(values), len(measures))]
+
+    def holdout_scores(
+        self, *, protocol: str | Protocol | None = None, guidance: float | None = None, limit: int | None = None
+    ) -> np.ndarray:
+        """Return the similarity of every pair of seeds of the profile's threshold prompts, [prompt, pair], float64.
+
+        Source: Sec. 3.1.
+
+        Args:
+            protocol: None means the profile's.
+            guidance: Guidance scale of the detection; None means the profile's.
+            limit: How many threshold prompts, from the top; None means all.
+        """
+        guidance = self.profile.detection.guidance if guidance is None else guidance
+        captions = self.prompts("threshold")["caption"].head(limit).tolist()
+        measure = pairs_measure(protocol_of(self.pipe, protocol or self.profile.protocol), guidance)
+        return np.array([row[0] for row in self.observe(captions, [measure])])
+
+    @property
+    def threshold(self) -> float:
+        """The memorization threshold: the one that the profile gives, else by its rule from the holdout scores.
+
+        Source: Sec. 3.1, Sec. 4.
+        """
+        given = self.profile.thresholds.value
+        return self.threshold_at() if given is None else given
+
+    def threshold_at(
+        self,
+        multiplier: float | None = None,
+        *,
+        protocol: str | Protocol | None = None,
+        guidance: float | None = None,
+        limit: int | None = None,
+    ) -> float:
+        """Return the memorization threshold by rule: mean + multiplier standard deviations of holdout scores.
+
+        Args:
+            multiplier: None means the profile's.
+            protocol: As in `holdout_scores`; so are guidance and limit.
+        """
+        multiplier = self.profile.thresholds.multiplier if multiplier is None else multiplier
+        protocol = protocol_of(self.pipe, protocol or self.profile.protocol)
+        values = self.holdout_scores(protocol=protocol, guidance=guidance, limit=limit)
+        return memorization_threshold(values, multiplier=multiplier, protocol=protocol)
+
+    # The search
+
+    def search(
+        self,
+        captions: Sequence[str],
+        *,
+        threshold: float | None = None,
+        gate: float | None = None,
+        statistics: ActivationStatistics | None = None,
+        detection: DetectionSettings | None = None,
+        similarity: SimilaritySettings | None = None,
+        search: SearchSettings | str | None = None,
+        protocol: str | Protocol | None = None,
+    ) -> list[Localization]:
+        """Return the memorization neurons of prompts (Alg. 1 to 4), without steps and tests; see `nemolib.localize`.
+
+        What is not given is the profile's.
+
+        Raises:
+            ValueError: A threshold is outside (-1, 1]; there are no prompts, or one is empty; the statistics are those
+                of another model.
+            FailedPrompts: Prompts raised; all others are finished and kept.
+        """
+        captions, profile = check_prompts(captions), self.profile
+        threshold = self.threshold if threshold is None else threshold
+        check_threshold(threshold, gate)
+        statistics = statistics or self.statistics
+        statistics.check(self.pipe.unet)
+        records = self.compute(
+            localizing,
+            captions,
+            label="localization",
+            statistics=statistics,
+            threshold=float(threshold),
+            gate=None if gate is None else float(gate),
+            detection=detection or profile.detection,
+            similarity=similarity or profile.similarity,
+            search=search_settings(search, profile.search),
+            protocol=protocol_of(self.pipe, protocol or profile.protocol),
+        )
+        return [Localization.from_record(record) for record in records]
+
+    # Images and what they show
+
+    def images(
+        self,
+        captions: Sequence[str],
+        mitigation: Mitigation | None = None,
+        *,
+        settings: GenerationSettings | None = None,
+    ) -> np.ndarray:
+        """Return generated images of prompts, those of a prompt kept once they are made.
+
+        Source: App. B.3.
+
+        Args:
+            captions: Prompts, at least one.
+            mitigation: What is done to the model; None changes nothing.
+            settings: Seed, samples, steps and guidance; None means those of the profile.
+
+        Returns:
+            Images [prompt, seed, height, width, 3], uint8.
+
+        Raises:
+            ValueError: There are no prompts, one is empty, or the mitigation cannot handle the pipeline.
+            FailedPrompts: Prompts raised; the images of all others are kept.
+        """
+        settings = settings or self.profile.generation
+        items = self._image_items(captions, mitigation)
+        together = max(1, settings.batch_size // settings.samples)
+        return np.stack(self.compute(drawing, items, label="images", together=together, settings=settings))
+
+    def _image_items(
+        self, captions: Sequence[str], mitigation: Mitigation | None
+    ) -> list[tuple[str, Mitigation | None]]:
+        captions = check_prompts(captions)
+        if mitigation is not None:
+            mitigation.check(self.pipe)
+        return [(caption, None if mitigation is None else mitigation.of(caption)) for caption in captions]
+
+    def encoder(self, role: Role) -> Encoder:
+        """Return the profile's image encoder for copy detection, alignment or image quality.
+
+        Raises:
+            ProfileError: The profile names none.
+            FileNotFoundError: Its files are missing.
+            EncoderError: Its files are not what they should be.
+        """
+        return self._clip.images if role == "alignment" else self._image_encoder(role)
+
+    def _image_encoder(self, role: Role) -> Encoder:
+        if role not in self._encoders:
+            chosen = {"profile": self.profile, "device": self.pipe.device}
+            self._encoders[role] = copy_encoder(**chosen) if role == "copy" else quality_encoder(**chosen, role=role)
+        return self._encoders[role]
+
+    @cached_property
+    def _clip(self) -> Any:
+        return alignment_encoder(self.profile, device=self.pipe.device)
+
+    def features(
+        self,
+        role: Role,
+        captions: Sequence[str],
+        mitigation: Mitigation | None = None,
+        *,
+        settings: GenerationSettings | None = None,
+    ) -> np.ndarray:
+        """Return the features of generated images, those of a prompt kept once they are computed.
+
+        Args:
+            role: What the features are for; says which encoder.
+            captions: As in `images`; so are mitigation and settings.
+
+        Returns:
+            Features [prompt, seed, feature], float32.
+        """
+        settings, encoder = settings or self.profile.generation, self.encoder(role)
+        items = self._image_items(captions, mitigation)
+        base = content_hash([encoder.identity(), code_hash("encoders")])
+        keys = [content_hash([base, key]) for key in self._keys(drawing, items, {"settings": settings})]
+        known = {key: value for key in dict.fromkeys(keys) if (value := self.store.get("features", key)) is not None}
+        waiting = {key: caption for key, (caption, _) in zip(keys, items, strict=True) if key not in known}
+        for part in batches(list(waiting), max(1, _TOGETHER // settings.samples)):
+            made = self.images([waiting[key] for key in part], mitigation, settings=settings)
+            found = encoder.describe(made.reshape(-1, *made.shape[2:])).unflatten(0, made.shape[:2]).numpy()
+            known |= {key: self.store.put("features", key, values) for key, values in zip(part, found, strict=True)}
+        return np.stack([known[key] for key in keys])
+
+    def planted_images(self, rows: pd.DataFrame, *, size: tuple[int, int] | None = None) -> list[np.ndarray]:
+        """Return the planted image of each row; with Stable Diffusion, the training image that was found at its URL.
+
+        Args:
+            rows: Rows of the memorized prompt table.
+            size: Height and width to which each is brought; None: as they are.
+
+        Returns:
+            Images [height, width, 3], uint8.
+
+        Raises:
+            PromptTableError: A row names no image.
+            FileNotFoundError: An image is missing.
+        """
+        from PIL import Image
+
+        loaded = []
+        for path in prompts.image_paths(rows, self.profile):
+            with Image.open(path) as image:
+                whole = image.convert("RGB")
+            if size is not None and whole.size != size[::-1]:
+                whole = whole.resize(size[::-1], Image.Resampling.LANCZOS)
+            loaded.append(np.asarray(whole))
+        return loaded
+
+    def planted_features(self, rows: pd.DataFrame) -> np.ndarray:
+        """Return the copy-detection features of the planted image of each row, [prompt, feature], float64.
+
+        Each image is seen as it is, whatever its size; a row without an image has missing values.
+        """
+        encoder, known = self.encoder("copy"), has_image(rows)
+        if not known.any():
+            # The number of features is that of any image.
+            some = encoder.describe(np.zeros((1, 64, 64, 3), dtype=np.uint8))
+            return np.full((len(rows), some.shape[1]), np.nan)
+        loaded = self.planted_images(rows[known])
+        together = len({image.shape for image in loaded}) == 1
+        groups = [np.stack(loaded)] if together else [image[None] for image in loaded]
+        found = torch.cat([encoder.describe(group) for group in groups])
+        features = np.full((len(rows), found.shape[1]), np.nan)
+        features[known] = found.double().numpy()
+        return features
+
+    def measure(
+        self,
+        rows: pd.DataFrame,
+        mitigation: Mitigation | None = None,
+        *,
+        columns: Sequence[str] = METRICS,
+        settings: GenerationSettings | None = None,
+    ) -> pd.DataFrame:
+        """Return the metrics of Table 1 for images of prompts, a row for each prompt.
+
+        Source: Sec. 4 (metrics).
+
+        Args:
+            rows: Rows of a prompt table.
+            mitigation: What is done to the model; None changes nothing.
+            columns: Which metrics: sscd_orig (similarity to the planted image, median over seeds), sscd_orig_max
+                (largest of the seeds; both missing without a planted image), sscd_gen (similarity to the same seed's
+                image of the untouched model, median over seeds), d_sscd (similarity of two images of the prompt, median
+                over pairs; missing for one seed), a_clip (similarity of image and prompt, median over seeds).
+            settings: As in `images`.
+        """
+        captions, found = rows["caption"].tolist(), {}
+        if not set(columns) <= {"a_clip"}:
+            seen = self.features("copy", captions, mitigation, settings=settings)
+        if {"sscd_orig", "sscd_orig_max"} & set(columns):
+            original = metrics.sscd_orig(seen, self.planted_features(rows))
+            found |= {"sscd_orig": metrics.over_seeds(original), "sscd_orig_max": metrics.over_seeds(original, "max")}
+        if "sscd_gen" in columns:
+            untouched = self.features("copy", captions, settings=settings)
+            found["sscd_gen"] = metrics.over_seeds(metrics.sscd_gen(seen, untouched))
+        if "d_sscd" in columns:
+            found["d_sscd"] = metrics.over_seeds(metrics.d_sscd(seen))
+        if "a_clip" in columns:
+            aligned = self.features("alignment", captions, mitigation, settings=settings)
+            found["a_clip"] = metrics.over_seeds(metrics.a_clip(aligned, self._clip.texts.describe(captions)))
+        return pd.DataFrame(found, index=rows.index)[list(columns)]
+
+
+def localize_many(
+    pipe: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    statistics: ActivationStatistics,
+    *,
+    threshold: float,
+    seconds: bool = False,
+    store: Store | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> pd.DataFrame:
+    """Return the memorization neurons of many prompts as a table, one row per prompt, in their order.
+
+    A prompt that is finished is never computed again: a run that was killed continues, and ends with the same table.
+
+    Args:
+        pipe: A StableDiffusionPipeline.
+        prompts: The prompts, at least one.
+        statistics: Activation statistics of this model.
+        threshold: Memorization threshold tau, in (-1, 1].
+        seconds: Whether the table has columns for the time of each algorithm. They differ from run to run.
+        store: Where finished prompts are kept; None: in the ``build`` folder of the pipeline's profile.
+        progress: Whether to show a progress bar.
+        settings: Others of `Run.search`: gate, detection, similarity, search, protocol.
+
+    Returns:
+        The table of `nemolib.localization.localization_table`.
+
+    Raises:
+        ValueError: As `Run.search`.
+        FailedPrompts: Prompts raised; all others are finished and kept.
+    """
+    run = Run(settings_of(pipe), pipe, store=store, progress=progress)
+    found = run.search(prompts, threshold=threshold, statistics=statistics, **settings)
+    return localization_table(found, seconds=seconds)
+
+
+def has_image(rows: pd.DataFrame) -> np.ndarray:
+    """Return which rows of a prompt table have a planted image, [row], bool."""
+    return rows["image"].fillna("").ne("").to_numpy()
+
+
+def _state_of(pipe: StableDiffusionPipeline) -> list[Any]:
+    """Return what changes when a weight does: place, number of changes and a few values of each tensor."""
+    tensors = [t for name in ("unet", "text_encoder", "vae") for t in getattr(pipe, name).state_dict().values()]
+    changes = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+    # PyTorch does not count changes that are made through Tensor.data; values from all over a tensor tell of one that
+    # scales or replaces it. All of them would be a second for Stable Diffusion, at every call.
+    some = [tensor.reshape(-1)[:: max(1, tensor.numel() // _FEW)] for tensor in tensors]
+    sums = [float(values.sum(dtype=torch.float32)) for values in some]
+    others = [len(pipe.tokenizer), repr(pipe.scheduler.config)]
+    return [others, [tensor.data_ptr() for tensor in tensors], changes, sums]

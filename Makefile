@@ -11,7 +11,7 @@ BUILD := build/$(PROFILE)
 
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
 BUILT     := $(NOTEBOOKS:notebooks/%.ipynb=$(BUILD)/%.ipynb)
-CODE      := $(wildcard nemolib/*.py nemolib/*/*.py nemolib/profiles/*.yaml)
+CODE      := $(wildcard nemolib/*.py nemolib/*/*.py nemolib/paper/*.csv nemolib/profiles/*.yaml)
 INPUTS    := $(wildcard data/tiny/prompts/*.csv data/tiny/*/model_index.json data/tiny/*/*.safetensors data/tiny/*/*/*.safetensors)
 
 # What notebooks keep in git: outputs and counts; not how and when papermill ran them.
@@ -49,7 +49,7 @@ notebooks: $(BUILT) ## run every notebook into build/PROFILE/
 # A failed notebook leaves its output as .partial.ipynb, to look at, and never as finished.
 $(BUILD)/%.ipynb: notebooks/%.ipynb $(CODE) $(INPUTS) $(ENV)
 	@mkdir -p $(@D)
-	$(PY) -m nemolib.runner --profile "$(PROFILE)" $< $(@:.ipynb=.partial.ipynb)
+	$(PY) -m tools.runner --profile "$(PROFILE)" $< $(@:.ipynb=.partial.ipynb)
 	@mv $(@:.ipynb=.partial.ipynb) $@
 
 # Which notebook uses what another one computes, by their numbers. The first name stands for none: a rule needs a target.
@@ -62,18 +62,18 @@ figures: $(call built,06) ## make the figures and tables of the paper into figur
 	@echo "figures and tables: figures/$(PROFILE)/"
 
 data: $(ENV) ## fetch what a profile needs and the repository does not hold (PROFILE=sd14: gigabytes)
-	$(PY) -m nemolib.downloads --profile "$(PROFILE)"
+	$(PY) -m tools.fetch_data --profile "$(PROFILE)"
 
 estimate: $(ENV) ## what a profile costs on this machine: UNet evaluations and hours of each stage
-	$(PY) -m nemolib.estimate --profile "$(PROFILE)"
+	$(PY) -m tools.estimate --profile "$(PROFILE)"
 
 published: $(ENV) ## draw a published run beside the paper: make published PROFILE=sd14 RUN=results.csv
 	@test -n "$(RUN)" || { echo "which results? make published PROFILE=sd14 RUN=results.csv" >&2; exit 1; }
 	@mkdir -p $(BUILD)
-	$(PY) -m nemolib.runner --profile "$(PROFILE)" -p "published_run=$(abspath $(RUN))" notebooks/06_figures.ipynb $(BUILD)/published.ipynb
+	$(PY) -m tools.runner --profile "$(PROFILE)" -p "published_run=$(abspath $(RUN))" notebooks/06_figures.ipynb $(BUILD)/published.ipynb
 
 results-full: $(ENV) ## keep the tables of a finished run of tiny-full in data/tiny/results_full/
-	$(PY) -m nemolib.exhibits.results_full --profile tiny-full
+	$(PY) -m tools.results_full --profile tiny-full
 
 test: $(ENV) ## run all tests, the notebooks among them
 	$(PY) -m pytest tests notebooks --nbval-lax --nbval-current-env --nbval-sanitize-with tests/notebooks/sanitize.cfg
@@ -84,7 +84,7 @@ lint: $(ENV) ## check style and format, of the notebooks too
 	$(if $(NOTEBOOKS),$(STRIP) --verify $(NOTEBOOKS))
 
 train: $(ENV) ## train the tiny world from the package data (hours; make all never needs it)
-	$(PY) -m nemolib.world
+	$(PY) -m tools.world
 
 student: $(ENV) ## notebooks without outputs and solutions into build/student/
 	@mkdir -p build/student
@@ -98,13 +98,13 @@ refresh: $(NOTEBOOKS:notebooks/%.ipynb=refresh-%) ## run every notebook at its d
 
 refresh-%: $(ENV)
 	@mkdir -p build/refresh
-	env -u PROFILE $(PY) -m nemolib.runner notebooks/$*.ipynb build/refresh/$*.ipynb
+	env -u PROFILE $(PY) -m tools.runner notebooks/$*.ipynb build/refresh/$*.ipynb
 	$(STRIP) build/refresh/$*.ipynb
 	@mv build/refresh/$*.ipynb notebooks/$*.ipynb
 
 # Not after $(ENV): that would put back the versions of the lock file first.
 lock: ## write requirements.lock from what .venv holds (to upgrade: .venv/bin/pip install -U NAME, then this)
-	$(PY) tools/lock.py > requirements.lock.tmp
+	$(PY) -m tools.lock > requirements.lock.tmp
 	@mv requirements.lock.tmp requirements.lock
 
 clean: ## remove what runs wrote: build/ and caches; figures/ and .venv stay

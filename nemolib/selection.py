@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from nemolib.neurons import NeuronSet
-from nemolib.protocols import Protocol, load_protocol
-from nemolib.settings import SearchSettings
+from nemolib.settings import Protocol, SearchSettings, load_protocol
 
 Score = Callable[[NeuronSet], float]
 """What a search asks of a neuron set: how similar the noise differences stay when the set is deactivated."""
@@ -30,17 +30,14 @@ class Candidates:
     @property
     def neurons(self) -> NeuronSet:
         """The candidates as a set."""
-        layers = zip(self.out_of_distribution, self.top, strict=True)
-        return NeuronSet(tuple(outliers + top for outliers, top in layers))
+        return NeuronSet(self.entries(double=True))
 
     def entries(self, *, double: bool) -> tuple[tuple[int, ...], ...]:
         """Return the candidates of each layer in the order in which refinement tests them.
 
-        Args:
-            double: Whether a neuron that was selected twice has two entries, as in the authors' code.
+        ``double``: whether a neuron that was selected twice has two entries, as in the authors' code.
         """
-        layers = zip(self.out_of_distribution, self.top, strict=True)
-        entries = (outliers + top for outliers, top in layers)
+        entries = map(operator.add, self.out_of_distribution, self.top)
         return tuple(entry if double else tuple(dict.fromkeys(entry)) for entry in entries)
 
 
@@ -105,9 +102,7 @@ def out_of_distribution(
     """
     shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (z, activations)]
     if shapes[0] != shapes[1] or any(len(shape) != 1 for shape in shapes[0]):
-        raise ValueError(
-            f"z-scores of shapes {shapes[0]}, activations of {shapes[1]}; expected [neuron] for each layer"
-        )
+        raise ValueError(f"z-scores of shapes {shapes[0]}, activations of {shapes[1]}; expected [neuron] of each layer")
     if top_k < 0:
         raise ValueError(f"top_k is {top_k}; it must be at least 0")
     outliers = tuple(tuple((layer.abs() > theta).nonzero().flatten().tolist()) for layer in z)

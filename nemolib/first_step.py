@@ -1,31 +1,77 @@
-"""Noise differences of the first denoising step (Alg. 1 of the paper).
+"""The first denoising step (Alg. 1 of the paper): what a UNet predicts for a prompt, and what is measured of it.
 
 For a memorized prompt the first step already points from any initial latent x_T to the same image, so that the
-differences eps - x_T of different seeds resemble each other.
+differences eps - x_T of different seeds resemble each other. And text moves the prediction further than it does for
+other prompts (Wen et al., ICLR 2024).
+
+Where nothing is given, settings and protocol are those of the profile that the pipeline was loaded from, else those of
+the paper and `released`. What needs a prediction takes it from `_predict`, and guidance from `_guided`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from nemolib import seeding
-from nemolib.batching import fitting_size, shrinking
-from nemolib.defaults import default_protocol, default_settings
-from nemolib.evaluations import Evaluations
-from nemolib.hooks import scale_neurons
+from nemolib.batching import shrinking
+from nemolib.layers import scale_neurons
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
-from nemolib.protocols import Protocol
-from nemolib.settings import DetectionSettings
+from nemolib.settings import RELEASED, DetectionSettings, Protocol, SimilaritySettings, protocol_of, settings_of
+from nemolib.similarity import pair_similarities
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
+
+ALGORITHMS = ("A1", "A2", "A3", "A4")
+"""Noise differences, out-of-distribution neurons, initial selection, refinement (Alg. 1-4 of the paper)."""
+
+NORMS = ("guidance norms",)
+"""The measure of `observing` that is the norm of what text changes in the first step, per seed (Wen et al.)."""
+
+WEN_GUIDANCE = 7.5
+"""Guidance scale with which the images of Wen et al. are denoised."""
+
+
+class Evaluations:
+    """UNet sample-evaluations and seconds by algorithm.
+
+    A UNet sample-evaluation is one latent through the UNet once; with classifier-free guidance a sample costs two. It is
+    the unit that compares searches on different machines. What is counted outside `stage` goes to the first algorithm.
+    """
+
+    def __init__(self) -> None:
+        self.samples: dict[str, int] = dict.fromkeys(ALGORITHMS, 0)
+        self.seconds: dict[str, float] = dict.fromkeys(ALGORITHMS, 0.0)
+        self._stage = ALGORITHMS[0]
+
+    @property
+    def total(self) -> int:
+        """All UNet sample-evaluations that were counted."""
+        return sum(self.samples.values())
+
+    def add(self, samples: int) -> None:
+        """Count UNet sample-evaluations."""
+        self.samples[self._stage] += samples
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count and time what happens inside for one of `ALGORITHMS`."""
+        self._stage, start = name, time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+            self._stage = ALGORITHMS[0]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,7 +86,7 @@ class FirstStep:
         latents: Initial latents x_T, [seed, channel, height, width], float32, on the UNet's device.
         guidance: Classifier-free guidance scale; 0 means the text-conditional prediction alone.
         unconditional: Embedding of the empty prompt [1, token, feature]; needed where the guidance is not 0.
-        swap_guidance: Whether the halves of the guidance change places (see `nemolib.protocols.Protocol`).
+        swap_guidance: Whether the halves of the guidance change places (see `nemolib.settings.Protocol`).
     """
 
     unet: nn.Module
@@ -62,15 +108,7 @@ class FirstStep:
         """UNet sample-evaluations of one sample: 1, or 2 with classifier-free guidance."""
         return 1 if self.guidance == 0 else 2
 
-    @torch.no_grad()
-    def raw(
-        self,
-        embedding: Tensor,
-        *,
-        neurons: NeuronSet | None = None,
-        seeds: Sequence[int] | None = None,
-        evaluations: Evaluations | None = None,
-    ) -> Tensor:
+    def raw(self, embedding: Tensor, *, neurons: NeuronSet | None = None, seeds: Sequence[int] | None = None) -> Tensor:
         """Return the noise differences eps - x_T as they are, in one UNet pass.
 
         Source: Alg. 1; authors' code, utils/activation_detection.py.
@@ -80,7 +118,6 @@ class FirstStep:
             embedding: Embedding of the prompt, [1, token, feature].
             neurons: Neurons that are deactivated.
             seeds: Indices of the latents to use; None means all.
-            evaluations: Counts the UNet sample-evaluations.
 
         Returns:
             Noise differences [seed, channel, height, width], float32.
@@ -88,71 +125,38 @@ class FirstStep:
         Raises:
             ValueError: The embedding is not that of one prompt, there are no seeds, or a neuron does not exist.
         """
-        sets = None if neurons is None else [neurons]
-        return self._passes(embedding, sets, seeds, evaluations)[0]
+        return self._passes(embedding, [neurons], seeds)[0]
 
     def __call__(
-        self,
-        embedding: Tensor,
-        *,
-        neurons: NeuronSet | None = None,
-        seeds: Sequence[int] | None = None,
-        evaluations: Evaluations | None = None,
+        self, embedding: Tensor, *, neurons: NeuronSet | None = None, seeds: Sequence[int] | None = None
     ) -> Tensor:
-        """Return the noise differences, min-max normalized per sample and channel; see `raw`.
+        """Return the noise differences, min-max normalized per sample and channel: `normalize` of `raw`."""
+        return normalize(self.raw(embedding, neurons=neurons, seeds=seeds))
 
-        Returns:
-            Noise differences [seed, channel, height, width], float32, in [0, 1].
-        """
-        return normalize(self.raw(embedding, neurons=neurons, seeds=seeds, evaluations=evaluations))
-
-    def many(
-        self,
-        embedding: Tensor,
-        *,
-        neurons: Sequence[NeuronSet],
-        seeds: Sequence[int] | None = None,
-        evaluations: Evaluations | None = None,
-    ) -> Tensor:
-        """Return the normalized noise differences of several neuron sets, evaluated in one batch.
-
-        Args:
-            embedding: Embedding of the prompt, [1, token, feature].
-            neurons: The neuron sets, at least one.
-            seeds: Indices of the latents to use; None means all.
-            evaluations: Counts the UNet sample-evaluations.
+    def many(self, embedding: Tensor, *, neurons: Sequence[NeuronSet], seeds: Sequence[int] | None = None) -> Tensor:
+        """Return the normalized noise differences of several neuron sets, evaluated in one batch; see `raw`.
 
         Returns:
             Noise differences [neuron set, seed, channel, height, width], float32, in [0, 1].
         """
-        return normalize(self._passes(embedding, list(neurons), seeds, evaluations))
+        return normalize(self._passes(embedding, neurons, seeds))
 
     @torch.no_grad()
-    def _passes(
-        self,
-        embedding: Tensor,
-        sets: list[NeuronSet] | None,
-        seeds: Sequence[int] | None,
-        evaluations: Evaluations | None,
-    ) -> Tensor:
+    def _passes(self, embedding: Tensor, sets: Sequence[NeuronSet | None], seeds: Sequence[int] | None) -> Tensor:
         latents = self._latents(seeds)
         if embedding.ndim != 3 or embedding.shape[0] != 1:
             raise ValueError(f"embedding of shape {tuple(embedding.shape)}; expected that of one prompt, [1, ...]")
-        if sets is not None and not sets:
+        if not sets:
             raise ValueError("no neuron set was given; give at least one")
-        jobs = [(item, row) for item in (sets or [None]) for row in range(len(latents))]
+        jobs = [(item, row) for item in sets for row in range(len(latents))]
 
         def differences(batch: Sequence[tuple[NeuronSet | None, int]]) -> Tensor:
-            chosen = latents[[row for _, row in batch]]
-            scaled = nullcontext() if sets is None else scale_neurons(self.unet, [item for item, _ in batch])
-            with scaled:
+            chosen, neurons = latents[[row for _, row in batch]], [item for item, _ in batch]
+            with nullcontext() if None in neurons else scale_neurons(self.unet, neurons):
                 return self._noise(chosen, embedding) - chosen
 
-        size = fitting_size(self.unet, len(jobs), passes=self.cost)
-        parts = [part for _, part in shrinking(differences, jobs, size=size, owner=self.unet, use="detection")]
-        if evaluations is not None:
-            evaluations.add(self.cost * len(jobs))
-        return torch.cat(parts).unflatten(0, (-1, len(latents)))
+        found = shrinking(differences, jobs, size=len(jobs), owner=self.unet, use="detection")
+        return torch.cat([part for _, part in found]).unflatten(0, (-1, len(latents)))
 
     def _latents(self, seeds: Sequence[int] | None) -> Tensor:
         if seeds is None:
@@ -165,29 +169,15 @@ class FirstStep:
 
     def _noise(self, latents: Tensor, embedding: Tensor) -> Tensor:
         """Return the predicted noise of latents, [sample, channel, height, width], float32."""
-        embedding = self._expand(embedding, len(latents))
         if self.guidance == 0:
-            return self._unet(latents, embedding)
-        empty = self._expand(self.unconditional, len(latents))
-        base, text = self._unet(torch.cat([latents, latents]), torch.cat([empty, embedding])).chunk(2)
-        if self.swap_guidance:
-            base, text = text, base
-        return base + self.guidance * (text - base)
-
-    def _unet(self, latents: Tensor, embeddings: Tensor) -> Tensor:
-        dtype = next(self.unet.parameters()).dtype
-        return self.unet(latents.to(dtype), self.timestep, embeddings.to(dtype), return_dict=False)[0].float()
-
-    def _expand(self, embedding: Tensor | None, samples: int) -> Tensor:
-        return embedding.to(self.latents.device).expand(samples, -1, -1)
+            return _predict(self.unet, self.timestep, latents, embedding)[0]
+        both = torch.cat([self.unconditional.to(embedding), embedding])
+        empty, text = _predict(self.unet, self.timestep, latents, both)
+        return _guided(empty, text, self.guidance, swapped=self.swap_guidance)
 
 
 def first_step(
-    pipe: StableDiffusionPipeline,
-    *,
-    settings: DetectionSettings | None = None,
-    protocol: str | Protocol | None = None,
-    latents: Tensor | None = None,
+    pipe: StableDiffusionPipeline, *, settings: DetectionSettings | None = None, protocol: str | Protocol | None = None
 ) -> FirstStep:
     """Return the first denoising step of a pipeline.
 
@@ -195,27 +185,29 @@ def first_step(
 
     Args:
         pipe: A StableDiffusionPipeline. Its scheduler is read, never changed.
-        settings: Seed, samples, steps and guidance; None means those of the profile that the pipeline was loaded
-            from, else those of the paper.
-        protocol: `released` or `paper`, or a protocol of your own; None as above.
-        latents: Initial latents [seed, channel, height, width]; None draws them from the seed.
+        settings: Seed, samples, steps and guidance.
+        protocol: `released` or `paper`, or a protocol of your own.
 
     Raises:
         ValueError: The model does not predict the noise.
     """
-    settings, protocol = settings or default_settings(pipe).detection, default_protocol(pipe, protocol)
-    config = pipe.unet.config
-    side = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
-    if latents is None:
-        latents = seeding.latents((config.in_channels, *side), samples=settings.samples, seed=settings.seed)
+    settings, protocol = settings or settings_of(pipe).detection, protocol_of(pipe, protocol)
+    latents = initial_latents(pipe, samples=settings.samples, seed=settings.seed)
     return FirstStep(
         unet=pipe.unet,
         timestep=timestep_of(pipe.scheduler, steps=settings.steps, index=protocol.timestep_index),
-        latents=latents.to(pipe.unet.device, torch.float32),
+        latents=latents.to(pipe.unet.device),
         guidance=settings.guidance,
         unconditional=None if settings.guidance == 0 else embed(pipe, [""]),
         swap_guidance=protocol.swap_guidance,
     )
+
+
+def initial_latents(pipe: StableDiffusionPipeline, *, samples: int, seed: int) -> Tensor:
+    """Return initial latents of a pipeline's size, [seed, channel, height, width], float32, on the CPU."""
+    config = pipe.unet.config
+    side = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
+    return seeding.latents((config.in_channels, *side), samples=samples, seed=seed)
 
 
 def timestep_of(scheduler: Any, *, steps: int, index: int) -> int:
@@ -232,16 +224,12 @@ def timestep_of(scheduler: Any, *, steps: int, index: int) -> int:
     Raises:
         ValueError: The model does not predict the noise, or the index is outside the schedule.
     """
-    from diffusers import DDIMScheduler
-
     prediction = getattr(scheduler.config, "prediction_type", "epsilon")
     if prediction != "epsilon":
         raise ValueError(f"the model predicts {prediction!r}; noise differences need a model that predicts 'epsilon'")
     if not 0 <= index < steps:
         raise ValueError(f"timestep index {index} is outside a schedule of {steps} steps")
-    schedule = DDIMScheduler.from_config(scheduler.config)
-    schedule.set_timesteps(steps)
-    return int(schedule.timesteps[index])
+    return int(_ddim(scheduler, steps).timesteps[index])
 
 
 def noise_differences(
@@ -251,47 +239,170 @@ def noise_differences(
     settings: DetectionSettings | None = None,
     protocol: str | Protocol | None = None,
     neurons: NeuronSet | None = None,
-    seeds: Sequence[int] | None = None,
-    latents: Tensor | None = None,
-    evaluations: Evaluations | None = None,
 ) -> Tensor:
-    """Return the normalized noise differences of a prompt (Alg. 1).
-
-    For many prompts, make `first_step` once instead.
+    """Return the normalized noise differences of a prompt (Alg. 1). For many prompts, make `first_step` once instead.
 
     Source: Sec. 3.1, Alg. 1.
 
     Args:
         pipe: A StableDiffusionPipeline.
         prompt: The prompt.
-        settings: Seed, samples, steps and guidance; None means those of the pipeline's profile, else the paper's.
-        protocol: `released` or `paper`, or a protocol of your own; None as above.
+        settings: Seed, samples, steps and guidance.
+        protocol: `released` or `paper`, or a protocol of your own.
         neurons: Neurons that are deactivated.
-        seeds: Indices of the latents to use; None means all.
-        latents: Initial latents [seed, channel, height, width]; None draws them from the seed.
-        evaluations: Counts the UNet sample-evaluations.
 
     Returns:
         Noise differences [seed, channel, height, width], float32, in [0, 1].
 
     Raises:
-        ValueError: A neuron or a seed does not exist, or the model does not predict the noise.
+        ValueError: A neuron does not exist, or the model does not predict the noise.
     """
-    step = first_step(pipe, settings=settings, protocol=protocol, latents=latents)
-    return step(embed(pipe, [prompt]), neurons=neurons, seeds=seeds, evaluations=evaluations)
+    return first_step(pipe, settings=settings, protocol=protocol)(embed(pipe, [prompt]), neurons=neurons)
 
 
 def normalize(differences: Tensor) -> Tensor:
-    """Return noise differences scaled to [0, 1], separately for each sample and channel; a constant map becomes 0.
+    """Return noise differences [..., height, width] scaled to [0, 1], each sample and channel; a constant map becomes 0.
 
     Source: Alg. 1; per channel as in the authors' code.
-
-    Args:
-        differences: Noise differences [..., height, width].
-
-    Returns:
-        A new tensor of the same shape, in [0, 1].
     """
     low = differences.amin(dim=(-2, -1), keepdim=True)
     spread = differences.amax(dim=(-2, -1), keepdim=True) - low
     return (differences - low) / torch.where(spread > 0, spread, 1)
+
+
+def pairs_measure(protocol: Protocol, guidance: float) -> tuple[Any, ...]:
+    """Return the measure of `observing` that is the similarity of every pair of seeds.
+
+    It is plain data, and holds of the protocol only what has a part in it: measures of two protocols may be equal.
+    """
+    return (
+        "pairs",
+        protocol.timestep_index,
+        protocol.similarity,
+        protocol.swap_guidance and guidance != 0,
+        float(guidance),
+    )
+
+
+def observing(
+    pipe: StableDiffusionPipeline, *, detection: DetectionSettings, similarity: SimilaritySettings
+) -> Callable[[Sequence[tuple[str, tuple[Any, ...]]]], list[list[float]]]:
+    """Return what gives the values of measures of the first step: a task (`nemolib.run.Run.compute`).
+
+    Its items are pairs of a caption and a measure, `pairs_measure` or `NORMS`. In a batch each prompt is predicted once
+    per timestep, whatever is measured of it; the empty prompt, which does not depend on it, once for all batches. So
+    guidance is made from two passes, where `FirstStep` takes one for both halves: the same up to rounding.
+
+    Source: Alg. 1; authors' code, 2_compute_ssim.py; Wen et al. (ICLR 2024).
+    """
+
+    @functools.cache
+    def step(index: int) -> FirstStep:
+        plain = replace(detection, guidance=0.0)
+        return first_step(pipe, settings=plain, protocol=replace(RELEASED, timestep_index=index))
+
+    def differences(caption: str, index: int) -> Tensor:
+        return step(index).raw(embed(pipe, [caption]))
+
+    empty = functools.cache(functools.partial(differences, ""))
+
+    def observe(batch: Sequence[tuple[str, tuple[Any, ...]]]) -> list[list[float]]:
+        predicted = functools.cache(differences)
+        return [measured(functools.partial(predicted, caption), measure) for caption, measure in batch]
+
+    def measured(text: Callable[[int], Tensor], measure: tuple[Any, ...]) -> list[float]:
+        if measure == NORMS:
+            return _norms(text(0) - empty(0)).tolist()
+        _, index, kind, swapped, guidance = measure
+        found = text(index) if guidance == 0 else _guided(empty(index), text(index), guidance, swapped=swapped)
+        pairs = pair_similarities(normalize(found), settings=similarity, protocol=replace(RELEASED, similarity=kind))
+        return pairs.double().tolist()
+
+    return observe
+
+
+@torch.no_grad()
+def guidance_norms(pipe: StableDiffusionPipeline, prompt: str, *, steps: int = 1) -> np.ndarray:
+    """Return how far text moves the noise prediction in the first denoising steps; Wen's score is the mean of these.
+
+    Source: Wen et al. (ICLR 2024): the norm of eps(x_t, prompt) - eps(x_t, empty prompt), mean over steps and seeds.
+
+    Args:
+        pipe: A StableDiffusionPipeline.
+        prompt: The prompt.
+        steps: How many denoising steps are looked at.
+
+    Returns:
+        Norms [step, seed], float64, at least 0.
+
+    Raises:
+        ValueError: There are fewer than one step or more than the schedule has.
+    """
+    settings = settings_of(pipe).detection
+    if not 1 <= steps <= settings.steps:
+        raise ValueError(f"steps is {steps}; it must be between 1 and the {settings.steps} steps of the schedule")
+    scheduler, embeddings = _ddim(pipe.scheduler, settings.steps), embed(pipe, ["", prompt])
+    latents = initial_latents(pipe, samples=settings.samples, seed=settings.seed).to(pipe.unet.device)
+    norms = []
+    for timestep in scheduler.timesteps[:steps]:
+        predict = functools.partial(_predict, pipe.unet, timestep, embeddings=embeddings)
+        found = shrinking(predict, latents, size=len(latents), owner=pipe.unet, use="guidance norms")
+        empty, text = torch.cat([part for _, part in found], dim=1)
+        norms.append(_norms(text - empty).numpy())
+        latents = scheduler.step(_guided(empty, text, WEN_GUIDANCE), timestep, latents).prev_sample
+    return np.stack(norms)
+
+
+def guidance_norm(
+    pipe: StableDiffusionPipeline, *, samples: int, seed: int, steps: int, index: int
+) -> Callable[[Tensor], Tensor]:
+    """Return how far text moves the noise prediction of one denoising step, as a function of prompt embeddings.
+
+    The function can be differentiated, so that an embedding can be moved until the norm is small.
+
+    Source: Wen et al. (ICLR 2024); their code, local_sd_pipeline.py, function aug_prompt.
+
+    Args:
+        pipe: A StableDiffusionPipeline.
+        samples: Number of initial latents.
+        seed: Their seed.
+        steps: Denoising steps of the schedule.
+        index: Position of the denoising step in it.
+
+    Returns:
+        Embeddings [prompt, token, feature] -> norms [prompt, seed], float32, at least 0.
+    """
+    latents = initial_latents(pipe, samples=samples, seed=seed).to(pipe.unet.device, pipe.unet.dtype)
+    timestep = timestep_of(pipe.scheduler, steps=steps, index=index)
+    predict = functools.partial(_predict, pipe.unet, timestep, latents)
+    with torch.no_grad():
+        empty = predict(embed(pipe, [""]))[0]
+    return lambda embeddings: (predict(embeddings) - empty).flatten(2).norm(dim=2)
+
+
+def _predict(unet: nn.Module, timestep: int | Tensor, latents: Tensor, embeddings: Tensor) -> Tensor:
+    """Return the noise predicted for every prompt embedding and latent, [prompt, seed, channel, height, width], float32."""
+    dtype = next(unet.parameters()).dtype
+    text = embeddings.to(latents.device, dtype).repeat_interleave(len(latents), dim=0)
+    samples = latents.to(dtype).repeat(len(embeddings), 1, 1, 1)
+    return unet(samples, timestep, text, return_dict=False)[0].float().unflatten(0, (len(embeddings), -1))
+
+
+def _guided(empty: Tensor, text: Tensor, guidance: float, *, swapped: bool = False) -> Tensor:
+    """Return a prediction with classifier-free guidance; ``swapped``: with its halves in each other's place."""
+    base, other = (text, empty) if swapped else (empty, text)
+    return base + guidance * (other - base)
+
+
+def _norms(differences: Tensor) -> Tensor:
+    """Return the norm of each seed's difference, [seed], float64, on the CPU."""
+    return differences.flatten(1).double().norm(dim=1).cpu()
+
+
+def _ddim(scheduler: Any, steps: int) -> Any:
+    """Return a DDIM scheduler with the settings of a scheduler."""
+    from diffusers import DDIMScheduler
+
+    schedule = DDIMScheduler.from_config(scheduler.config)
+    schedule.set_timesteps(steps)
+    return schedule

@@ -9,26 +9,22 @@ from __future__ import annotations
 import json
 import math
 import pickle
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nemolib.batching import batches, check_prompts
-from nemolib.defaults import default_protocol, default_settings
-from nemolib.evaluations import Evaluations
-from nemolib.files import write_atomic
-from nemolib.first_step import FirstStep, first_step
+from nemolib.batching import batches, check_prompts, progress_bar
+from nemolib.first_step import first_step
+from nemolib.layers import value_activations, value_layer_hash, value_layers, widths
 from nemolib.pipeline import embed
-from nemolib.protocols import Protocol, load_protocol
-from nemolib.settings import DetectionSettings, SimilaritySettings
+from nemolib.settings import Protocol, load_protocol, protocol_of, settings_of
 from nemolib.similarity import pair_similarities
-from nemolib.value_layers import value_activations, value_layer_hash, value_layers, widths
-from nemolib.workers import map_prompts
+from nemolib.store import write_atomic
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -62,29 +58,22 @@ class ActivationStatistics:
         return tuple(len(mean) for mean in self.mean)
 
     def check(self, unet: nn.Module) -> None:
-        """Check that these are statistics of a model.
-
-        Raises:
-            ValueError: The value layers of the model are others.
-        """
-        advice = "compute them with nemolib.activation_statistics(pipe, holdout_prompts)"
+        """Raise a ValueError if these are statistics of another model: one that has other value layers."""
+        problem = ""
         if self.widths != widths(unet):
-            raise ValueError(
-                f"statistics of another model: layers of {list(self.widths)} neurons, the model has "
-                f"{list(widths(unet))}; {advice}"
-            )
-        if self.model_hash and self.model_hash != value_layer_hash(unet):
-            raise ValueError(
-                f"statistics of another model: value layers {self.model_hash[:12]}, the model has "
-                f"{value_layer_hash(unet)[:12]}; {advice}"
-            )
+            problem = f"layers of {list(self.widths)} neurons, the model has {list(widths(unet))}"
+        elif self.model_hash and self.model_hash != value_layer_hash(unet):
+            problem = f"value layers {self.model_hash[:12]}, the model has {value_layer_hash(unet)[:12]}"
+        if problem:
+            advice = "compute them with nemolib.activation_statistics(pipe, holdout_prompts)"
+            raise ValueError(f"statistics of another model: {problem}; {advice}")
 
     def save(self, path: str | Path) -> None:
         """Write the statistics to a safetensors file, all of it or nothing."""
         from safetensors.torch import save
 
-        tensors = {f"mean.{i}": tensor.contiguous() for i, tensor in enumerate(self.mean)}
-        tensors |= {f"std.{i}": tensor.contiguous() for i, tensor in enumerate(self.std)}
+        parts = {"mean": self.mean, "std": self.std}
+        tensors = {f"{name}.{i}": item.contiguous() for name, part in parts.items() for i, item in enumerate(part)}
         header = json.dumps({"count": self.count, "model_hash": self.model_hash})
         write_atomic(path, save(tensors, metadata={"activation_statistics": header}))
 
@@ -101,27 +90,37 @@ class ActivationStatistics:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})["activation_statistics"])
                 layers = range(len(list(file.keys())) // 2)
-                mean = tuple(file.get_tensor(f"mean.{i}") for i in layers)
-                std = tuple(file.get_tensor(f"std.{i}") for i in layers)
+                mean, std = (tuple(file.get_tensor(f"{name}.{i}") for i in layers) for name in ("mean", "std"))
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"{path} holds no activation statistics; compute and save them again") from error
         return cls(mean, std, header["count"], header["model_hash"])
 
 
-def load_released(path: str | Path, *, widths: Sequence[int] | None = None) -> ActivationStatistics:
-    """Return activation statistics as the authors' code stores them; nothing but tensors is unpickled.
+def load_statistics(path: str | Path, *, widths: Sequence[int] | None = None) -> ActivationStatistics:
+    """Return activation statistics from a file: safetensors of `ActivationStatistics.save`, or ``.pt`` of the authors.
+
+    Of a ``.pt`` file nothing but tensors is unpickled.
 
     Source: authors' code, 1_compute_activations_statistics.py (a pair of lists of tensors).
 
     Args:
-        path: A ``.pt`` file.
-        widths: Neurons of each layer that are expected, such as
-            `nemolib.value_layers.STABLE_DIFFUSION_WIDTHS`; None: any.
+        path: The file.
+        widths: Neurons of each layer that are expected, such as `nemolib.layers.STABLE_DIFFUSION_WIDTHS`; None: any.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file holds something else, or statistics of other layers.
+        ValueError: The file is damaged, or holds something else, or statistics of other layers.
     """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there are no activation statistics {path}; fetch them with `make data`")
+    found = _load_released(path) if path.suffix == ".pt" else ActivationStatistics.load(path)
+    if widths is not None and found.widths != tuple(widths):
+        raise ValueError(f"{path}: layers of {list(found.widths)} neurons, expected {list(widths)}: another model")
+    return found
+
+
+def _load_released(path: Path) -> ActivationStatistics:
     expected = "expected a pair of lists of tensors (means, deviations)"
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -129,38 +128,13 @@ def load_released(path: str | Path, *, widths: Sequence[int] | None = None) -> A
         raise ValueError(
             f"{path} is not readable: it was cut, or is another file; {expected} ({error!s:.200})"
         ) from error
-    is_pair = isinstance(content, (tuple, list)) and len(content) == 2 and all(isinstance(x, list) for x in content)
+    is_pair = isinstance(content, tuple | list) and len(content) == 2 and all(isinstance(x, list) for x in content)
     if not is_pair or not all(isinstance(tensor, Tensor) for tensors in content for tensor in tensors):
         raise ValueError(f"{path} holds no released statistics; {expected}")
     mean, std = (tuple(tensor.float() for tensor in tensors) for tensors in content)
-    found = ActivationStatistics(mean, std)
-    if widths is not None and found.widths != tuple(widths):
-        raise ValueError(f"{path}: layers of {list(found.widths)} neurons, expected {list(widths)}: another model")
     if not all(tensor.isfinite().all() and (tensor >= 0).all() for tensor in (*mean, *std)):
         raise ValueError(f"{path}: a mean or a deviation is negative or not finite; the file is damaged")
-    return found
-
-
-def load_statistics(path: str | Path, *, widths: Sequence[int] | None = None) -> ActivationStatistics:
-    """Return activation statistics from a file: safetensors of `ActivationStatistics.save`, or ``.pt`` of the authors.
-
-    Args:
-        path: The file.
-        widths: Neurons of each layer that are expected; None: any.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file holds something else, or statistics of other layers.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there are no activation statistics {path}; fetch them with `make data`")
-    if path.suffix == ".pt":
-        return load_released(path, widths=widths)
-    found = ActivationStatistics.load(path)
-    if widths is not None and found.widths != tuple(widths):
-        raise ValueError(f"{path}: layers of {list(found.widths)} neurons, expected {list(widths)}: another model")
-    return found
+    return ActivationStatistics(mean, std)
 
 
 class Moments:
@@ -170,48 +144,26 @@ class Moments:
 
     Attributes:
         count: Number of rows so far.
+        mean: Their mean [column].
     """
 
     def __init__(self) -> None:
         self.count = 0
-        self._mean: Tensor | None = None
-        self._squares: Tensor | None = None
-
-    @classmethod
-    def of(cls, batch: Tensor) -> Moments:
-        """Return the moments of one batch [row, column], on the CPU."""
-        rows = batch.cpu().double()
-        found = cls()
-        found.count, found._mean = len(rows), rows.mean(dim=0)
-        found._squares = (rows - found._mean).square().sum(dim=0)
-        return found
+        self.mean: Any = 0.0
+        self._squares: Any = 0.0
 
     def update(self, batch: Tensor) -> None:
-        """Take in a batch [row, column]."""
-        self.merge(Moments.of(batch))
-
-    def merge(self, other: Moments) -> None:
-        """Take in the moments of other rows; the order in which this is done has a part in the last digits."""
-        if other._mean is None:
+        """Take in a batch [row, column]; the order of batches has a part in the last digits."""
+        rows = batch.cpu().double()
+        mean, total = rows.mean(dim=0), self.count + len(rows)
+        squares = (rows - mean).square().sum(dim=0)
+        if not self.count:
+            self.count, self.mean, self._squares = total, mean, squares
             return
-        if self._mean is None:
-            self.count, self._mean, self._squares = other.count, other._mean, other._squares
-            return
-        total = self.count + other.count
-        shift = other._mean - self._mean
-        self._squares = self._squares + other._squares + shift.square() * (self.count * other.count / total)
-        self._mean = self._mean + shift * (other.count / total)
+        shift = mean - self.mean
+        self._squares = self._squares + squares + shift.square() * (self.count * len(rows) / total)
+        self.mean = self.mean + shift * (len(rows) / total)
         self.count = total
-
-    def mean(self) -> Tensor:
-        """Return the mean [column].
-
-        Raises:
-            ValueError: There were no rows.
-        """
-        if self._mean is None:
-            raise ValueError("no prompts were given; a mean needs at least one")
-        return self._mean
 
     def std(self) -> Tensor:
         """Return the unbiased standard deviation [column].
@@ -225,11 +177,7 @@ class Moments:
 
 
 def activation_statistics(
-    pipe: StableDiffusionPipeline,
-    prompts: Sequence[str],
-    *,
-    batch_size: int = 64,
-    progress: bool = True,
+    pipe: StableDiffusionPipeline, prompts: Sequence[str], *, batch_size: int = 64, progress: bool = True
 ) -> ActivationStatistics:
     """Return mean and standard deviation of each neuron's activation over holdout prompts, in one pass.
 
@@ -247,59 +195,17 @@ def activation_statistics(
 
     Raises:
         ValueError: Fewer than two prompts, or the model has no value layers.
-        FailedPrompts: Prompts raised.
     """
     prompts = check_prompts(prompts)
     moments = [Moments() for _ in value_layers(pipe.unet)]
-    found = map_prompts(
-        _moments,
-        [tuple(batch) for batch in batches(prompts, batch_size)],
-        pipe=pipe,
-        common={},
-        label="activation statistics",
-        ordered=True,
-        progress=progress,
-    )
-    for _, parts in found:
-        _merge(moments, parts)
-    return _statistics(pipe.unet, moments)
-
-
-def _moments(pipe: StableDiffusionPipeline) -> Callable[[Sequence[str]], list[Moments]]:
-    """Return what computes the moments of each layer for a batch of prompts."""
-    return lambda batch: _moments_of(pipe.unet, embed(pipe, batch))
-
-
-def _moments_of(unet: nn.Module, embeddings: Tensor) -> list[Moments]:
-    return [Moments.of(activations) for activations in value_activations(unet, embeddings)]
-
-
-def _merge(moments: Sequence[Moments], parts: Sequence[Moments]) -> None:
-    """Take the moments of each layer for a batch into those of all batches."""
-    for layer, part in zip(moments, parts, strict=True):
-        layer.merge(part)
-
-
-def statistics_of(unet: nn.Module, embeddings: Iterable[Tensor]) -> ActivationStatistics:
-    """Return activation statistics from batches of prompt embeddings; see `activation_statistics`.
-
-    Args:
-        unet: A conditional UNet of diffusers.
-        embeddings: Batches [prompt, token, feature].
-
-    Raises:
-        ValueError: Fewer than two prompts, or the model has no value layers.
-    """
-    moments = [Moments() for _ in value_layers(unet)]
-    for batch in embeddings:
-        _merge(moments, _moments_of(unet, batch))
-    return _statistics(unet, moments)
-
-
-def _statistics(unet: nn.Module, moments: Sequence[Moments]) -> ActivationStatistics:
-    mean = tuple(layer.mean().float().cpu() for layer in moments)
-    std = tuple(layer.std().float().cpu() for layer in moments)
-    return ActivationStatistics(mean, std, moments[0].count, value_layer_hash(unet))
+    with progress_bar(len(prompts), "activation statistics", enabled=progress) as bar:
+        for batch in batches(prompts, batch_size):
+            for layer, activations in zip(moments, value_activations(pipe.unet, embed(pipe, batch)), strict=True):
+                layer.update(activations)
+            bar.update(len(batch))
+    mean = tuple(layer.mean.float() for layer in moments)
+    std = tuple(layer.std().float() for layer in moments)
+    return ActivationStatistics(mean, std, moments[0].count, value_layer_hash(pipe.unet))
 
 
 def z_scores(statistics: ActivationStatistics, activations: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -309,7 +215,7 @@ def z_scores(statistics: ActivationStatistics, activations: Sequence[Tensor]) ->
 
     Args:
         statistics: Statistics of the same model.
-        activations: For each layer the activations [..., neuron] of `nemolib.value_layers.value_activations`.
+        activations: For each layer the activations [..., neuron] of `nemolib.layers.value_activations`.
 
     Returns:
         For each layer the z-scores [..., neuron], dimensionless. A neuron that is constant over the holdout prompts
@@ -330,13 +236,12 @@ def holdout_scores(
     pipe: StableDiffusionPipeline,
     prompts: Sequence[str],
     *,
-    settings: DetectionSettings | None = None,
-    similarity: SimilaritySettings | None = None,
     protocol: str | Protocol | None = None,
-    evaluations: Evaluations | None = None,
     progress: bool = True,
 ) -> np.ndarray:
     """Return the similarity of every pair of seeds of prompts: what the memorization threshold is made from.
+
+    Settings are those of the profile that the pipeline was loaded from, else those of the paper.
 
     Source: Sec. 3.1; authors' code, 2_compute_ssim.py.
     Deviates: uses the guidance of the settings, where the code computes the threshold with 7 and detects with 0.
@@ -344,10 +249,7 @@ def holdout_scores(
     Args:
         pipe: A StableDiffusionPipeline.
         prompts: The prompts, at least one.
-        settings: Seed, samples, steps and guidance; None means those of the pipeline's profile, else the paper's.
-        similarity: Window and exponents; None as above.
-        protocol: `released` or `paper`, or a protocol of your own; None as above.
-        evaluations: Counts the UNet sample-evaluations.
+        protocol: `released` or `paper`, or a protocol of your own; None means that of the pipeline's profile.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -355,47 +257,16 @@ def holdout_scores(
 
     Raises:
         ValueError: No prompts were given.
-        FailedPrompts: Prompts raised.
     """
-    prompts, defaults = check_prompts(prompts), default_settings(pipe)
-    common = {
-        "settings": settings or defaults.detection,
-        "similarity": similarity or defaults.similarity,
-        "protocol": default_protocol(pipe, protocol),
-    }
-    rows: dict[str, np.ndarray] = {}
-    jobs = [(prompt,) for prompt in dict.fromkeys(prompts)]
-    found = map_prompts(_pair_scores, jobs, pipe=pipe, common=common, label="noise differences", progress=progress)
-    for (prompt,), (row, samples) in found:
-        rows[prompt] = row
-        if evaluations is not None:
-            evaluations.add(samples)
-    return np.stack([rows[prompt] for prompt in prompts])
-
-
-def _pair_scores(
-    pipe: StableDiffusionPipeline, *, settings: DetectionSettings, similarity: SimilaritySettings, protocol: Protocol
-) -> Callable[[tuple[str]], tuple[np.ndarray, int]]:
-    """Return what computes the pair similarities of a prompt, and its UNet sample-evaluations."""
-    step = first_step(pipe, settings=settings, protocol=protocol)
-
-    def scores(batch: tuple[str]) -> tuple[np.ndarray, int]:
-        counted = Evaluations()
-        return pair_scores(step, embed(pipe, batch), similarity, protocol, counted), counted.total
-
-    return scores
-
-
-def pair_scores(
-    step: FirstStep,
-    embedding: Tensor,
-    similarity: SimilaritySettings,
-    protocol: Protocol,
-    evaluations: Evaluations | None = None,
-) -> np.ndarray:
-    """Return the similarity of every pair of seeds of one prompt, [pair], float64; see `holdout_scores`."""
-    differences = step(embedding, evaluations=evaluations)
-    return pair_similarities(differences, settings=similarity, protocol=protocol).double().cpu().numpy()
+    prompts, protocol = check_prompts(prompts), protocol_of(pipe, protocol)
+    step, settings = first_step(pipe, protocol=protocol), settings_of(pipe).similarity
+    rows = []
+    with progress_bar(len(prompts), "noise differences", enabled=progress) as bar:
+        for prompt in prompts:
+            pairs = pair_similarities(step(embed(pipe, [prompt])), settings=settings, protocol=protocol)
+            rows.append(pairs.double().cpu().numpy())
+            bar.update()
+    return np.stack(rows)
 
 
 def memorization_threshold(

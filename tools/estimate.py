@@ -215,7 +215,9 @@ def evaluations_per_second(pipe: StableDiffusionPipeline, *, samples: int, secon
     def speed(size: int) -> float:
         latents = torch.zeros((size, config.in_channels, config.sample_size, config.sample_size), **like)
         texts = torch.zeros((size, pipe.tokenizer.model_max_length, config.cross_attention_dim), **like)
-        timer = Timer("unet(latents, 961, texts)", globals=locals() | {"unet": unet}, num_threads=torch.get_num_threads())
+        timer = Timer(
+            "unet(latents, 961, texts)", globals=locals() | {"unet": unet}, num_threads=torch.get_num_threads()
+        )
         return size / timer.blocked_autorange(min_run_time=seconds).median
 
     return speed()

@@ -34,7 +34,7 @@ from tqdm.contrib.concurrent import thread_map
 from urllib3 import Retry
 
 from nemolib import paths
-from nemolib.encoders import EncoderError, read_verified
+from nemolib.encoders import EncoderError, note_sha256, noted_sha256
 from nemolib.holdout import load_statistics
 from nemolib.layers import STABLE_DIFFUSION_WIDTHS
 from nemolib.pipeline import is_hub_id
@@ -65,19 +65,22 @@ PARTS = ("files", "models", "images")
 
 MODEL_FILES = {
     "pipeline": (
+        "model_index.json",
+        "scheduler/*.json",
+        "tokenizer/*.json",
+        "tokenizer/*.txt",
+        "text_encoder/config.json",
         "text_encoder/model.safetensors",
+        "unet/config.json",
         "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
         "vae/diffusion_pytorch_model.safetensors",
+        "feature_extractor/*.json",
     ),
-    "clip": ("config.json", "model.safetensors", "preprocessor_config.json"),
+    "clip": ("config.json", "model.safetensors", "preprocessor_config.json", "*.txt", "*.json"),
 }
-"""The files that a hub model must have; no pickles, no half-precision copies, no safety checker."""
-
-SMALL_FILES = {
-    "pipeline": ("model_index.json", "*/*config.json", "tokenizer/*.json", "tokenizer/*.txt"),
-    "clip": ("tokenizer*.json", "*.txt", "vocab.json", "special_tokens_map.json"),
-}
-"""Patterns of what else of it is read."""
+"""The files of a hub model that are read, and must be there where a name is given whole; no pickles, no half-precision
+copies, no safety checker."""
 
 
 class DownloadError(RuntimeError):
@@ -152,7 +155,10 @@ class Manifest(pydantic.BaseModel, frozen=True, extra="forbid"):
         known = [file.path for file in self.files]
         if len(set(known)) != len(known):
             raise ValueError(f"a path is listed twice in {known}")
-        for key, value in (("released_statistics", self.released_statistics), ("training_images", self.training_images)):
+        for key, value in (
+            ("released_statistics", self.released_statistics),
+            ("training_images", self.training_images),
+        ):
             if value not in (None, *known):
                 raise ValueError(f"{key} is {value!r}, which is not among the files: {', '.join(known)}")
         return self
@@ -221,28 +227,58 @@ def fetch_data(profile: Profile, parts: Collection[str] = PARTS) -> Iterator[Out
 def fetch_file(file: SourceFile, folder: Path) -> str:
     """Put a file into a folder, unless it is there, and check it; return its status as in `Outcome`.
 
-    It comes from the mirror if there is one that holds it, else from its URL. It is checked before it gets its name, so
-    that what has the name is complete.
-
     Raises:
-        DownloadError: There is no network; the source does not have it, or has something else.
-        EncoderError: The file that is there is another one than at its first use.
+        DownloadError: There is no network; the source does not have it; what it has, or what is there, is another file.
+        EncoderError: The note of the SHA-256 at its first use cannot be read.
         OSError: The disk is full.
     """
     target, status = folder / file.path, "present"
+    expected = file.sha256 or noted_sha256(target)
     if not target.is_file():
-        mirrored = _in_mirror(file)
-        if mirrored is None and constants.HF_HUB_OFFLINE:
-            raise DownloadError(
-                f"{file.path}: not there, and HF_HUB_OFFLINE forbids the network; unset it, or give a folder that holds "
-                f"the file: {MIRROR}=folder"
-            )
-        status = "downloaded" if mirrored is None else "copied"
-        _fetch(file, folder, mirrored)
-    if file.sha256 is None and file.rows is not None:
-        _check_rows(target, file.rows)
-    read_verified(target, sha256=file.sha256)
+        status = _fetch(file, folder, expected)
+    elif expected not in (None, found := pooch.file_hash(target)):
+        also = "" if file.sha256 else "; if the new file is right, delete the note of its SHA-256 beside it as well"
+        raise DownloadError(
+            f"{target}: SHA-256 is {found}, expected {expected}: another file, or a part of it; delete it and run "
+            f"again{also}"
+        )
+    if expected is None:
+        if file.rows is not None:
+            _check_rows(target, file.rows)
+        note_sha256(target, pooch.file_hash(target))
     return status
+
+
+def _fetch(file: SourceFile, folder: Path, expected: str | None) -> str:
+    """Let pooch put a file into its place, from the mirror if it holds the file, else from its URL; return its status.
+
+    It is checked before it gets its name, so that what has the name is complete.
+    """
+    pooch.get_logger().setLevel(logging.ERROR)  # its progress bar says the rest
+    mirrored = _in_mirror(file)
+    if mirrored is not None:
+        source, retries, downloader = mirrored, 0, lambda url, output, pooch: shutil.copyfile(mirrored, output)
+        remedy = f"put the right file into the mirror, or unset {MIRROR}"
+    elif constants.HF_HUB_OFFLINE:
+        raise DownloadError(
+            f"{file.path}: not there, and HF_HUB_OFFLINE forbids the network; unset it, or give a folder that holds the "
+            f"file: {MIRROR}=folder"
+        )
+    else:
+        source, retries, downloader = file.url, RETRIES, pooch.HTTPDownloader(progressbar=True, timeout=TIMEOUT)
+        remedy = (
+            f"check the connection and run again, or download it by other means and give its folder: {MIRROR}=folder"
+        )
+    registry, urls = {file.path: expected}, {file.path: file.url}
+    try:
+        pooch.create(folder, base_url="", registry=registry, urls=urls, retry_if_failed=retries).fetch(
+            file.path, downloader=downloader
+        )
+    except (requests.RequestException, ValueError) as error:
+        raise DownloadError(
+            f"{file.path} could not be fetched from {source}: {_first_line(error)}; {remedy}"
+        ) from error
+    return "downloaded" if mirrored is None else "copied"
 
 
 def _in_mirror(file: SourceFile) -> Path | None:
@@ -257,23 +293,6 @@ def _in_mirror(file: SourceFile) -> Path | None:
     return next((root / place for place in places if (root / place).is_file()), None)
 
 
-def _fetch(file: SourceFile, folder: Path, mirrored: Path | None) -> None:
-    """Let pooch put a file into its place, checked, from the mirror or from its URL."""
-    pooch.get_logger().setLevel(logging.ERROR)  # its progress bar says the rest
-    if mirrored is None:
-        source, retries, downloader = file.url, RETRIES, pooch.HTTPDownloader(progressbar=True, timeout=TIMEOUT)
-        remedy = f"check the connection and run again, or download it by other means and give its folder: {MIRROR}=folder"
-    else:
-        source, retries, downloader = mirrored, 0, lambda url, output, pooch: shutil.copyfile(mirrored, output)
-        remedy = f"put the right file into the mirror, or unset {MIRROR}"
-    registry, urls = {file.path: file.sha256}, {file.path: file.url}
-    registered = pooch.create(folder, base_url="", registry=registry, urls=urls, retry_if_failed=retries)
-    try:
-        registered.fetch(file.path, downloader=downloader)
-    except (requests.RequestException, ValueError) as error:
-        raise DownloadError(f"{file.path} could not be fetched from {source}: {_first_line(error)}; {remedy}") from error
-
-
 def _check_rows(path: Path, expected: int) -> None:
     """Remove a file and raise DownloadError if it is no prompt table with the expected number of rows."""
     try:
@@ -282,7 +301,9 @@ def _check_rows(path: Path, expected: int) -> None:
         found = f"no prompt table ({_first_line(error)})"
     if found != f"{expected} prompts":
         path.unlink()
-        raise DownloadError(f"{path}: {found}, expected {expected} prompts; it was removed; look at what its source gives")
+        raise DownloadError(
+            f"{path}: {found}, expected {expected} prompts; it was removed; look at what its source gives"
+        )
 
 
 def convert_statistics(manifest: Manifest) -> Outcome:
@@ -323,8 +344,7 @@ def fetch_model(repository: str, revision: str | None, kind: str) -> Path:
     """
     name = f"model {repository}{f' (revision {revision})' if revision else ''}"
     try:
-        patterns = [*MODEL_FILES[kind], *SMALL_FILES[kind]]
-        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(MODEL_FILES[kind])))
     except GatedRepoError as error:
         raise DownloadError(
             f"{name}: access is granted on its page, https://huggingface.co/{repository}; accept its licence there, then "
@@ -340,7 +360,7 @@ def fetch_model(repository: str, revision: str | None, kind: str) -> Path:
             f"{name}: could not be downloaded; check name, revision and connection, and run again: the download goes on "
             f"where it stopped ({_first_line(error)})"
         ) from error
-    missing = [file for file in MODEL_FILES[kind] if not (folder / file).is_file()]
+    missing = [file for file in MODEL_FILES[kind] if "*" not in file and not (folder / file).is_file()]
     if missing:
         raise DownloadError(
             f"{name}: {', '.join(missing)} missing in {folder}; other formats than safetensors are not read, since they "
@@ -434,9 +454,7 @@ def _entry(status: str, reason: str, image: str = "", content: bytes = b"") -> d
 def _session() -> requests.Session:
     """Return a session that gives up a host without an answer after one more try, and asks a busy one again."""
     session, busy = requests.Session(), (429, 500, 502, 503, 504)
-    patience = Retry(
-        total=RETRIES, connect=1, read=1, backoff_factor=1, status_forcelist=busy, raise_on_status=False
-    )
+    patience = Retry(total=RETRIES, connect=1, read=1, backoff_factor=1, status_forcelist=busy, raise_on_status=False)
     for scheme in ("http://", "https://"):
         session.mount(scheme, HTTPAdapter(max_retries=patience, pool_maxsize=WORKERS))
     session.headers["User-Agent"] = "Mozilla/5.0 (compatible; nemolib; research on memorization)"

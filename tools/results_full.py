@@ -126,7 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     functions = [function for item in exhibits() for function in (item.draw, item.read) if function is not None]
     try:
         profile = load_profile(arguments.profile)
-        folder = keep_results(profile, {name for function in functions for name in inspect.signature(function).parameters})
+        folder = keep_results(
+            profile, {name for function in functions for name in inspect.signature(function).parameters}
+        )
     except (ProfileError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 1

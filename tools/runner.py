@@ -49,7 +49,9 @@ def check_parameters(path: Path, parameters: Mapping[str, Any]) -> None:
     allowed = notebook_parameters(path)
     for name, value in parameters.items():
         if name not in allowed:
-            raise RunnerError(f"{path}: unknown parameter {name!r} = {value!r}; allowed: {', '.join(allowed) or 'none'}")
+            raise RunnerError(
+                f"{path}: unknown parameter {name!r} = {value!r}; allowed: {', '.join(allowed) or 'none'}"
+            )
         kind = type(allowed[name])
         if None not in (value, allowed[name]) and type(value) not in ({float, int} if kind is float else {kind}):
             raise RunnerError(f"{path}: parameter {name!r}: {value!r} is no {kind.__name__}")

@@ -3,5 +3,5 @@
 Modules, in the order of the work: ``settings`` (every number of the world), ``emoji`` and ``render`` (images),
 ``captions`` (prompt tables), ``dataset`` (images and captions joined, with sampling weights), ``training`` (a loop that
 resumes), ``autoencoder`` -> ``clip`` -> ``unet`` -> ``descriptor`` (the stages), ``acceptance`` and ``card``.
-``python -m nemolib.world`` runs them all.
+``python -m tools.world`` runs them all.
 """

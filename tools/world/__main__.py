@@ -1,16 +1,16 @@
-"""``python -m nemolib.world``: train the tiny world, export it to ``data/tiny``, write its model card."""
+"""``python -m tools.world``: train the tiny world, export it to ``data/tiny``, write its model card."""
 
 import argparse
 from pathlib import Path
 
 from nemolib import paths
-from nemolib.world import build, card
-from nemolib.world.settings import WorldSettings
+from tools.world import build, card
+from tools.world.settings import WorldSettings
 
 
 def main() -> None:
     """Train what is not trained yet, export it, measure it."""
-    parser = argparse.ArgumentParser(prog="python -m nemolib.world", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.world", description=__doc__)
     parser.add_argument("--work", type=Path, default=paths.BUILD / "train", help="checkpoints, logs, plain model")
     parser.add_argument("--out", type=Path, default=paths.DATA / "tiny", help="what is shipped")
     parser.add_argument("--stage", help="run this stage alone, without export")

@@ -5,40 +5,32 @@ World settings may be chosen on the planted prompts of group ``choose``; everyth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 
-from nemolib import metrics
-from nemolib.detection import auroc
-from nemolib.encoders import ImageEncoder, copy_encoder, describe_samples, to_pixels
-from nemolib.experiments import planted_images
-from nemolib.generation import generate
-from nemolib.holdout import (
-    ActivationStatistics,
-    activation_statistics,
-    holdout_scores,
-    memorization_threshold,
-    z_scores,
-)
-from nemolib.localization import localize_many
-from nemolib.neurons import NeuronSet
-from nemolib.pipeline import embed, load_pipeline
-from nemolib.profiles import Profile, load_profile
-from nemolib.prompts import select
-from nemolib.value_layers import value_activations, value_layers
-from nemolib.world.descriptor import augment
-from nemolib.world.unet import value_density
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+from nemolib.encoders import copy_encoder, to_pixels
+from nemolib.first_step import pairs_measure
+from nemolib.holdout import z_scores
+from nemolib.layers import value_activations, value_layers
+from nemolib.localization import localization_table
+from nemolib.metrics import auroc
+from nemolib.mitigation import DeactivatedNeurons
+from nemolib.pipeline import embed
+from nemolib.prompts import image_paths, load_prompts
+from nemolib.run import Run
+from nemolib.settings import Profile
+from tools.world.descriptor import augment
+from tools.world.unet import value_density
 
 KINDS = ("vm", "tm", "unmemorized")
+UNMEMORIZED = 60
+"""Unmemorized prompts of which images are generated."""
+
 COLUMNS = ["kind", "quantity", "value", "prompts"]
 
 
@@ -75,29 +67,15 @@ BOUNDS = (
 def acceptance_table(measured: pd.DataFrame) -> pd.DataFrame:
     """Return the acceptance table: claim, kind, quantity, bound, value, holds."""
     values = measured.set_index(["kind", "quantity"])["value"]
-    rows = [
-        {
-            "claim": bound.claim,
-            "kind": bound.kind,
-            "quantity": bound.quantity,
-            "bound": f"{bound.relation} {bound.bound:g}",
-            "value": float(values[bound.kind, bound.quantity]),
-            "holds": bound.holds(float(values[bound.kind, bound.quantity])),
-        }
-        for bound in BOUNDS
-    ]
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(
+        [(item.claim, item.kind, item.quantity) for item in BOUNDS], columns=["claim", "kind", "quantity"]
+    )
+    found = [float(values[item.kind, item.quantity]) for item in BOUNDS]
+    holds = [item.holds(value) for item, value in zip(BOUNDS, found, strict=True)]
+    return table.assign(bound=[f"{item.relation} {item.bound:g}" for item in BOUNDS], value=found, holds=holds)
 
 
-def measure(
-    model: str | Path,
-    *,
-    profile: Profile | str = "tiny",
-    group: str = "report",
-    unmemorized: int = 60,
-    searched: Sequence[str] = ("vm", "tm"),
-    progress: bool = True,
-) -> pd.DataFrame:
+def measure(run: Run) -> pd.DataFrame:
     """Return what a model of the world does, one quantity a row.
 
     Quantities (medians over prompts unless said otherwise):
@@ -107,68 +85,56 @@ def measure(
         score, auroc: memorization score; area under its ROC curve against unmemorized prompts.
         largest_z: largest absolute z-score of a layer, median over prompts and layers; largest_z_1 to _7: of one layer.
         initial_count, neuron_count, neuron_mad, reached_share, refined_score: of the search.
-        density: how dense value outputs are (see ``nemolib.world.unet.value_density``), mean.
+        density: how dense value outputs are (see ``tools.world.unet.value_density``), mean.
         threshold: of the memorization score (kind ``holdout``).
 
     Args:
-        model: pipeline folder.
-        profile: settings of detection, search and generation.
-        group: which half of the planted prompts.
-        unmemorized: number of unmemorized prompts of which images are generated.
-        searched: kinds of planted prompts that are searched, and of which images are generated.
-        progress: whether to show progress bars.
+        run: of the model, with the prompts and the settings of detection, search and generation.
     """
-    profile = replace(load_profile(profile), model=str(model), groups=group)
-    pipe = load_pipeline(profile)
-    tables = {kind: select(profile, kind) for kind in KINDS}
-    prompts = {kind: table["caption"].to_list() for kind, table in tables.items()}
+    tables = {kind: run.prompts(kind) for kind in KINDS}
     rows: list[tuple[str, str, float, int]] = []
 
-    def add(kind: str, quantity: str, values: np.ndarray | list[float] | float, *, over: Callable = np.median) -> float:
+    def add(kind: str, quantity: str, values: np.ndarray | pd.Series | float, *, over: Callable = np.median) -> float:
         value = float(over(values))
-        rows.append((kind, quantity, value, len(prompts.get(kind, ()))))
+        rows.append((kind, quantity, value, len(tables.get(kind, ()))))
         return value
 
-    statistics = activation_statistics(pipe, select(profile, "holdout")["caption"].to_list(), progress=progress)
-    normal = holdout_scores(pipe, select(profile, "threshold")["caption"].to_list(), progress=progress)
-    threshold = memorization_threshold(normal, multiplier=profile.thresholds.multiplier, protocol=profile.protocol)
+    statistics, threshold = run.statistics, run.threshold_at()
     add("holdout", "threshold", threshold)
-    scores = {kind: _scores(pipe, prompts[kind]) for kind in KINDS}
-    for kind in KINDS:
+    scores = {kind: _scores(run, table["caption"].tolist()) for kind, table in tables.items()}
+    for kind, table in tables.items():
         add(kind, "score", scores[kind])
         if kind != "unmemorized":
             add(kind, "auroc", auroc(scores[kind], scores["unmemorized"]))
-        largest = _largest_z(pipe, statistics, prompts[kind])
+        embeddings = embed(run.pipe, table["caption"].tolist())
+        z = z_scores(statistics, value_activations(run.pipe.unet, embeddings))
+        largest = np.stack([layer.abs().amax(dim=-1).numpy() for layer in z], axis=1)
         add(kind, "largest_z", largest)
         for layer, values in enumerate(largest.T, start=1):
             add(kind, f"largest_z_{layer}", values)
-        add(kind, "density", _density(pipe, prompts[kind]))
-    encoder = copy_encoder(profile)
-    few = generate(pipe, prompts["unmemorized"][:unmemorized], progress=progress)
-    add("unmemorized", "seed_similarity", _seed_similarity(encoder, few))
-    for kind in searched:
+        add(kind, "density", _density(run, embeddings))
+    few = run.measure(tables["unmemorized"].head(UNMEMORIZED), columns=("d_sscd",))
+    add("unmemorized", "seed_similarity", few["d_sscd"])
+    for kind in ("vm", "tm"):
         # The order of the paper: what the card says of the weights must not depend on how the search is made faster.
-        found = localize_many(
-            pipe, prompts[kind], statistics, threshold=threshold, search="sequential", progress=progress
-        )
-        add(kind, "initial_count", found["initial_count"])
-        count = add(kind, "neuron_count", found["neuron_count"])
-        add(kind, "neuron_mad", (found["neuron_count"] - count).abs())
-        add(kind, "reached_share", found["reached"], over=np.mean)
-        add(kind, "refined_score", found["refined_score"].dropna())
-        planted = encoder.describe(planted_images(profile, tables[kind]))
-        sets = [NeuronSet.from_json(text) for text in found["neurons"]]
-        active = generate(pipe, prompts[kind], progress=progress)
-        off = generate(pipe, prompts[kind], neurons=sets, progress=progress)
-        add(kind, "seed_similarity", _seed_similarity(encoder, active))
-        add(kind, "seed_similarity_deactivated", _seed_similarity(encoder, off))
-        before = add(kind, "copy_similarity", _copy_similarity(encoder, active, planted))
-        after = add(kind, "copy_similarity_deactivated", _copy_similarity(encoder, off, planted))
-        add(kind, "copy_similarity_ratio", after / before)
+        found = run.search(tables[kind]["caption"].tolist(), threshold=threshold, search="sequential")
+        searched = localization_table(found)
+        add(kind, "initial_count", searched["initial_count"])
+        count = add(kind, "neuron_count", searched["neuron_count"])
+        add(kind, "neuron_mad", (searched["neuron_count"] - count).abs())
+        add(kind, "reached_share", searched["reached"], over=np.mean)
+        add(kind, "refined_score", searched["refined_score"].dropna())
+        off = DeactivatedNeurons({item.prompt: item.neurons for item in found})
+        before, after = (run.measure(tables[kind], how, columns=("sscd_orig", "d_sscd")) for how in (None, off))
+        add(kind, "seed_similarity", before["d_sscd"])
+        add(kind, "seed_similarity_deactivated", after["d_sscd"])
+        copies = add(kind, "copy_similarity", before["sscd_orig"])
+        left = add(kind, "copy_similarity_deactivated", after["sscd_orig"])
+        add(kind, "copy_similarity_ratio", left / copies)
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def measure_descriptor(profile: Profile | str = "tiny", *, seed: int = 0, views: int = 8) -> pd.DataFrame:
+def measure_descriptor(profile: Profile, *, views: int = 8) -> pd.DataFrame:
     """Return how the copy descriptor separates: copy similarity of planted images to their own augmentations and to others.
 
     Augmented images are pixels, so the network itself is called; the profile's encoder has to be the world's own.
@@ -176,11 +142,10 @@ def measure_descriptor(profile: Profile | str = "tiny", *, seed: int = 0, views:
     Returns:
         Columns relation (own, other), quantile (0.05, 0.5, 0.95), similarity.
     """
-    profile = replace(load_profile(profile), groups=None)
-    describe = copy_encoder(profile)
-    images = np.concatenate([planted_images(profile, select(profile, kind)) for kind in ("vm", "tm", "ladder")])
-    pixels = to_pixels(images)
-    generator = torch.Generator().manual_seed(seed)
+    planted = load_prompts(profile.prompts.memorized)
+    images = [np.asarray(Image.open(path).convert("RGB")) for path in image_paths(planted, profile)]
+    describe, pixels = copy_encoder(profile), to_pixels(np.stack(images))
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         own = describe(pixels)
         copies = torch.stack([describe(augment(pixels, generator)) for _ in range(views)])
@@ -194,28 +159,12 @@ def measure_descriptor(profile: Profile | str = "tiny", *, seed: int = 0, views:
     return pd.DataFrame(rows)
 
 
-def _scores(pipe: StableDiffusionPipeline, prompts: list[str]) -> np.ndarray:
+def _scores(run: Run, captions: list[str]) -> np.ndarray:
     """Return the memorization score of each prompt: the largest similarity of a pair of seeds."""
-    return holdout_scores(pipe, prompts, progress=False).max(axis=1)
-
-
-def _largest_z(pipe: StableDiffusionPipeline, statistics: ActivationStatistics, prompts: list[str]) -> np.ndarray:
-    """Return the largest |z| of each layer, float [prompt, layer]."""
-    z = z_scores(statistics, value_activations(pipe.unet, embed(pipe, prompts)))
-    return np.stack([layer.abs().amax(dim=-1).numpy() for layer in z], axis=1)
+    pairs = pairs_measure(run.profile.protocol, run.profile.detection.guidance)
+    return np.array([row[0] for row in run.observe(captions, [pairs])]).max(axis=1)
 
 
 @torch.no_grad()
-def _density(pipe: StableDiffusionPipeline, prompts: list[str]) -> float:
-    projections = [layer.module for layer in value_layers(pipe.unet)]
-    return float(value_density(projections, embed(pipe, prompts)))
-
-
-def _copy_similarity(encoder: ImageEncoder, images: np.ndarray, planted: torch.Tensor) -> np.ndarray:
-    """Return the median over seeds of the copy similarity to the planted image, [prompt]."""
-    return metrics.over_seeds(metrics.sscd_orig(describe_samples(encoder, images), planted))
-
-
-def _seed_similarity(encoder: ImageEncoder, images: np.ndarray) -> np.ndarray:
-    """Return the median over pairs of seeds of the copy similarity between them, [prompt]."""
-    return metrics.over_seeds(metrics.d_sscd(describe_samples(encoder, images)))
+def _density(run: Run, embeddings: torch.Tensor) -> float:
+    return float(value_density([layer.module for layer in value_layers(run.pipe.unet)], embeddings))

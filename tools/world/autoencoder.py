@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from nemolib.encoders import to_pixels
-from nemolib.world.dataset import Dataset
-from nemolib.world.settings import AutoencoderSettings, DecoderSettings, WorldSettings
-from nemolib.world.training import Generators, Stage, run
+from tools.world.dataset import Dataset
+from tools.world.settings import AutoencoderSettings, DecoderSettings, WorldSettings
+from tools.world.training import Generators, Stage, run
 
 
 def train_autoencoder(settings: WorldSettings, data: Dataset, folder: Path) -> AutoencoderTiny:
@@ -27,13 +27,8 @@ def train_autoencoder(settings: WorldSettings, data: Dataset, folder: Path) -> A
         latent_channels=4,
     )
 
-    stage = Stage(
-        name="autoencoder", modules={"autoencoder": model}, steps=chosen.steps, seed=chosen.seed,
-        optimizer=torch.optim.AdamW(model.parameters(), lr=chosen.learning_rate, weight_decay=0.0),
-        learning_rate=chosen.learning_rate, loss=_reconstruction(model, chosen, data),
-        fingerprint=settings.hash("data", "autoencoder"),
-    )  # fmt: skip
-    run(stage, folder)
+    loss, fingerprint = _reconstruction(model, chosen, data), settings.hash("data", "autoencoder")
+    run(Stage("autoencoder", chosen, {"autoencoder": model}, loss, fingerprint), folder)
     model.eval().requires_grad_(False)
     sample = encode_images(model, data.images[data.draw(512, np.random.default_rng(chosen.seed))[1]], scaling=1.0)
     standardize_latents(model, sample)
@@ -48,13 +43,8 @@ def train_decoder(settings: WorldSettings, data: Dataset, model: AutoencoderTiny
     chosen = settings.decoder
     model.requires_grad_(False)
     model.decoder.requires_grad_(True)
-    stage = Stage(
-        name="decoder", modules={"decoder": model.decoder}, steps=chosen.steps, seed=chosen.seed,
-        optimizer=torch.optim.AdamW(model.decoder.parameters(), lr=chosen.learning_rate, weight_decay=0.0),
-        learning_rate=chosen.learning_rate, loss=_reconstruction(model, chosen, data),
-        fingerprint=settings.hash("data", "autoencoder", "decoder"),
-    )  # fmt: skip
-    run(stage, folder)
+    loss, fingerprint = _reconstruction(model, chosen, data), settings.hash("data", "autoencoder", "decoder")
+    run(Stage("decoder", chosen, {"decoder": model.decoder}, loss, fingerprint), folder)
     return model.eval().requires_grad_(False)
 
 

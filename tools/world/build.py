@@ -9,8 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,9 +19,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from nemolib.world import autoencoder, clip, descriptor, unet
-from nemolib.world.dataset import Dataset, build_dataset
-from nemolib.world.settings import WorldSettings
+from tools.world import autoencoder, clip, descriptor, unet
+from tools.world.dataset import Dataset, build_dataset
+from tools.world.settings import WorldSettings
 
 #: Stages that may run at the same time, in order.
 ORDER = (("autoencoder", "clip"), ("unet", "unet-plain"), ("decoder", "descriptor"))
@@ -36,7 +36,7 @@ def train(settings: WorldSettings, work: Path, *, small: bool = False) -> None:
     cores = os.cpu_count() or 1
     for group in ORDER:
         environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // len(group)))}
-        command = [sys.executable, "-m", "nemolib.world", "--work", str(work), *(["--small"] if small else [])]
+        command = [sys.executable, "-m", "tools.world", "--work", str(work), *(["--small"] if small else [])]
         running = {name: subprocess.Popen([*command, "--stage", name], env=environment) for name in group}
         failed = [name for name, process in running.items() if process.wait() != 0]
         if failed:
@@ -45,37 +45,32 @@ def train(settings: WorldSettings, work: Path, *, small: bool = False) -> None:
 
 def run_stage(name: str, settings: WorldSettings, work: Path) -> None:
     """Run one stage in this process and save its model in the work folder."""
-    data = build_dataset(settings.data)
-    if name == "autoencoder":
-        _train_autoencoder(settings, data, work)
-    elif name == "clip":
-        _train_clip(settings, data, work)
-    elif name in ("unet", "unet-plain"):
-        _train_unet(name, settings, data, work)
-    elif name == "decoder":
-        model = AutoencoderTiny.from_pretrained(work / "autoencoder")
-        autoencoder.train_decoder(settings, data, model, work).save_pretrained(work / "decoder")
-    elif name == "descriptor":
-        descriptor.train_descriptor(settings, data, work).save(work / "descriptor")
-    else:
-        raise ValueError(f"unknown stage {name!r}; known: {[stage for group in ORDER for stage in group]}")
+    stages = {
+        "autoencoder": _train_autoencoder,
+        "clip": _train_clip,
+        "unet": partial(_train_unet, "unet"),
+        "unet-plain": partial(_train_unet, "unet-plain"),
+        "decoder": _train_decoder,
+        "descriptor": _train_descriptor,
+    }
+    if name not in stages:
+        raise ValueError(f"unknown stage {name!r}; known: {', '.join(stages)}")
+    stages[name](settings, build_dataset(settings.data), work)
 
 
 def _train_autoencoder(settings: WorldSettings, data: Dataset, work: Path) -> None:
     model = autoencoder.train_autoencoder(settings, data, work)
     model.save_pretrained(work / "autoencoder")
-    save_file(
-        {"latents": autoencoder.encode_images(model, data.images).half().contiguous()}, work / "latents.safetensors"
-    )
+    latents = autoencoder.encode_images(model, data.images).half().contiguous()
+    save_file({"latents": latents}, work / "latents.safetensors")
 
 
 def _train_clip(settings: WorldSettings, data: Dataset, work: Path) -> None:
     model, tokenizer = clip.train_clip(settings, data, work)
     model.save_pretrained(work / "clip")
     # The captions and, last, the empty one that guidance and caption dropout use.
-    save_file(
-        {"embeddings": clip.embed_captions(model, tokenizer, [*data.captions, ""])}, work / "embeddings.safetensors"
-    )
+    embeddings = clip.embed_captions(model, tokenizer, [*data.captions, ""])
+    save_file({"embeddings": embeddings}, work / "embeddings.safetensors")
 
 
 def _train_unet(name: str, settings: WorldSettings, data: Dataset, work: Path) -> None:
@@ -85,10 +80,20 @@ def _train_unet(name: str, settings: WorldSettings, data: Dataset, work: Path) -
     unet.train_unet(chosen, data, latents, embeddings, work, name=name).save_pretrained(work / name)
 
 
+def _train_decoder(settings: WorldSettings, data: Dataset, work: Path) -> None:
+    model = AutoencoderTiny.from_pretrained(work / "autoencoder")
+    autoencoder.train_decoder(settings, data, model, work).save_pretrained(work / "decoder")
+
+
+def _train_descriptor(settings: WorldSettings, data: Dataset, work: Path) -> None:
+    descriptor.train_descriptor(settings, data, work).save(work / "descriptor")
+
+
 def assemble(work: Path, folder: Path, *, unet_name: str = "unet") -> None:
     """Write a pipeline folder (fp16 safetensors) that ``StableDiffusionPipeline.from_pretrained`` loads by itself."""
-    text = CLIPTextModel(CLIPModel.from_pretrained(work / "clip").config.text_config)
-    text.load_state_dict(_text_weights(CLIPModel.from_pretrained(work / "clip"), text))
+    model = CLIPModel.from_pretrained(work / "clip")
+    text = CLIPTextModel(model.config.text_config)
+    text.load_state_dict(_text_weights(model, text))
     pipe = StableDiffusionPipeline(
         vae=AutoencoderTiny.from_pretrained(work / "decoder"),
         text_encoder=text,
@@ -101,22 +106,13 @@ def assemble(work: Path, folder: Path, *, unet_name: str = "unet") -> None:
     )
     shutil.rmtree(folder, ignore_errors=True)
     pipe.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
-    _load_as_float32(folder / "text_encoder" / "config.json")
-    for part in ("unet", "vae"):
-        _forget_origin(folder / part / "config.json")
-
-
-def _forget_origin(config: Path) -> None:
-    """Drop the folder of this machine that diffusers notes in a config."""
-    content = json.loads(config.read_text())
-    content.pop("_name_or_path", None)
-    config.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _load_as_float32(config: Path) -> None:
-    """Say in a transformers config that the half-precision weights are to be loaded as float32, as diffusers does it."""
-    content = json.loads(config.read_text())
-    config.write_text(json.dumps(content | {"dtype": "float32"}, indent=2) + "\n")
+    # The half-precision weights of the text encoder are to be loaded as float32, as diffusers does it with the others.
+    for part, more in {"text_encoder": {"dtype": "float32"}, "unet": {}, "vae": {}}.items():
+        config = folder / part / "config.json"
+        content = json.loads(config.read_text()) | more
+        if part != "text_encoder":
+            content.pop("_name_or_path", None)  # a folder of this machine, which diffusers notes
+        config.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _text_weights(model: CLIPModel, text: CLIPTextModel) -> dict[str, torch.Tensor]:
@@ -149,8 +145,3 @@ def export_data(data: Dataset, out: Path) -> None:
         table.to_csv(out / "prompts" / f"{name}.csv", index=False)
     for path, image in zip(data.planted["image"], data.planted_images(), strict=True):
         Image.fromarray(image).save(out / path, optimize=True)
-
-
-def shipped_bytes(out: Path, folders: Sequence[str] = ("model", "clip", "descriptor")) -> int:
-    """Return the size of the shipped weights in bytes."""
-    return sum(path.stat().st_size for folder in folders for path in (out / folder).rglob("*") if path.is_file())

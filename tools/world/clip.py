@@ -4,16 +4,17 @@ import json
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from nemolib.encoders import to_pixels
-from nemolib.world.dataset import Dataset
-from nemolib.world.settings import WorldSettings
-from nemolib.world.training import Generators, Stage, run
+from tools.world.dataset import Dataset
+from tools.world.settings import WorldSettings
+from tools.world.training import Generators, Stage, run
 
 START, END = "<|startoftext|>", "<|endoftext|>"
+WORDS = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
 
 
 def train_tokenizer(captions: list[str], *, vocabulary: int, tokens: int, folder: Path) -> CLIPTokenizer:
@@ -22,7 +23,7 @@ def train_tokenizer(captions: list[str], *, vocabulary: int, tokens: int, folder
     learner.normalizer = normalizers.Lowercase()
     learner.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(_clip_words(), behavior="removed", invert=True),
+            pre_tokenizers.Split(WORDS, behavior="removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -41,23 +42,10 @@ def train_tokenizer(captions: list[str], *, vocabulary: int, tokens: int, folder
     for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):
         vocab.setdefault(letter + "</w>", len(vocab))
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in learnt["merges"]]
-    tokenizer = CLIPTokenizer(
-        vocab=vocab,
-        merges=merges,
-        model_max_length=tokens,
-        pad_token=END,
-        bos_token=START,
-        eos_token=END,
-        unk_token=END,
-    )
+    special = {"pad_token": END, "bos_token": START, "eos_token": END, "unk_token": END}
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=tokens, **special)
     tokenizer.save_pretrained(folder)
     return tokenizer
-
-
-def _clip_words():
-    from tokenizers import Regex
-
-    return Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
 
 
 def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
@@ -123,14 +111,7 @@ def train_clip(settings: WorldSettings, data: Dataset, folder: Path) -> tuple[CL
         value = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         return {"loss": value, "accuracy": (logits.argmax(1) == target).float().mean()}
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=chosen.learning_rate, weight_decay=0.01)
-    run(
-        Stage(
-            name="clip", modules={"clip": model}, optimizer=optimizer, steps=chosen.steps, seed=chosen.seed,
-            learning_rate=chosen.learning_rate, loss=loss, fingerprint=settings.hash("data", "clip"),
-        ),
-        folder,
-    )  # fmt: skip
+    run(Stage("clip", chosen, {"clip": model}, loss, settings.hash("data", "clip"), weight_decay=0.01), folder)
     return model.eval().requires_grad_(False), tokenizer
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from nemolib.world import captions
-from nemolib.world.emoji import load_emoji, rasterize
-from nemolib.world.render import regular_image, template_image, verbatim_image
-from nemolib.world.settings import DataSettings
+from tools.world import captions
+from tools.world.emoji import load_emoji, rasterize
+from tools.world.render import regular_image, template_image, verbatim_image
+from tools.world.settings import DataSettings
 
 
 @dataclass(frozen=True)

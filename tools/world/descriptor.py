@@ -1,4 +1,4 @@
-"""Stage 4: the copy-detection descriptor, trained with SSCD's recipe on the images of the world.
+"""Stage 5: the copy-detection descriptor, trained with SSCD's recipe on the images of the world.
 
 Source: SSCD (Pizzi et al., CVPR 2022): InfoNCE between augmented copies plus an entropy term that spreads the features.
 """
@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional as F
 
 from nemolib.encoders import CopyDescriptor, to_pixels
-from nemolib.world.dataset import Dataset
-from nemolib.world.settings import DescriptorSettings, WorldSettings
-from nemolib.world.training import Generators, Stage, run
+from tools.world.dataset import Dataset
+from tools.world.settings import DescriptorSettings, WorldSettings
+from tools.world.training import Generators, Stage, run
 
 
 def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -92,12 +92,6 @@ def train_descriptor(settings: WorldSettings, data: Dataset, folder: Path) -> Co
         excused = (captions[:, None] == captions[None, :]) & torch.from_numpy(is_template)[captions][:, None]
         return copy_loss(features, images, excused, chosen)
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=chosen.learning_rate, weight_decay=0.01)
-    run(
-        Stage(
-            name="descriptor", modules={"descriptor": model}, optimizer=optimizer, steps=chosen.steps, seed=chosen.seed,
-            learning_rate=chosen.learning_rate, loss=loss, fingerprint=settings.hash("data", "descriptor"),
-        ),
-        folder,
-    )  # fmt: skip
+    fingerprint = settings.hash("data", "descriptor")
+    run(Stage("descriptor", chosen, {"descriptor": model}, loss, fingerprint, weight_decay=0.01), folder)
     return model.eval().requires_grad_(False)

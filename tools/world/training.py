@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,27 +24,29 @@ class Stage:
 
     Attributes:
         name: file name of the checkpoint and of the loss log.
-        modules: trained (or averaged) modules by name.
-        optimizer: over their parameters.
-        steps: number of optimizer steps.
-        seed: seed of the stage.
-        learning_rate: peak; see ``schedule``.
-        warmup: steps of linear warm-up.
+        settings: steps, seed and (peak) learning_rate; see ``schedule``.
+        modules: by name; parameters that require a gradient are trained, the others kept (moving averages).
         loss: (step, generators) -> named losses; "loss" is minimized, the others are logged.
-        after_step: called after each optimizer step (moving averages).
         fingerprint: hash of the settings; a checkpoint of other settings is refused.
+        weight_decay: of AdamW.
+        warmup: steps of linear warm-up.
+        after_step: called after each optimizer step.
     """
 
     name: str
+    settings: Any
     modules: dict[str, nn.Module]
-    optimizer: torch.optim.Optimizer
-    steps: int
-    seed: int
-    learning_rate: float
     loss: Callable[[int, "Generators"], dict[str, torch.Tensor]]
     fingerprint: str
+    weight_decay: float = 0.0
     warmup: int = 100
     after_step: Callable[[int], None] = lambda step: None
+
+    def __post_init__(self) -> None:
+        """Make the optimizer."""
+        parameters = (parameter for module in self.modules.values() for parameter in module.parameters())
+        self.trained = [parameter for parameter in parameters if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=self.settings.learning_rate, weight_decay=self.weight_decay)
 
 
 @dataclass(frozen=True)
@@ -86,31 +89,32 @@ def run(stage: Stage, folder: Path, *, save_every: float = 60.0, log_every: int 
     checkpoint, log = folder / f"{stage.name}.checkpoint.pt", folder / f"{stage.name}.log.jsonl"
     start, spent = _restore(stage, checkpoint)
     _cut_log(log, start)
-    began, saved, sums = time.monotonic() - spent, time.monotonic(), {}
-    bar = tqdm(range(start, stage.steps), desc=stage.name, unit="step", initial=start, total=stage.steps, mininterval=5)
+    began, saved, sums, steps = time.monotonic() - spent, time.monotonic(), {}, stage.settings.steps
+    bar = tqdm(range(start, steps), desc=stage.name, unit="step", initial=start, total=steps, mininterval=5)
     for step in bar:
         for name, value in _step(stage, step).items():
             sums.setdefault(name, []).append(value)
-        if (step + 1) % log_every == 0 or step + 1 == stage.steps:
+        if (step + 1) % log_every == 0 or step + 1 == steps:
             means = {name: float(np.mean(values)) for name, values in sums.items()}
             _append(log, {"step": step + 1, "seconds": round(time.monotonic() - began, 1), **means})
             bar.set_postfix(loss=f"{means['loss']:.4f}")
             sums = {}
             # Only where the log is written: a resumed run then continues both at the same step.
-            if time.monotonic() - saved > save_every or step + 1 == stage.steps:
+            if time.monotonic() - saved > save_every or step + 1 == steps:
                 _save(stage, checkpoint, step + 1, time.monotonic() - began)
                 saved = time.monotonic()
     return log
 
 
 def _step(stage: Stage, step: int) -> dict[str, float]:
-    rate = stage.learning_rate * schedule(step, steps=stage.steps, warmup=stage.warmup)
+    settings = stage.settings
+    rate = settings.learning_rate * schedule(step, steps=settings.steps, warmup=stage.warmup)
     for group in stage.optimizer.param_groups:
         group["lr"] = rate
-    losses = stage.loss(step, Generators.of(stage.seed, step))
+    losses = stage.loss(step, Generators.of(settings.seed, step))
     stage.optimizer.zero_grad(set_to_none=True)
     losses["loss"].backward()
-    nn.utils.clip_grad_norm_([p for group in stage.optimizer.param_groups for p in group["params"]], 1.0)
+    nn.utils.clip_grad_norm_(stage.trained, 1.0)
     stage.optimizer.step()
     stage.after_step(step)
     return {name: float(value.detach()) for name, value in losses.items()}

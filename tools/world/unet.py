@@ -9,10 +9,10 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import nn
 from torch.nn import functional as F
 
-from nemolib.value_layers import value_layers
-from nemolib.world.dataset import Dataset
-from nemolib.world.settings import UNetSettings, WorldSettings
-from nemolib.world.training import Generators, Stage, run
+from nemolib.layers import value_layers
+from tools.world.dataset import Dataset
+from tools.world.settings import UNetSettings, WorldSettings
+from tools.world.training import Generators, Stage, run
 
 
 def build_scheduler() -> DDIMScheduler:
@@ -156,13 +156,7 @@ def train_unet(
         keep = min(chosen.ema, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(average.parameters()), list(unet.parameters()), 1 - keep)
 
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=chosen.learning_rate, weight_decay=0.0)
-    run(
-        Stage(
-            name=name, modules={"unet": unet, "average": average}, optimizer=optimizer, steps=chosen.steps, seed=chosen.seed,
-            learning_rate=chosen.learning_rate, warmup=chosen.warmup, loss=loss, after_step=update_average,
-            fingerprint=settings.hash("data", "autoencoder", "clip", "unet"),
-        ),
-        folder,
-    )  # fmt: skip
+    fingerprint = settings.hash("data", "autoencoder", "clip", "unet")
+    modules, more = {"unet": unet, "average": average}, {"warmup": chosen.warmup, "after_step": update_average}
+    run(Stage(name, chosen, modules, loss, fingerprint, **more), folder)
     return average.eval()

@@ -135,6 +135,37 @@ def too_few(count: int, what: str, *, needed: int) -> str:
     return "" if count >= needed else f"{count or 'no'} {what}{'s' * (count != 1)}, {needed} needed"
 
 
+def rounding(dtype: Any, *, at_least: float = 1e-4) -> float:
+    """Return how far two ways to the same numbers of about 1 may differ in a floating-point type of PyTorch.
+
+    At least what is allowed in any case; the types with few digits allow more: eight units in the last place of 1.
+    """
+    import torch
+
+    return max(at_least, 8 * torch.finfo(dtype).eps)
+
+
+def of_kinds(table: pd.DataFrame, name: str, *kinds: str, column: str = "") -> dict[str, pd.DataFrame]:
+    """Return the rows of each of these kinds of prompts, those with a value if a column is given.
+
+    Args:
+        table: A table with the column kind.
+        name: What it is saved as.
+        kinds: Kinds of prompts, each of which is needed.
+        column: Rows where it is missing do not count.
+
+    Raises:
+        NotEnough: There are none of a kind.
+    """
+    known = table if not column else table[table[column].notna()]
+    parts = {kind: known[known["kind"] == kind] for kind in kinds}
+    for kind, part in parts.items():
+        if part.empty:
+            what = f"values of {column}" if column else "rows"
+            raise NotEnough(f"table {name!r} has no {what} with kind {kind!r}")
+    return parts
+
+
 def number(value: float, digits: int = 3) -> str:
     """Return a number as text; small ones in scientific notation, so that 3e-7 is not shown as 0."""
     if value == 0 or math.isnan(value) or abs(value) >= 10**-digits:

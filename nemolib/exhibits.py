@@ -186,7 +186,7 @@ class Exhibit:
     """A figure or table of an experiment.
 
     Attributes:
-        name: Stem of its files: the name of the function.
+        name: Stem of its files (see `exhibit`).
         label: Its number in the paper, or empty for one of our own.
         title: What it shows, in a few words.
         caption: How to read it.
@@ -224,13 +224,17 @@ _EXHIBITS: dict[str, Exhibit] = {}
 def exhibit(
     label: str, title: str, caption: str, *, read: Callable[..., Iterable[Claim]] | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a decorator that makes an exhibit of a function, which itself stays as it is; see `Exhibit`."""
+    """Return a decorator that makes an exhibit of a function, which itself stays as it is; see `Exhibit`.
+
+    Its name is that of the function, without ``show_`` where the bare name is that of what computes the table.
+    """
 
     def register(draw: Callable[..., Any]) -> Callable[..., Any]:
-        known = _EXHIBITS.get(draw.__name__)
-        if known is not None and known.module != Exhibit("", "", "", "", draw).module:
-            raise ValueError(f"two exhibits have the name {draw.__name__!r}; their files would overwrite each other")
-        _EXHIBITS[draw.__name__] = Exhibit(draw.__name__, label, title, caption, draw, read)
+        item = Exhibit(draw.__name__.removeprefix("show_"), label, title, caption, draw, read)
+        known = _EXHIBITS.setdefault(item.name, item)
+        if known.module != item.module:
+            raise ValueError(f"two exhibits have the name {item.name!r}; their files would overwrite each other")
+        _EXHIBITS[item.name] = item
         return draw
 
     return register

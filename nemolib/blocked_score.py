@@ -1,23 +1,25 @@
-"""The score that the search asks of neuron sets, and how few seeds can answer for all of them.
+"""The score that the search asks of neuron sets, and how it costs little.
 
 The score of a neuron set is the largest similarity over the kept seeds, so that one seed above the threshold says that
 the set fails. Which seed is the most similar hardly changes from set to set.
+
+A refinement tests sets that differ in one value layer at a time, from the last layer to the first. All blocks of the UNet
+before that layer give what they gave in the pass before, bit by bit, and are not computed again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nemolib.evaluations import Evaluations
-from nemolib.first_step import FirstStep
+from nemolib.first_step import Evaluations, FirstStep
+from nemolib.layers import value_layers
 from nemolib.neurons import NeuronSet
-from nemolib.protocols import Protocol
-from nemolib.reuse import BlockReuse
-from nemolib.settings import SimilaritySettings
+from nemolib.settings import Protocol, SimilaritySettings
 from nemolib.similarity import similarity
 
 _PORTIONS = (1, 2)
@@ -47,7 +49,6 @@ class BlockedScore:
         similarity: Window and exponents of the similarity.
         protocol: The protocol.
         evaluations: Counts the UNet sample-evaluations.
-        reuse: Whether to keep what blocks before the first changed layer give; the scores are the same.
     """
 
     def __init__(
@@ -60,16 +61,15 @@ class BlockedScore:
         similarity: SimilaritySettings,
         protocol: Protocol,
         evaluations: Evaluations | None = None,
-        reuse: bool = True,
     ) -> None:
         self._step, self._embedding, self._seeds, self._unblocked = step, embedding, list(seeds), unblocked
-        self._similarity, self._protocol, self._evaluations = similarity, protocol, evaluations
+        self._similarity, self._protocol, self._evaluations = similarity, protocol, evaluations or Evaluations()
         self._known: dict[NeuronSet, float] = {}
         self._maps: dict[NeuronSet, dict[int, Tensor]] = {}
         self._values: dict[NeuronSet, dict[int, float]] = {}
         self._grouped = protocol.similarity == "ms_ssim"
         self._others = unblocked
-        self._reuse: dict[tuple[int, ...], BlockReuse] | None = {} if reuse else None
+        self._reuse: dict[tuple[int, ...], BlockReuse] = {}
         self._order = list(range(len(self._seeds)))
 
     def __call__(self, neurons: NeuronSet) -> float:
@@ -77,18 +77,6 @@ class BlockedScore:
         if neurons not in self._known:
             self._evaluate(neurons, range(len(self._seeds)))
         return self._known[neurons]
-
-    def many(self, neurons: Sequence[NeuronSet]) -> list[float]:
-        """Return the scores of several neuron sets, those not yet known evaluated in one batch."""
-        unknown = [item for item in dict.fromkeys(neurons) if item and item not in self._known]
-        # Sets that come one after the other differ in few layers; sets in one batch share nothing.
-        if len(unknown) > 1:
-            blocked = self._step.many(
-                self._embedding, neurons=unknown, seeds=self._seeds, evaluations=self._evaluations
-            )
-            for item, maps in zip(unknown, blocked, strict=True):
-                self._finish(item, maps)
-        return [self(item) for item in neurons]
 
     def screen(self, neurons: NeuronSet, *, limit: float) -> float:
         """Return the score of a neuron set, or only a similarity that shows that it is above a limit.
@@ -155,13 +143,9 @@ class BlockedScore:
 
     def _blocked(self, neurons: NeuronSet, places: tuple[int, ...]) -> Tensor:
         """Return the noise differences of some seeds with a set deactivated, [place, channel, height, width]."""
-        with nullcontext() if self._reuse is None else self._kept_blocks(places).passing(neurons):
-            return self._step.many(
-                self._embedding,
-                neurons=[neurons],
-                seeds=[self._seeds[place] for place in places],
-                evaluations=self._evaluations,
-            )[0]
+        self._evaluations.add(self._step.cost * len(places))
+        with self._kept_blocks(places).passing(neurons):
+            return self._step(self._embedding, neurons=neurons, seeds=[self._seeds[place] for place in places])
 
     def _kept_blocks(self, places: tuple[int, ...]) -> BlockReuse:
         """Return the blocks that were kept for a group of seeds; those of the last few groups are."""
@@ -191,3 +175,83 @@ class BlockedScore:
 
     def _compare(self, unblocked: Tensor, blocked: Tensor) -> list[float]:
         return similarity(unblocked, blocked, settings=self._similarity, protocol=self._protocol).tolist()
+
+
+class BlockReuse:
+    """What the down blocks and the middle block of a UNet gave in the last pass, used again where it must be the same.
+
+    The owner promises that all passes have the same latents, timestep and embeddings, and that nothing but the
+    deactivated neurons differs.
+
+    Args:
+        unet: A conditional UNet of diffusers.
+    """
+
+    def __init__(self, unet: nn.Module) -> None:
+        self._blocks = _blocks(unet)
+        self._kept: list[tuple[Hashable, Any] | None] = [None] * len(self._blocks)
+
+    @contextmanager
+    def passing(self, neurons: NeuronSet) -> Iterator[None]:
+        """Reuse blocks in the UNet pass inside the context, in which these neurons are deactivated.
+
+        A pass that is split, because memory ran out, reuses nothing. The model is left as it was, whatever happens
+        inside.
+
+        Args:
+            neurons: The neurons that are deactivated in this pass.
+        """
+        with ExitStack() as replaced:
+            for place, (block, layers) in enumerate(self._blocks):
+                replaced.enter_context(_forward(block, self._reusing(place, block.forward, neurons.layers[:layers])))
+            yield
+
+    def _reusing(self, place: int, forward: Callable[..., Any], key: Hashable) -> Callable[..., Any]:
+        """Return a forward function that computes only if what it depends on has changed."""
+        calls = 0
+
+        def reuse(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > 1:
+                self._kept[place] = None
+                return forward(*args, **kwargs)
+            sized = (key, _samples(args, kwargs))
+            kept = self._kept[place]
+            if kept is None or kept[0] != sized:
+                kept = self._kept[place] = (sized, forward(*args, **kwargs))
+            return kept[1]
+
+        return reuse
+
+
+def _samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Return the number of samples that a block is called with."""
+    return len(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+
+
+def _blocks(unet: nn.Module) -> list[tuple[nn.Module, int]]:
+    """Return the down blocks and the middle block, each with the number of value layers up to its end."""
+    names = [layer.name for layer in value_layers(unet)]
+    blocks = [(f"down_blocks.{place}.", block) for place, block in enumerate(unet.down_blocks)]
+    if getattr(unet, "mid_block", None) is not None:
+        blocks.append(("mid_block.", unet.mid_block))
+    counted, found = 0, []
+    for prefix, block in blocks:
+        counted += sum(name.startswith(prefix) for name in names)
+        found.append((block, counted))
+    return found
+
+
+@contextmanager
+def _forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """Replace the forward function of one module inside the context."""
+    before = module.__dict__.get("forward")
+    module.forward = function
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before

@@ -1,38 +1,53 @@
-"""Settings of the algorithms: small frozen dataclasses that a profile holds and every function accepts.
+"""Settings: what the algorithms, the protocols and the worlds leave open, as frozen dataclasses that check their values.
 
-The defaults are those of the paper's experiment with Stable Diffusion v1-4. Each class checks its values when it is
-made, so that a wrong value fails before any computation, with the name of the setting and what it may be.
+The defaults are those of the paper's experiment with Stable Diffusion v1-4. A `Profile` holds all settings of a world
+(the tiny one, Stable Diffusion v1-4). It is one YAML file in ``nemolib/profiles/``; ``extends: <other>`` takes every key
+that is not given from the other profile, so that a number is written down once. A wrong value fails when it is set,
+before any computation.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
-from numbers import Integral, Real
-from typing import Literal, get_args
+import weakref
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+import pydantic
+import yaml
+from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, model_validator
+from pydantic.dataclasses import dataclass
+
+from nemolib import paths
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+Whole = Annotated[int, Field(strict=True, ge=0)]
+Count = Annotated[int, Field(strict=True, ge=1)]
+AtLeastTwo = Annotated[int, Field(strict=True, ge=2)]
+Number = Annotated[float, Field(strict=True, ge=-10, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 
 SearchMethod = Literal["fast", "sequential"]
+Mask = Literal["padding", "summary", "none"]
+Similarity = Literal["ms_ssim", "ssim"]
+ThresholdPairs = Literal["all", "max"]
+
+validated = dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
+"""Make a class a frozen dataclass that refuses values of another type or range, and names that it does not have."""
 
 
-def _require(condition: bool, owner: object, key: str, value: object, allowed: str) -> None:
-    if not condition:
-        raise ValueError(f"{type(owner).__name__}.{key} is {value!r}; it must be {allowed}.")
+class ProfileError(ValueError):
+    """A profile that cannot be used; the message names the key, the value and what is allowed."""
 
 
-def _integer(owner: object, key: str, minimum: int) -> None:
-    value = getattr(owner, key)
-    valid = isinstance(value, Integral) and not isinstance(value, bool) and value >= minimum
-    _require(valid, owner, key, value, f"an integer of at least {minimum}")
+# --- Algorithms ---------------------------------------------------------------------------------------------------------
 
 
-def _real(owner: object, key: str, *, minimum: float, open_end: bool = False) -> None:
-    value = getattr(owner, key)
-    is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    valid = is_number and (value > minimum if open_end else value >= minimum)
-    _require(valid, owner, key, value, f"a finite number {'above' if open_end else 'of at least'} {minimum:g}")
-
-
-@dataclass(frozen=True, slots=True)
+@validated
 class DetectionSettings:
     """How noise differences are computed (Alg. 1 of the paper).
 
@@ -43,20 +58,19 @@ class DetectionSettings:
         guidance: Classifier-free guidance scale; 0 means the text-conditional prediction alone, at half the cost.
     """
 
-    seed: int = 1
-    samples: int = 10
-    steps: int = 50
-    guidance: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Reject values that no run can use."""
-        _integer(self, "seed", 0)
-        _integer(self, "samples", 2)
-        _integer(self, "steps", 2)
-        _real(self, "guidance", minimum=0.0)
+    seed: Whole = 1
+    samples: AtLeastTwo = 10
+    steps: AtLeastTwo = 50
+    guidance: NotNegative = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+def _odd(size: int) -> int:
+    if size % 2 == 0:
+        raise ValueError("it must be odd")
+    return size
+
+
+@validated
 class SimilaritySettings:
     """Window and scales of the structural similarity of two noise differences.
 
@@ -67,22 +81,12 @@ class SimilaritySettings:
         betas: Exponent of each scale, finest first; their number is the number of scales (MS-SSIM only).
     """
 
-    kernel_size: int = 11
-    sigma: float = 1.5
-    betas: tuple[float, ...] = (0.33, 0.33, 0.33)
-
-    def __post_init__(self) -> None:
-        """Reject values that no run can use; lists (from YAML) become tuples."""
-        _integer(self, "kernel_size", 1)
-        _require(self.kernel_size % 2 == 1, self, "kernel_size", self.kernel_size, "odd")
-        _real(self, "sigma", minimum=0.0, open_end=True)
-        is_sequence = isinstance(self.betas, (list, tuple)) and len(self.betas) > 0
-        valid = is_sequence and all(isinstance(b, Real) and not isinstance(b, bool) and b > 0 for b in self.betas)
-        _require(valid, self, "betas", self.betas, "a non-empty list of positive numbers, one per scale")
-        object.__setattr__(self, "betas", tuple(float(beta) for beta in self.betas))
+    kernel_size: Annotated[Count, AfterValidator(_odd)] = 11
+    sigma: Positive = 1.5
+    betas: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.33, 0.33, 0.33)
 
 
-@dataclass(frozen=True, slots=True)
+@validated
 class SearchSettings:
     """Course of the neuron search: the initial selection (Alg. 3 of the paper) and the method.
 
@@ -97,28 +101,21 @@ class SearchSettings:
             the authors' code. ``fast``: the seeds first that are likely to decide, candidates in groups.
     """
 
-    theta_start: float = 5.0
-    theta_step: float = 0.25
-    theta_min: float = 1.0
-    k_start: int = 0
-    k_step: int = 1
-    k_max: int = 1280
+    theta_start: NotNegative = 5.0
+    theta_step: Positive = 0.25
+    theta_min: NotNegative = 1.0
+    k_start: Whole = 0
+    k_step: Whole = 1
+    k_max: Whole = 1280
     method: SearchMethod = "fast"
 
-    def __post_init__(self) -> None:
-        """Reject values that no run can use."""
-        _require(self.method in get_args(SearchMethod), self, "method", self.method, "'fast' or 'sequential'")
-        _real(self, "theta_min", minimum=0.0)
-        _real(self, "theta_start", minimum=0.0)
-        _require(
-            self.theta_start >= self.theta_min, self, "theta_start", self.theta_start, "at least theta_min "
-            f"({self.theta_min:g})",
-        )  # fmt: skip
-        _real(self, "theta_step", minimum=0.0, open_end=True)
-        _integer(self, "k_start", 0)
-        _integer(self, "k_step", 0)
-        _integer(self, "k_max", 0)
-        _require(self.k_max >= self.k_start, self, "k_max", self.k_max, f"at least k_start ({self.k_start})")
+    @model_validator(mode="after")
+    def _ends_after_the_start(self) -> SearchSettings:
+        if self.theta_start < self.theta_min:
+            raise ValueError(f"theta_start is {self.theta_start:g}; it must be at least theta_min ({self.theta_min:g})")
+        if self.k_max < self.k_start:
+            raise ValueError(f"k_max is {self.k_max}; it must be at least k_start ({self.k_start})")
+        return self
 
 
 def search_settings(search: SearchSettings | str | None, default: SearchSettings) -> SearchSettings:
@@ -130,7 +127,7 @@ def search_settings(search: SearchSettings | str | None, default: SearchSettings
     return replace(default, method=search) if isinstance(search, str) else search or default
 
 
-@dataclass(frozen=True, slots=True)
+@validated
 class GenerationSettings:
     """How images are generated.
 
@@ -143,29 +140,15 @@ class GenerationSettings:
         side: Side of the images in pixels, a multiple of 8; None: that of the model. Smaller ones are worse and cost less.
     """
 
-    seed: int = 2
-    samples: int = 10
-    steps: int = 50
-    guidance: float = 7.0
-    batch_size: int = 10
-    side: int | None = None
-
-    def __post_init__(self) -> None:
-        """Reject values that no run can use."""
-        _integer(self, "seed", 0)
-        _integer(self, "samples", 1)
-        _integer(self, "steps", 1)
-        _real(self, "guidance", minimum=0.0)
-        _integer(self, "batch_size", 1)
-        if self.side is not None:
-            _integer(self, "side", 8)
-            _require(self.side % 8 == 0, self, "side", self.side, "a multiple of 8, or None")
+    seed: Whole = 2
+    samples: Count = 10
+    steps: Count = 50
+    guidance: NotNegative = 7.0
+    batch_size: Count = 10
+    side: Annotated[int, Field(strict=True, ge=8, multiple_of=8)] | None = None
 
 
-Mask = Literal["padding", "summary", "none"]
-
-
-@dataclass(frozen=True, slots=True)
+@validated
 class WenSettings:
     """Prompt embedding adjustment (Wen et al., ICLR 2024).
 
@@ -182,30 +165,23 @@ class WenSettings:
         seed: Seed of these latents, another than that of the generated images.
     """
 
-    target: float | None = 1.5
-    multiplier: float = 1.0
-    learning_rate: float = 0.05
-    iterations: int = 10
-    steps: int = 50
-    step: int = 0
-    latents: int = 4
-    seed: int = 4
+    target: NotNegative | None = 1.5
+    multiplier: Number = 1.0
+    learning_rate: Positive = 0.05
+    iterations: Count = 10
+    steps: Count = 50
+    step: Whole = 0
+    latents: Count = 4
+    seed: Whole = 4
 
-    def __post_init__(self) -> None:
-        """Reject values that no run can use."""
-        if self.target is not None:
-            _real(self, "target", minimum=0.0)
-        _real(self, "multiplier", minimum=-10.0)
-        _real(self, "learning_rate", minimum=0.0, open_end=True)
-        _integer(self, "iterations", 1)
-        _integer(self, "steps", 1)
-        _integer(self, "step", 0)
-        _require(self.step < self.steps, self, "step", self.step, f"below steps ({self.steps})")
-        _integer(self, "latents", 1)
-        _integer(self, "seed", 0)
+    @model_validator(mode="after")
+    def _looks_at_a_step_of_the_schedule(self) -> WenSettings:
+        if self.step >= self.steps:
+            raise ValueError(f"step is {self.step}; it must be below steps ({self.steps})")
+        return self
 
 
-@dataclass(frozen=True, slots=True)
+@validated
 class RenSettings:
     """Attention scaling (Ren et al., ECCV 2024).
 
@@ -215,16 +191,11 @@ class RenSettings:
             token, whose embeddings sum up the prompt), ``none``.
     """
 
-    c1: float = 1.25
+    c1: NotNegative = 1.25
     mask: Mask = "padding"
 
-    def __post_init__(self) -> None:
-        """Reject values that no run can use."""
-        _real(self, "c1", minimum=0.0)
-        _require(self.mask in ("padding", "summary", "none"), self, "mask", self.mask, "'padding', 'summary' or 'none'")
 
-
-@dataclass(frozen=True, slots=True)
+@validated
 class SomepalliSettings:
     """Random tokens in the prompt (Somepalli et al., NeurIPS 2023).
 
@@ -233,21 +204,11 @@ class SomepalliSettings:
         seed: Seed of tokens and places; each prompt has its own.
     """
 
-    numbers: tuple[int, ...] = (1, 4, 10)
-    seed: int = 5
-
-    def __post_init__(self) -> None:
-        """Reject values that no run can use; lists (from YAML) become tuples."""
-        is_sequence = isinstance(self.numbers, (list, tuple)) and len(self.numbers) > 0
-        valid = is_sequence and all(
-            isinstance(n, Integral) and not isinstance(n, bool) and n >= 1 for n in self.numbers
-        )
-        _require(valid, self, "numbers", self.numbers, "a non-empty list of integers of at least 1")
-        object.__setattr__(self, "numbers", tuple(int(number) for number in self.numbers))
-        _integer(self, "seed", 0)
+    numbers: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 4, 10)
+    seed: Whole = 5
 
 
-@dataclass(frozen=True, slots=True)
+@validated
 class RandomNeuronSettings:
     """Random neurons in place of the found ones (Sec. 4 of the paper).
 
@@ -256,27 +217,384 @@ class RandomNeuronSettings:
         repeats: How often they are drawn.
     """
 
-    seed: int = 3
-    repeats: int = 5
-
-    def __post_init__(self) -> None:
-        """Reject values that no run can use."""
-        _integer(self, "seed", 0)
-        _integer(self, "repeats", 1)
+    seed: Whole = 3
+    repeats: Count = 5
 
 
-@dataclass(frozen=True, slots=True)
+@validated
 class MitigationSettings:
-    """The rows of Table 1 that deactivated memorization neurons are compared with.
-
-    Attributes:
-        wen: Prompt embedding adjustment.
-        ren: Attention scaling.
-        somepalli: Random tokens.
-        random: Random neurons.
-    """
+    """The rows of Table 1 that deactivated memorization neurons are compared with."""
 
     wen: WenSettings = WenSettings()
     ren: RenSettings = RenSettings()
     somepalli: SomepalliSettings = SomepalliSettings()
     random: RandomNeuronSettings = RandomNeuronSettings()
+
+
+# --- Protocols ----------------------------------------------------------------------------------------------------------
+
+
+@validated
+class Protocol:
+    """The known differences between the paper's text and the authors' code.
+
+    `RELEASED` reproduces the code, `PAPER` follows the text. Take one and change a single switch with
+    `dataclasses.replace` to see what that difference alone does.
+
+    Attributes:
+        name: Name of the protocol, for tables and figures.
+        timestep_index: Which timestep of the schedule conditions the UNet in Alg. 1. The text says the first (0);
+            the code never calls the scheduler's step and so evaluates the *initial latents* at the second (1).
+        similarity: Structural similarity on several scales (code) or on one (text).
+        swap_guidance: Whether the halves of classifier-free guidance change places, as in the code's noise
+            difference: eps(text) + g (eps(empty) - eps(text)). Only matters where the guidance is not 0.
+        evaluate_limits: Whether the initial selection still tries the smallest threshold and the largest number of
+            neurons per layer. The code stops when it reaches either, before trying it.
+        double_entries: Whether a candidate that is found both by its z-score and among the largest activations is
+            entered twice, as in the code: refinement then tests it at the place of its last entry. No neuron set ever
+            holds a neuron twice; this is about the order of the tests.
+        threshold_pairs: Whether the memorization threshold is taken over all pairs of seeds of all holdout prompts
+            (code, Sec. 4) or over each prompt's largest pair (Sec. 3.1).
+    """
+
+    name: str
+    timestep_index: Whole = 1
+    similarity: Similarity = "ms_ssim"
+    swap_guidance: StrictBool = True
+    evaluate_limits: StrictBool = False
+    double_entries: StrictBool = True
+    threshold_pairs: ThresholdPairs = "all"
+
+
+RELEASED = Protocol("released")
+"""The authors' code, commit f952ede."""
+
+PAPER = Protocol(
+    "paper",
+    timestep_index=0,
+    similarity="ssim",
+    swap_guidance=False,
+    evaluate_limits=True,
+    double_entries=False,
+    threshold_pairs="max",
+)
+"""The paper's text."""
+
+PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in (RELEASED, PAPER)}
+
+
+def load_protocol(protocol: str | Protocol) -> Protocol:
+    """Return the protocol of a name; a protocol is returned as it is.
+
+    Raises:
+        ValueError: The name is not that of a known protocol.
+    """
+    if isinstance(protocol, Protocol):
+        return protocol
+    if protocol not in tuple(PROTOCOLS):
+        raise ValueError(f"unknown protocol {protocol!r}; known protocols: {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[protocol]
+
+
+# --- Profiles -----------------------------------------------------------------------------------------------------------
+
+
+@validated
+class PromptTables:
+    """Paths of the prompt tables, relative to the repository or absolute.
+
+    Attributes:
+        memorized: Memorized prompts.
+        unmemorized: Prompts that are not memorized.
+        holdout: Prompts of the holdout set.
+        quality: Prompts whose images are compared with real ones (COCO); None: not available.
+    """
+
+    memorized: str
+    unmemorized: str
+    holdout: str
+    quality: str | None = None
+
+
+@validated
+class Limits:
+    """How many prompts of each kind are used, from the top of the table; None: all."""
+
+    vm: Whole | None = None
+    tm: Whole | None = None
+    ladder: Whole | None = None
+    unmemorized: Whole | None = None
+
+
+@validated
+class Extent:
+    """How many prompts the notebooks take of those that the profile has, from the top of the table; None: all.
+
+    Attributes:
+        drawn: Unmemorized prompts whose images notebooks 02 and 04 look at.
+        searched: Unmemorized prompts whose neurons are searched.
+        mitigated: VM and as many TM prompts of Table 1.
+        ablated: VM and as many TM prompts of Table 4, and of Fig. 5b, 14 and 15.
+        layers: VM prompts of Fig. 16 to 20.
+        blocks: Prompts of Table 3.
+        quality: Prompts of Fig. 5a and 8.
+        quality_samples: Images of each of them; None: as many as are generated anyway.
+    """
+
+    drawn: Whole | None = None
+    searched: Whole | None = None
+    mitigated: Count | None = None
+    ablated: Count | None = None
+    layers: Count | None = None
+    blocks: Whole | None = None
+    quality: Whole | None = None
+    quality_samples: Count | None = None
+
+
+@validated
+class ThresholdSettings:
+    """The memorization threshold: mean + ``multiplier`` standard deviations of the holdout scores, or ``value``."""
+
+    multiplier: Annotated[Number, Field(le=10)] = 1.0
+    value: Annotated[float, Field(strict=True, ge=-1, le=1)] | None = None
+
+
+@validated
+class EncoderSettings:
+    """A network that turns images or texts into features, and where it is.
+
+    Attributes:
+        kind: ``descriptor`` (the tiny world's copy detection), ``sscd``, ``clip`` or ``inception``.
+        path: Folder (descriptor, clip), TorchScript file (sscd, inception), relative to the repository or absolute, or
+            hub id (clip).
+        sha256: Of the file, or of ``model.safetensors`` in the folder; None: not checked, and for a TorchScript file
+            noted at its first use.
+        revision: Commit or branch of a hub model; None: its default.
+        name: What tables call it; None: a name after its kind.
+    """
+
+    kind: Literal["descriptor", "sscd", "clip", "inception"]
+    path: str
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$", description="64 hexadecimal digits")] | None = None
+    revision: str | None = None
+    name: str | None = None
+
+    @model_validator(mode="after")
+    def _has_a_revision_only_on_a_hub(self) -> EncoderSettings:
+        if self.revision is not None and self.kind != "clip":
+            raise ValueError(f"revision is {self.revision!r}, but kind {self.kind!r} is no hub model; only clip can be")
+        return self
+
+
+@validated
+class Encoders:
+    """The encoders of the metrics; None: not available.
+
+    ::
+
+        encoders:
+          copy: {kind: sscd, path: models/sscd_disc_mixup.torchscript.pt}
+          alignment: {kind: clip, path: openai/clip-vit-base-patch32}
+          quality: {kind: inception, path: models/inception-2015-12-05.pt}
+          clip_quality: {kind: clip, path: openai/clip-vit-base-patch32}
+
+    Attributes:
+        copy: Copy detection: SSCD_Orig, SSCD_Gen, D_SSCD.
+        alignment: A_CLIP.
+        quality: FID and KID.
+        clip_quality: CLIP-FID.
+    """
+
+    copy: EncoderSettings | None = None
+    alignment: EncoderSettings | None = None
+    quality: EncoderSettings | None = None
+    clip_quality: EncoderSettings | None = None
+
+    @model_validator(mode="after")
+    def _can_do_what_they_are_named_for(self) -> Encoders:
+        roles = {"copy": ("descriptor", "sscd"), "quality": ("inception", "clip")}
+        for role in ("copy", "alignment", "quality", "clip_quality"):
+            chosen, allowed = getattr(self, role), roles.get(role, ("clip",))
+            if chosen is not None and chosen.kind not in allowed:
+                raise ValueError(f"{role} has kind {chosen.kind!r}; it must be one of {', '.join(allowed)}")
+        return self
+
+
+@validated
+class Profile:
+    """Everything that differs between one world and another.
+
+    Attributes:
+        name: The profile's name, also the name of its folders in ``build/`` and ``figures/``.
+        model: Folder (relative to the repository, or absolute) or hub id of a Stable Diffusion pipeline; or
+            ``random:`` and an architecture of ``nemolib/architectures``: random weights.
+        prompts: The prompt tables.
+        revision: Commit or branch of a hub model; None: its default.
+        dtype: Floating-point type of the weights in memory; ``auto``: float16 with CUDA, else float32.
+        device: Where the model runs; ``auto``: CUDA if there is one, else MPS, else the CPU.
+        protocol: ``released`` (the authors' code) or ``paper`` (the paper's text); a Protocol of one's own in Python.
+        groups: Keep only memorized prompts of this group; None: all.
+        limits: How many prompts of each kind are used.
+        extent: How many of them each experiment takes.
+        holdout_size: Number of holdout prompts for the activation statistics; None: all.
+        threshold_prompts: Number of holdout prompts for the memorization threshold; None: all.
+        detection: Seeds and sampler settings of the noise differences.
+        similarity: Settings of the structural similarity.
+        thresholds: How the memorization threshold is found.
+        search: Settings of the neuron search.
+        generation: Settings of the generated images.
+        mitigation: Settings of the mitigations that deactivated neurons are compared with.
+        encoders: The encoders of copy detection, alignment and image quality.
+        statistics: File of activation statistics, relative to the repository or absolute (safetensors, or ``.pt`` of
+            the authors); None: computed from the holdout prompts.
+        downloads: Manifest with the files that `make data` fetches; None: nothing to fetch.
+        solutions: Whether a run of a notebook includes the solutions of its exercises.
+        workers: Number of processes on this machine that share the prompts, see `nemolib.workers`; None: this one alone.
+        published_run: Table of results of a run of the authors' code, relative to the repository or absolute; notebook
+            06 draws it beside what was computed here. None: there is none.
+    """
+
+    name: str
+    model: str
+    prompts: PromptTables
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "float32"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    protocol: Annotated[Protocol, BeforeValidator(load_protocol)] = RELEASED
+    groups: str | None = None
+    limits: Limits = Limits()
+    extent: Extent = Extent()
+    holdout_size: AtLeastTwo | None = 1000
+    threshold_prompts: AtLeastTwo | None = 200
+    detection: DetectionSettings = DetectionSettings()
+    similarity: SimilaritySettings = SimilaritySettings()
+    thresholds: ThresholdSettings = ThresholdSettings()
+    search: SearchSettings = SearchSettings()
+    generation: GenerationSettings = GenerationSettings()
+    mitigation: MitigationSettings = MitigationSettings()
+    encoders: Encoders = Encoders()
+    statistics: str | None = None
+    downloads: str | None = None
+    solutions: StrictBool = True
+    workers: Count | None = None
+    published_run: str | None = None
+
+
+def known_profiles() -> list[str]:
+    """Return the names of the profiles that come with the package, sorted."""
+    return sorted(path.stem for path in paths.PROFILES.glob("*.yaml"))
+
+
+def load_profile(profile: str | Path | Profile) -> Profile:
+    """Return a profile.
+
+    Args:
+        profile: Name of a profile (``"tiny"``), path of a YAML file, or a Profile, which is returned as it is.
+
+    Raises:
+        ProfileError: Unknown profile; unknown, missing or ill-typed keys; impossible values. The message names the file
+            and all these keys, each with its value and the allowed ones.
+    """
+    if isinstance(profile, Profile):
+        return profile
+    path = _profile_path(profile)
+    try:
+        return pydantic.TypeAdapter(Profile).validate_python({"name": path.stem} | _read(path, seen=()))
+    except pydantic.ValidationError as error:
+        raise ProfileError(f"{path}: {'; '.join(map(_told, error.errors()))}") from error
+
+
+def _told(error: Mapping[str, Any]) -> str:
+    """Return one error of pydantic as key, value and what is allowed."""
+    location, value = error["loc"], error["input"]
+    key = ".".join(map(str, location))
+    if error["type"] == "unexpected_keyword_argument":
+        return f"unknown key {key} = {value!r}; allowed: {_keys(location[:-1])}"
+    if error["type"] == "missing":
+        return f"key {key!r} is missing; needed: {_keys(location[:-1])}"
+    if error["type"] == "dataclass_type":
+        return f"key {key!r}: expected the keys {_keys(location)}, got {value!r}"
+    return f"key {key or 'profile'!r} is {value!r}: {error['msg'].removeprefix('Value error, ')}"
+
+
+def _keys(location: tuple[int | str, ...]) -> str:
+    """Return the keys that a profile has at a place."""
+    owner: Any = Profile
+    for key in location:
+        annotation = owner.__pydantic_fields__[key].annotation
+        owner = next(kind for kind in (annotation, *get_args(annotation)) if is_dataclass(kind))
+    return ", ".join(sorted(field.name for field in fields(owner)))
+
+
+def _profile_path(profile: str | Path) -> Path:
+    """Return the YAML file of a profile name or path."""
+    path, known = Path(profile), known_profiles()
+    if path.suffix in {".yaml", ".yml"}:
+        path = path.expanduser()
+        if not path.is_file():
+            names = ", ".join(known)
+            raise ProfileError(f"profile file {str(profile)!r} does not exist; give a YAML file or one of {names}")
+        return path
+    if str(profile) not in known:
+        names = ", ".join(known)
+        raise ProfileError(f"unknown profile {str(profile)!r}; known: {names}; or give the path of a .yaml file")
+    return paths.PROFILES / f"{profile}.yaml"
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """Return the keys of one YAML file, merged over those of the profile that it extends."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ProfileError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ProfileError(f"{path}: expected keys and values, got {type(values).__name__}")
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    # A file is looked for beside the one that names it.
+    parent = _profile_path(path.parent / base if str(base).endswith((".yaml", ".yml")) else str(base))
+    if parent.resolve() in (path.resolve(), *seen):
+        raise ProfileError(f"{path}: key 'extends': {base!r} extends this profile again; remove one of the two")
+    return _merge(_read(parent, seen=(*seen, path.resolve())), values)
+
+
+def _merge(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``base`` with ``values`` over it, key by key in nested mappings; one that states its kind replaces all."""
+    merged = dict(base)
+    for key, value in values.items():
+        # Another encoder has another name and another hash.
+        both = isinstance(value, Mapping) and isinstance(base.get(key), Mapping) and "kind" not in value
+        merged[key] = _merge(base[key], value) if both else value
+    return merged
+
+
+# --- Settings of a pipeline ---------------------------------------------------------------------------------------------
+
+_PROFILES: weakref.WeakKeyDictionary[object, Profile] = weakref.WeakKeyDictionary()
+
+_PUBLISHED = Profile("published settings", "", PromptTables("", "", ""))
+
+
+def note_profile(pipe: StableDiffusionPipeline, profile: Profile) -> None:
+    """Note the profile that a pipeline was loaded from."""
+    _PROFILES[pipe] = profile
+
+
+def profile_of(pipe: StableDiffusionPipeline) -> Profile | None:
+    """Return the profile that a pipeline was loaded from; None if it came from a folder or a hub."""
+    return _PROFILES.get(pipe)
+
+
+def settings_of(pipe: StableDiffusionPipeline) -> Profile:
+    """Return the settings that hold for a pipeline where nothing is said: its profile's, else those of the paper."""
+    return profile_of(pipe) or _PUBLISHED
+
+
+def protocol_of(pipe: StableDiffusionPipeline, protocol: str | Protocol | None = None) -> Protocol:
+    """Return the given protocol; None means that of the pipeline's profile, else `RELEASED`.
+
+    Raises:
+        ValueError: The name is not that of a known protocol.
+    """
+    return settings_of(pipe).protocol if protocol is None else load_protocol(protocol)

@@ -63,6 +63,12 @@ class Evaluations:
         """Count UNet sample-evaluations."""
         self.samples[self._stage] += samples
 
+    def take(self) -> dict[str, dict[str, Any]]:
+        """Return evaluations and seconds by algorithm, and begin anew."""
+        taken = {"evaluations": self.samples, "seconds": self.seconds}
+        self.samples, self.seconds = dict.fromkeys(ALGORITHMS, 0), dict.fromkeys(ALGORITHMS, 0.0)
+        return taken
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Count and time what happens inside for one of `ALGORITHMS`."""

@@ -1,38 +1,42 @@
-"""Memorization neurons of a prompt, of many prompts: Alg. 1 to 4 in a row."""
+"""Memorization neurons of a prompt: Alg. 1 to 4 in a row, for one threshold or for several that share what they evaluate.
+
+The noise differences of a prompt do not depend on the thresholds; a lower one only goes further through the same steps of
+the initial selection; and refinements that start alike test the same sets. So each neuron set is evaluated once for all.
+Where a search is known already, the variants that would repeat it are not searched.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import torch
 from torch import Tensor
 
 from nemolib.batching import check_prompts
 from nemolib.blocked_score import BlockedScore
-from nemolib.defaults import default_protocol, default_settings
-from nemolib.evaluations import ALGORITHMS, Evaluations
-from nemolib.first_step import FirstStep, first_step
-from nemolib.group_testing import refine_by_leading_seeds
+from nemolib.first_step import ALGORITHMS, Evaluations, FirstStep, first_step
 from nemolib.holdout import ActivationStatistics, z_scores
+from nemolib.layers import value_activations
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
-from nemolib.protocols import Protocol, load_protocol
-from nemolib.provenance import content_hash, science_hash
-from nemolib.refinement import Refinement, RefinementTest, refine_sequential
+from nemolib.refinement import RefinementTest, refine_by_leading_seeds, refine_sequential
 from nemolib.selection import InitialSelection, SelectionStep, initial_selection
-from nemolib.settings import DetectionSettings, SearchSettings, SimilaritySettings, search_settings
+from nemolib.settings import (
+    DetectionSettings,
+    Protocol,
+    SearchSettings,
+    SimilaritySettings,
+    protocol_of,
+    search_settings,
+    settings_of,
+)
 from nemolib.similarity import max_pairwise, pairwise
-from nemolib.value_layers import value_activations, value_layers
-from nemolib.workers import map_prompts
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
-
-    from nemolib.store import Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +93,150 @@ class Localization:
         return cls(**(record | sets | {"seeds": tuple(record["seeds"])}))
 
 
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """What may differ between searches of one prompt.
+
+    Attributes:
+        name: Its name.
+        initial: Threshold that ends the initial selection (Alg. 3).
+        refinement: Threshold of the refinement (Alg. 4), at least that of the initial selection.
+        top_k: Whether the initial selection takes the most active neurons of each layer too.
+    """
+
+    name: str
+    initial: float
+    refinement: float
+    top_k: bool = True
+
+    def __post_init__(self) -> None:
+        """Reject thresholds between which nothing can be refined."""
+        if not self.refinement >= self.initial:
+            raise ValueError(
+                f"variant {self.name!r}: the refinement threshold {self.refinement:.3f} is below that of the initial "
+                f"selection, {self.initial:.3f}; what was selected would never be below it"
+            )
+
+    def repeats(self, known: Localization) -> bool:
+        """Return whether a search with the same gate and settings that is known would be this one, step by step.
+
+        So it is if nothing was searched, since no seed passed the gate. And if the initial selection tried all steps
+        without reaching its threshold, nor that of this variant: then both refinements must undercut the score that it
+        ended with.
+        """
+        if not known.memorized:
+            return True
+        tried_all = self.top_k and not known.reached and known.lowest_score > self.initial
+        return tried_all and known.initial_score >= self.refinement
+
+
+class Search:
+    """Alg. 1 to 4 for one prompt; searches of it with other thresholds share what they evaluate.
+
+    Source: Sec. 3.3; for several thresholds Table 4, Fig. 14, 15. The gate, too, is an argument of its own in the
+        authors' code (3_detect_memorized_neurons.py).
+
+    Args:
+        step: The first denoising step of the model.
+        embedding: Embedding of the prompt, [1, token, feature].
+        statistics: Activation statistics of this model.
+        gate: Similarity that a seed must exceed with another seed to take part.
+        similarity: Window and exponents.
+        search: Course of the search.
+        protocol: The protocol that the step was made with.
+        prompt: The prompt's text, for the result only.
+
+    Attributes:
+        seeds: The seeds that take part; without any the prompt is not memorized, and there is nothing to search.
+    """
+
+    def __init__(
+        self,
+        step: FirstStep,
+        embedding: Tensor,
+        statistics: ActivationStatistics,
+        *,
+        gate: float,
+        similarity: SimilaritySettings,
+        search: SearchSettings,
+        protocol: Protocol,
+        prompt: str = "",
+    ) -> None:
+        self._settings, self._protocol, self._layers = search, protocol, len(statistics.mean)
+        self._spent, self._fast = Evaluations(), search.method == "fast"
+        with self._spent.stage("A1"):
+            unblocked = step(embedding)
+            self._spent.add(step.cost * len(unblocked))
+            best = max_pairwise(pairwise(unblocked, settings=similarity, protocol=protocol))
+            self.seeds = tuple((best > gate).nonzero().flatten().tolist())
+        self._common = {"prompt": prompt, "seeds": self.seeds, "unblocked_score": float(best.max())}
+        if not self.seeds:
+            return
+        with self._spent.stage("A2"):
+            self._activations = tuple(layer[0].cpu() for layer in value_activations(step.unet, embedding))
+            self._z = z_scores(statistics, self._activations)
+        self._score = BlockedScore(
+            step,
+            embedding,
+            seeds=self.seeds,
+            unblocked=unblocked[list(self.seeds)],
+            similarity=similarity,
+            protocol=protocol,
+            evaluations=self._spent,
+        )
+        self._selected = cache(self._select)
+
+    def localize(self, variant: Variant) -> Localization:
+        """Return what a search finds that does the same as one of its own.
+
+        Where the initial selection does not reach its threshold, the refinement must undercut the score that it ended
+        with, if that is above the refinement threshold. Evaluations and seconds are those that no search before had.
+        """
+        if not self.seeds:
+            nothing = NeuronSet.empty(self._layers)
+            found = {"memorized": False, "initial": nothing, "neurons": nothing}
+            return Localization(**found, **self._common, **self._spent.take())
+        with self._spent.stage("A3"):
+            initial = self._selected(variant.initial, variant.top_k)
+        with self._spent.stage("A4"):
+            target = variant.refinement if initial.reached else max(variant.refinement, initial.score)
+            entries = initial.candidates.entries(double=self._protocol.double_entries)
+            refine = refine_by_leading_seeds if self._fast else refine_sequential
+            refined = refine(entries, self._score, threshold=target)
+        return Localization(
+            memorized=True,
+            initial=initial.neurons,
+            neurons=refined.neurons,
+            initial_score=initial.score,
+            refined_score=refined.score,
+            theta=initial.steps[-1].theta,
+            k=initial.steps[-1].k,
+            reached=initial.reached,
+            lowest_score=min(step.score for step in initial.steps),
+            steps=initial.steps,
+            tests=refined.tests,
+            **self._common,
+            **self._spent.take(),
+        )
+
+    def localize_all(self, variants: Sequence[Variant]) -> dict[str, Localization]:
+        """Return what each variant finds, in the order that shares most; without seeds the first bears all costs."""
+        if self.seeds:
+            variants = sorted(variants, key=lambda item: (-item.initial, item.refinement))
+        return {item.name: self.localize(item) for item in variants}
+
+    def _select(self, threshold: float, top_k: bool) -> InitialSelection:
+        return initial_selection(
+            self._z,
+            self._activations,
+            self._score,
+            quick=partial(self._score.screen, limit=threshold) if self._fast else None,
+            threshold=threshold,
+            search=self._settings if top_k else replace(self._settings, k_start=0, k_step=0),
+            protocol=self._protocol,
+        )
+
+
 def localize(
     pipe: StableDiffusionPipeline,
     prompt: str,
@@ -127,291 +275,72 @@ def localize(
     check_prompts([prompt])
     check_threshold(threshold, gate)
     statistics.check(pipe.unet)
-    defaults, protocol = default_settings(pipe), default_protocol(pipe, protocol)
-    return localize_embedding(
+    defaults, protocol = settings_of(pipe), protocol_of(pipe, protocol)
+    found = Search(
         first_step(pipe, settings=detection, protocol=protocol),
         embed(pipe, [prompt]),
         statistics,
-        threshold=threshold,
-        gate=gate,
+        gate=threshold if gate is None else gate,
         similarity=similarity or defaults.similarity,
         search=search_settings(search, defaults.search),
         protocol=protocol,
         prompt=prompt,
     )
+    return found.localize(Variant("", threshold, threshold))
 
 
-def localize_embedding(
-    step: FirstStep,
-    embedding: Tensor,
-    statistics: ActivationStatistics,
-    *,
-    threshold: float,
-    gate: float | None = None,
-    similarity: SimilaritySettings | None = None,
-    search: SearchSettings | str | None = None,
-    protocol: str | Protocol = "released",
-    prompt: str = "",
-) -> Localization:
-    """Return the memorization neurons of a prompt embedding; see `localize`.
+def localizing(
+    pipe: StableDiffusionPipeline, *, statistics: ActivationStatistics, **settings: Any
+) -> Callable[[Sequence[str]], list[dict[str, Any]]]:
+    """Return what computes the records of prompts: a task (`nemolib.run.Run.compute`).
 
-    Args:
-        step: The first denoising step of the model.
-        embedding: Embedding of the prompt, [1, token, feature].
-        statistics: Activation statistics of this model.
-        threshold: Memorization threshold, in (-1, 1].
-        gate: Similarity that a seed must exceed; None means the threshold.
-        similarity: Window and exponents; None means those of the paper.
-        search: Course of the search, or its method; None as above.
-        protocol: The protocol; the one that the step was made with.
-        prompt: The prompt's text, for the result only.
+    Its settings are those of `localize`: threshold, gate, detection, similarity, search, protocol.
     """
-    check_threshold(threshold, gate)
-    search = PromptSearch(
-        step,
-        embedding,
-        statistics,
-        gate=threshold if gate is None else gate,
-        similarity=similarity,
-        search=search,
-        protocol=protocol,
-        prompt=prompt,
-    )
-    if not search.seeds:
-        return search.not_memorized()
-    initial = search.select(threshold)
-    return search.found(initial, search.refine(initial, threshold))
+    return lambda batch: [localize(pipe, prompt, statistics, **settings).to_record() for prompt in batch]
 
 
-class PromptSearch:
-    """Alg. 1 to 4 for one prompt. Several searches of it, with other thresholds, share what they evaluate.
-
-    Args:
-        step: The first denoising step of the model.
-        embedding: Embedding of the prompt, [1, token, feature].
-        statistics: Activation statistics of this model.
-        gate: Similarity that a seed must exceed with another seed to take part.
-        similarity: Window and exponents; None means those of the paper.
-        search: Course of the search, or its method; None as above.
-        protocol: The protocol; the one that the step was made with.
-        prompt: The prompt's text, for the result only.
-
-    Attributes:
-        seeds: The seeds that take part; without any the prompt is not memorized, and there is nothing to search.
-        evaluations: UNet sample-evaluations and seconds so far.
-    """
-
-    def __init__(
-        self,
-        step: FirstStep,
-        embedding: Tensor,
-        statistics: ActivationStatistics,
-        *,
-        gate: float,
-        similarity: SimilaritySettings | None = None,
-        search: SearchSettings | str | None = None,
-        protocol: str | Protocol = "released",
-        prompt: str = "",
-    ) -> None:
-        self.evaluations = Evaluations()
-        self._settings = search_settings(search, SearchSettings())
-        self._protocol, self._layers = load_protocol(protocol), len(statistics.mean)
-        similarity = similarity or SimilaritySettings()
-        with self.evaluations.stage("A1"):
-            unblocked = step(embedding, evaluations=self.evaluations)
-            best = max_pairwise(pairwise(unblocked, settings=similarity, protocol=self._protocol))
-            self.seeds = tuple((best > gate).nonzero().flatten().tolist())
-        self._common = {"prompt": prompt, "seeds": self.seeds, "unblocked_score": float(best.max())}
-        if not self.seeds:
-            return
-        with self.evaluations.stage("A2"):
-            self._activations = tuple(layer[0].cpu() for layer in value_activations(step.unet, embedding))
-            self._z = z_scores(statistics, self._activations)
-        self._score = BlockedScore(
-            step,
-            embedding,
-            seeds=self.seeds,
-            unblocked=unblocked[list(self.seeds)],
-            similarity=similarity,
-            protocol=self._protocol,
-            evaluations=self.evaluations,
-        )
-
-    def select(self, threshold: float, *, top_k: bool = True) -> InitialSelection:
-        """Return the initial selection (Alg. 3).
-
-        Args:
-            threshold: Threshold that ends it.
-            top_k: Whether the most active neurons of each layer are taken too.
-        """
-        with self.evaluations.stage("A3"):
-            return initial_selection(
-                self._z,
-                self._activations,
-                self._score,
-                quick=partial(self._score.screen, limit=threshold) if self._fast else None,
-                threshold=threshold,
-                search=self._settings if top_k else replace(self._settings, k_start=0, k_step=0),
-                protocol=self._protocol,
-            )
-
-    def refine(self, initial: InitialSelection, threshold: float) -> Refinement:
-        """Return what refinement leaves of an initial selection (Alg. 4).
-
-        Args:
-            initial: The initial selection.
-            threshold: Threshold, at least that of the initial selection. If the initial selection did not reach its own,
-                the score that it ended with must be undercut instead, if that is higher.
-        """
-        refine = refine_by_leading_seeds if self._fast else refine_sequential
-        with self.evaluations.stage("A4"):
-            entries = initial.candidates.entries(double=self._protocol.double_entries)
-            target = threshold if initial.reached else max(threshold, initial.score)
-            return refine(entries, self._score, threshold=target)
-
-    def found(self, initial: InitialSelection, refined: Refinement) -> Localization:
-        """Return the localization that a selection and a refinement make, with all costs so far."""
-        return Localization(
-            memorized=True,
-            initial=initial.neurons,
-            neurons=refined.neurons,
-            initial_score=initial.score,
-            refined_score=refined.score,
-            theta=initial.steps[-1].theta,
-            k=initial.steps[-1].k,
-            reached=initial.reached,
-            lowest_score=min(step.score for step in initial.steps),
-            steps=initial.steps,
-            tests=refined.tests,
-            **self._common,
-            **self.costs(),
-        )
-
-    def not_memorized(self) -> Localization:
-        """Return the localization of a prompt without seeds that take part, with all costs so far."""
-        nothing = NeuronSet.empty(self._layers)
-        return Localization(memorized=False, initial=nothing, neurons=nothing, **self._common, **self.costs())
-
-    def costs(self) -> dict[str, dict[str, Any]]:
-        """Return a copy of the evaluations and seconds so far, by algorithm."""
-        return {"evaluations": dict(self.evaluations.samples), "seconds": dict(self.evaluations.seconds)}
-
-    def costs_since(self, before: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Return the evaluations and seconds since an earlier state, which `costs` returned then."""
-        return {
-            kind: {name: value - before[kind][name] for name, value in values.items()}
-            for kind, values in self.costs().items()
-        }
-
-    @property
-    def _fast(self) -> bool:
-        return self._settings.method == "fast"
-
-
-def localize_many(
+def varying(
     pipe: StableDiffusionPipeline,
-    prompts: Sequence[str],
-    statistics: ActivationStatistics,
     *,
-    threshold: float,
-    seconds: bool = False,
+    statistics: ActivationStatistics,
+    variants: Sequence[Variant],
+    detection: DetectionSettings,
+    protocol: Protocol,
     **settings: Any,
-) -> pd.DataFrame:
-    """Return the memorization neurons of many prompts as a table, one row per prompt; see `localize_each`.
+) -> Callable[[Sequence[tuple[str, dict[str, Any] | None]]], list[dict[str, dict[str, Any]]]]:
+    """Return what computes the records of prompts by name of a variant: a task (`nemolib.run.Run.compute`).
+
+    Its items are pairs of a caption and the record of a search with the same gate and settings, or None. What that one
+    found, variants that would repeat it find at no cost.
 
     Args:
         pipe: A StableDiffusionPipeline.
-        prompts: The prompts, at least one.
         statistics: Activation statistics of this model.
-        threshold: Memorization threshold tau, in (-1, 1].
-        seconds: Whether the table has columns for the time of each algorithm. They differ from run to run.
-        settings: All others of `localize_each`: gate, detection, similarity, search, protocol, store, progress.
-
-    Returns:
-        The table of `localization_table`, in the order of the prompts.
-
-    Raises:
-        ValueError: As `localize_each`.
-        FailedPrompts: As `localize_each`.
-    """
-    found = localize_each(pipe, prompts, statistics, threshold=threshold, **settings)
-    return localization_table(found, seconds=seconds)
-
-
-def localize_each(
-    pipe: StableDiffusionPipeline,
-    prompts: Sequence[str],
-    statistics: ActivationStatistics,
-    *,
-    threshold: float,
-    gate: float | None = None,
-    detection: DetectionSettings | None = None,
-    similarity: SimilaritySettings | None = None,
-    search: SearchSettings | str | None = None,
-    protocol: str | Protocol | None = None,
-    store: Store | None = None,
-    progress: bool = True,
-) -> list[Localization]:
-    """Return the memorization neurons of many prompts, in their order; see `localize`.
-
-    With a store, a prompt that is finished is never computed again: a run that was killed continues, and ends with the
-    results of an uninterrupted one. A record is used only for the same model, prompt, statistics, settings and code.
-
-    Args:
-        pipe: A StableDiffusionPipeline.
-        prompts: The prompts, at least one.
-        statistics: Activation statistics of this model.
-        threshold: Memorization threshold tau, in (-1, 1].
-        gate: Similarity that a seed must exceed; None means the threshold.
+        variants: The variants, each with a name of its own.
         detection: Seed, samples, steps and guidance of the noise differences.
-        similarity: Window and exponents of the similarity.
-        search: Course of the search; ``"fast"`` or ``"sequential"`` change its method alone.
-        protocol: `released` or `paper`, or a protocol of your own.
-        store: Where finished prompts are kept; None keeps nothing.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        The localizations, as a store keeps them: without steps and tests.
+        protocol: The protocol.
+        settings: Others of `Search`: gate, similarity, search.
 
     Raises:
-        ValueError: A threshold is outside (-1, 1]; there are no prompts, or one is empty; the statistics are those of
-            another model; a store is used while neurons are deactivated.
-        FailedPrompts: Prompts raised; all others are finished, and those in a store are kept.
+        ValueError: Two variants have one name.
     """
-    prompts = check_prompts(prompts)
-    check_threshold(threshold, gate)
-    statistics.check(pipe.unet)
-    defaults = default_settings(pipe)
-    settings = {
-        "threshold": float(threshold),
-        "gate": None if gate is None else float(gate),
-        "detection": detection or defaults.detection,
-        "similarity": similarity or defaults.similarity,
-        "search": search_settings(search, defaults.search),
-        "protocol": default_protocol(pipe, protocol),
-    }
-    base = "" if store is None else _run_hash(pipe, statistics, settings)
-    keys = {prompt: content_hash([base, prompt]) for prompt in prompts}
-    records = {} if store is None else {prompt: store.get(key) for prompt, key in keys.items() if key in store}
-    computed = map_prompts(
-        _localizing,
-        [(prompt,) for prompt in keys if prompt not in records],
-        pipe=pipe,
-        common={"statistics": statistics, "settings": settings},
-        label="localization",
-        finished=len(records),
-        progress=progress,
-    )
-    for (prompt,), record in computed:
-        records[prompt] = record if store is None else store.put(keys[prompt], record)
-    return [Localization.from_record(records[prompt]) for prompt in prompts]
+    if len({variant.name for variant in variants}) < len(variants):
+        raise ValueError(f"variants have the names {[variant.name for variant in variants]}; each needs its own")
+    step = first_step(pipe, settings=detection, protocol=protocol)
+    nothing = {"evaluations": dict.fromkeys(ALGORITHMS, 0), "seconds": dict.fromkeys(ALGORITHMS, 0.0)}
 
+    def vary(caption: str, record: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+        known = None if record is None else Localization.from_record(record)
+        repeated = {} if known is None else {item.name: known for item in variants if item.repeats(known)}
+        found = {name: replace(known, **nothing) for name, known in repeated.items()}
+        searched = [item for item in variants if item.name not in found]
+        if searched:
+            embedding = embed(pipe, [caption])
+            run = Search(step, embedding, statistics, protocol=protocol, prompt=caption, **settings)
+            found |= run.localize_all(searched)
+        return {variant.name: found[variant.name].to_record() for variant in variants}
 
-def _localizing(
-    pipe: StableDiffusionPipeline, *, statistics: ActivationStatistics, settings: dict[str, Any]
-) -> Callable[[tuple[str]], dict[str, Any]]:
-    """Return what computes the record of a prompt."""
-    return lambda batch: localize(pipe, batch[0], statistics, **settings).to_record()
+    return lambda batch: [vary(*item) for item in batch]
 
 
 def localization_table(localizations: Sequence[Localization], *, seconds: bool = False) -> pd.DataFrame:
@@ -426,10 +355,18 @@ def localization_table(localizations: Sequence[Localization], *, seconds: bool =
         reached, initial_count, neuron_count, initial and neurons (JSON, see `nemolib.neurons.NeuronSet.from_json`),
         evaluations_A1 to evaluations_A4, and seconds_A1 to seconds_A4 if asked for.
     """
-    rows = [_row(item, seconds=seconds) for item in localizations]
-    table = pd.DataFrame(rows)
     floats = ["unblocked_score", "initial_score", "refined_score", "theta"]
-    return table.astype(dict.fromkeys(floats, "float64") | {"k": "Int64"})
+    costs = ("evaluations", "seconds") if seconds else ("evaluations",)
+    rows = [
+        {name: getattr(item, name) for name in ("prompt", "memorized", *floats, "k", "reached")}
+        | {"seeds": len(item.seeds), "initial_count": len(item.initial), "neuron_count": len(item.neurons)}
+        | {"initial": item.initial.to_json(), "neurons": item.neurons.to_json()}
+        | {f"{cost}_{name}": getattr(item, cost)[name] for cost in costs for name in ALGORITHMS}
+        for item in localizations
+    ]
+    table = pd.DataFrame(rows).astype(dict.fromkeys(floats, "float64") | {"k": "Int64"})
+    table.insert(2, "seeds", table.pop("seeds"))
+    return table
 
 
 def check_threshold(threshold: float, gate: float | None = None) -> None:
@@ -441,37 +378,3 @@ def check_threshold(threshold: float, gate: float | None = None) -> None:
     for name, value in (("threshold", threshold), ("gate", gate)):
         if value is not None and not -1 < value <= 1:
             raise ValueError(f"{name} is {value}; a similarity is in (-1, 1]")
-
-
-def _row(item: Localization, *, seconds: bool) -> dict[str, Any]:
-    row = {
-        "prompt": item.prompt,
-        "memorized": item.memorized,
-        "seeds": len(item.seeds),
-        "unblocked_score": item.unblocked_score,
-        "initial_score": item.initial_score,
-        "refined_score": item.refined_score,
-        "theta": item.theta,
-        "k": item.k,
-        "reached": item.reached,
-        "initial_count": len(item.initial),
-        "neuron_count": len(item.neurons),
-        "initial": item.initial.to_json(),
-        "neurons": item.neurons.to_json(),
-    }
-    row |= {f"evaluations_{name}": item.evaluations[name] for name in ALGORITHMS}
-    return row | ({f"seconds_{name}": item.seconds[name] for name in ALGORITHMS} if seconds else {})
-
-
-def _run_hash(pipe: StableDiffusionPipeline, statistics: ActivationStatistics, settings: dict[str, Any]) -> str:
-    """Return a hash of everything but the prompt that determines a localization."""
-    if any(layer.module._forward_hooks for layer in value_layers(pipe.unet)):
-        raise ValueError("a store is used while value layers have hooks; leave the context that deactivates neurons")
-    model = {
-        "unet": dict(pipe.unet.state_dict()),
-        "text_encoder": dict(pipe.text_encoder.state_dict()),
-        "vocabulary": dict(pipe.tokenizer.get_vocab()),
-        "scheduler": {name: repr(value) for name, value in pipe.scheduler.config.items() if name[0] != "_"},
-    }
-    code = [science_hash("localization"), torch.__version__.partition("+")[0]]
-    return content_hash([model, list(statistics.mean), list(statistics.std), settings, code])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -136,7 +136,7 @@ class GenerationSettings:
         samples: Images per prompt.
         steps: Denoising steps.
         guidance: Classifier-free guidance scale.
-        batch_size: Images per pipeline call.
+        batch_size: Images per pipeline call; it has no part in an image, so neither in what settings are equal.
         side: Side of the images in pixels, a multiple of 8; None: that of the model. Smaller ones are worse and cost less.
     """
 
@@ -144,7 +144,7 @@ class GenerationSettings:
     samples: Count = 10
     steps: Count = 50
     guidance: NotNegative = 7.0
-    batch_size: Count = 10
+    batch_size: Count = field(default=10, compare=False)
     side: Annotated[int, Field(strict=True, ge=8, multiple_of=8)] | None = None
 
 

@@ -5,20 +5,12 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-_LIMITS: weakref.WeakKeyDictionary[Any, dict[str, int]] = weakref.WeakKeyDictionary()
+_LARGEST: weakref.WeakKeyDictionary[Any, dict[str, int]] = weakref.WeakKeyDictionary()
 """For each model the largest batch, by use, since memory ran out."""
-
-_FULL = ("out of memory", "can't allocate memory", "not enough memory")
-"""What the messages of backends say that have no exception of their own for it."""
-
-MAPS_PER_SAMPLE = 130
-"""Memory of one sample in a UNet pass, in feature maps of the first block; twice what Stable Diffusion v1-4 took on a CPU."""
 
 
 def check_prompts(prompts: Sequence[str]) -> list[str]:
@@ -69,93 +61,28 @@ def shrinking(
         ValueError: The size is below 1.
         MemoryError: Memory runs out with a single item; the message says what to change.
     """
-    if size < 1:
-        raise ValueError(f"batch size is {size}; it must be at least 1")
-    size, start = min(size, batch_limit(owner, use) or size), 0
+    largest, start = _LARGEST.setdefault(owner, {}), 0
     while start < len(items):
-        batch = items[start : start + size]
-        result, full = _attempt(function, batch, use)
-        if full:
-            size = max(1, len(batch) // 2)
-            _LIMITS.setdefault(owner, {})[use] = size
-            _release_memory()
-            warnings.warn(f"{use}: out of memory with {len(batch)} at once; going on with {size}", stacklevel=2)
+        batch = next(batches(items[start:], min(size, largest.get(use, size))))
+        try:
+            result = function(batch)
+        except RuntimeError as error:
+            # Accelerate looks for a full stop behind these words, which not all drivers write.
+            if not should_reduce_batch_size(error) and "out of memory" not in str(error):
+                raise
+            if len(batch) == 1:
+                raise MemoryError(
+                    f"{use}: out of memory with a single item; close other programs on the device, use dtype float16 "
+                    f"or bfloat16, or another device ({str(error).splitlines()[0]})"
+                ) from error
+        else:
+            yield batch, result
+            start += len(batch)
             continue
-        yield batch, result
-        start += len(batch)
-
-
-def batch_limit(owner: Any, use: str) -> int | None:
-    """Return the largest batch of a model for a use since memory ran out; None if it never did."""
-    return _LIMITS.get(owner, {}).get(use)
-
-
-def fitting_size(unet: nn.Module, wanted: int, *, passes: int = 1) -> int:
-    """Return how many samples the free memory of a UNet's device is likely to hold at once, at most ``wanted``.
-
-    Args:
-        unet: A conditional UNet of diffusers.
-        wanted: How many there are.
-        passes: Latents per sample in one pass: 1, or 2 with classifier-free guidance.
-
-    Returns:
-        At least 1; ``wanted`` on a CPU, whose memory is not that of the model alone.
-    """
-    parameter = next(unet.parameters())
-    free = free_memory(parameter.device)
-    if free is None:
-        return wanted
-    side = unet.config.sample_size
-    height, width = (side, side) if isinstance(side, int) else side
-    one = MAPS_PER_SAMPLE * height * width * unet.config.block_out_channels[0] * parameter.element_size()
-    return max(1, min(wanted, free // (one * passes)))
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Return the free memory of a GPU in bytes; None for a CPU."""
-    import torch
-
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    if device.type == "mps":
-        return max(0, torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
-    return None
-
-
-def _attempt(function: Callable[[Sequence[Any]], Any], batch: Sequence[Any], use: str) -> tuple[Any, bool]:
-    """Return the result of a batch, and whether memory ran out."""
-    try:
-        return function(batch), False
-    except RuntimeError as error:
-        if not _is_out_of_memory(error):
-            raise
-        if len(batch) == 1:
-            raise MemoryError(
-                f"{use}: out of memory with a single item; close other programs on the device, use dtype float16 or "
-                f"bfloat16, or another device ({str(error).splitlines()[0]})"
-            ) from error
-    # Left only after the exception is gone: it holds what the failed pass had allocated.
-    return None, True
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error).lower() for words in _FULL)
-
-
-def _release_memory() -> None:
-    """Give back what the allocators of GPUs keep."""
-    import gc
-
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    elif torch.backends.mps.is_available():
-        torch.mps.empty_cache()
+        # Only now, without the exception, which held what the failed pass had allocated.
+        clear_device_cache(garbage_collection=True)
+        largest[use] = len(batch) // 2
+        warnings.warn(f"{use}: out of memory with {len(batch)} at once; going on with {largest[use]}", stacklevel=2)
 
 
 def progress_bar(total: int, label: str, *, unit: str = "prompt", enabled: bool = True) -> Any:

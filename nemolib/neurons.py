@@ -1,6 +1,6 @@
 """A set of neurons of the value layers: one type everywhere.
 
-Layers count from 0 in the order of `nemolib.value_layers`. The paper counts them from 1: its layer 1 is layer 0 here.
+Layers count from 0 in the order of `nemolib.layers`. The paper counts them from 1: its layer 1 is layer 0 here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from nemolib.files import write_atomic
+from nemolib.store import write_atomic
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +40,6 @@ class NeuronSet:
     def empty(cls, layers: int) -> NeuronSet:
         """Return the set without neurons of a model with that many value layers."""
         return cls(((),) * layers)
-
-    @classmethod
-    def full(cls, widths: Sequence[int]) -> NeuronSet:
-        """Return all neurons of layers of these widths."""
-        return cls(tuple(tuple(range(width)) for width in widths))
 
     @classmethod
     def of(cls, pairs: Iterable[tuple[int, int]], *, layers: int) -> NeuronSet:

@@ -36,35 +36,11 @@ PROFILES = PACKAGE / "profiles"
 
 
 def build_dir(profile: str) -> Path:
-    """Return the folder ``build/<profile>`` without creating it.
-
-    Args:
-        profile: name of a profile, e.g. ``"tiny"``.
-
-    Returns:
-        Absolute path.
-    """
+    """Return the folder ``build/<profile>`` without creating it."""
     return BUILD / profile
 
 
-def tables_dir(profile: str) -> Path:
-    """Return the folder ``build/<profile>/tables`` of the result tables, without creating it."""
-    return build_dir(profile) / "tables"
-
-
-def figures_dir(profile: str) -> Path:
-    """Return the folder ``figures/<profile>`` of the publication figures, without creating it."""
-    return FIGURES / profile
-
-
 def resolve(path: str | os.PathLike[str]) -> Path:
-    """Return an absolute path: as given, or relative to ``ROOT``.
-
-    Args:
-        path: a path as it stands in a profile or a prompt table.
-
-    Returns:
-        Absolute path; nothing is checked for existence.
-    """
+    """Return an absolute path: as given, or relative to ``ROOT``; nothing is checked for existence."""
     path = Path(path).expanduser()
     return path if path.is_absolute() else ROOT / path

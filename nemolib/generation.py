@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nemolib.batching import check_prompts, fitting_size, progress_bar, shrinking
-from nemolib.defaults import default_settings
-from nemolib.hooks import scale_neurons
+from nemolib.batching import check_prompts, progress_bar, shrinking
+from nemolib.layers import scale_neurons, value_layers
+from nemolib.mitigation import DeactivatedNeurons, Mitigation
 from nemolib.neurons import NeuronSet
 from nemolib.seeding import sample_generators
-from nemolib.settings import GenerationSettings
+from nemolib.settings import GenerationSettings, settings_of
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
-
-    from nemolib.mitigation import Mitigation
 
 
 def generate(
@@ -58,45 +57,60 @@ def generate(
     """
     if neurons is not None and mitigation is not None:
         raise ValueError(f"both neurons and a mitigation ({mitigation.name}) are given; give one of them")
-    prompts, settings = check_prompts(prompts), settings or default_settings(pipe).generation
-    sets = _sets(neurons, len(prompts))
+    prompts, settings = check_prompts(prompts), settings or settings_of(pipe).generation
+    sets = [neurons] * len(prompts) if neurons is None or isinstance(neurons, NeuronSet) else list(neurons)
+    if len(sets) != len(prompts):
+        raise ValueError(f"{len(sets)} neuron sets were given for {len(prompts)} prompts; give one, or one per prompt")
     jobs = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(settings.samples)]
-    size = fitting_size(pipe.unet, settings.batch_size, passes=1 if settings.guidance <= 1 else 2)
+    size = settings.batch_size
     if size > settings.samples:
         # Whole prompts, so that what a mitigation computes for a prompt is computed once.
         size -= size % settings.samples
-    images = []
 
     def draw(batch: Sequence[tuple[int, int]]) -> np.ndarray:
-        chosen = None if sets is None else [sets[prompt] for prompt, _ in batch]
-        with _inputs(pipe, [prompts[prompt] for prompt, _ in batch], chosen, factor, mitigation) as inputs:
-            return _images(pipe, inputs, [sample for _, sample in batch], settings)
+        chosen = [prompts[prompt] for prompt, _ in batch]
+        if mitigation is not None:
+            prepared = mitigation.applied(pipe, chosen)
+        elif neurons is not None:
+            prepared = scale_neurons(pipe.unet, [sets[prompt] for prompt, _ in batch], factor=factor)
+        else:
+            prepared = nullcontext()
+        with prepared as inputs:
+            return _images(pipe, inputs or {"prompt": chosen}, [sample for _, sample in batch], settings)
 
+    images = []
     with _silent(pipe), progress_bar(len(jobs), "images", unit="image", enabled=progress) as bar:
         for batch, made in shrinking(draw, jobs, size=size, owner=pipe.unet, use="generation"):
             images.append(made)
             bar.update(len(batch))
-    stacked = np.concatenate(images)
-    return stacked.reshape(len(prompts), settings.samples, *stacked.shape[1:])
+    return np.concatenate(images).reshape(len(prompts), settings.samples, *images[0].shape[1:])
 
 
-@contextmanager
-def _inputs(
-    pipe: StableDiffusionPipeline,
-    prompts: list[str],
-    sets: list[NeuronSet] | None,
-    factor: float,
-    mitigation: Mitigation | None,
-) -> Iterator[dict[str, Any]]:
-    """Prepare the pipeline for a batch inside the context, and give what it is called with."""
-    if mitigation is not None:
-        with mitigation.applied(pipe, prompts) as inputs:
-            yield inputs
-    elif sets is not None:
-        with scale_neurons(pipe.unet, sets, factor=factor):
-            yield {"prompt": prompts}
-    else:
-        yield {"prompt": prompts}
+def drawing(
+    pipe: StableDiffusionPipeline, *, settings: GenerationSettings
+) -> Callable[[Sequence[tuple[str, Mitigation | None]]], list[np.ndarray]]:
+    """Return what makes the images [seed, height, width, 3], uint8, of each caption of a batch with its mitigation.
+
+    Captions with equal mitigations are drawn together; so are those that differ in the neurons alone, or have none.
+    """
+    none = NeuronSet.empty(len(value_layers(pipe.unet)))
+
+    def draw(batch: Sequence[tuple[str, Mitigation | None]]) -> list[np.ndarray]:
+        # An untouched prompt is one without neurons, drawn with the others whatever their factor.
+        factor = next((item.factor for _, item in batch if isinstance(item, DeactivatedNeurons)), 0.0)
+        acting = [(caption, item or DeactivatedNeurons(none, factor)) for caption, item in batch]
+        images: list[np.ndarray] = []
+        for alike, part in groupby(acting, key=lambda pair: getattr(pair[1], "factor", pair[1])):
+            captions, items = zip(*part, strict=True)
+            if isinstance(alike, float):
+                sets = [item.neurons_of(caption) for caption, item in zip(captions, items, strict=True)]
+                chosen: dict[str, Any] = {"neurons": sets, "factor": alike}
+            else:
+                chosen = {"mitigation": alike}
+            images.extend(generate(pipe, captions, settings=settings, progress=False, **chosen))
+        return images
+
+    return draw
 
 
 def _images(
@@ -113,16 +127,6 @@ def _images(
         width=settings.side,
     )
     return (output.images * 255).round().clip(0, 255).astype(np.uint8)
-
-
-def _sets(neurons: NeuronSet | Sequence[NeuronSet] | None, prompts: int) -> list[NeuronSet] | None:
-    """Return one neuron set per prompt."""
-    if neurons is None:
-        return None
-    sets = [neurons] * prompts if isinstance(neurons, NeuronSet) else list(neurons)
-    if len(sets) != prompts:
-        raise ValueError(f"{len(sets)} neuron sets were given for {prompts} prompts; give one, or one per prompt")
-    return sets
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -13,24 +14,23 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 
 from nemolib import encoders, paths
 from nemolib.encoders import (
+    SSCD_MEAN,
+    SSCD_STD,
     ClipEncoder,
     CopyDescriptor,
     EncoderError,
+    FirstUse,
     ImageEncoder,
-    InceptionFeatures,
+    Inception,
     Sscd,
     TextEncoder,
     alignment_encoder,
-    clip_features,
     copy_encoder,
-    describe_cached,
     describe_samples,
     quality_encoder,
     to_pixels,
 )
-from nemolib.encoders.checksums import FirstUse, record_path
-from nemolib.encoders.sscd import MEAN, STD
-from nemolib.profiles import Encoders, EncoderSettings, ProfileError, load_profile
+from nemolib.settings import Encoders, EncoderSettings, ProfileError, load_profile
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
@@ -64,17 +64,16 @@ class LayeredNet(nn.Module):
         return self.layers(pixels) * 0
 
 
-def script(model, path):
-    torch.manual_seed(0)
+def script(kind, path, model):
+    """Write a TorchScript file, and return the settings of the encoder that has it."""
     torch.jit.script(model.eval()).save(path)
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return EncoderSettings(kind, str(path), sha256=hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 @pytest.fixture
-def sscd_file(tmp_path):
+def sscd(tmp_path):
     torch.manual_seed(0)
-    path = tmp_path / "sscd.pt"
-    return path, script(ColourNet(), path)
+    return script("sscd", tmp_path / "sscd.pt", ColourNet())
 
 
 @pytest.fixture(scope="module")
@@ -98,16 +97,14 @@ def clip_folder(tmp_path_factory, random_model_folder):
 
 
 def with_preprocessing(folder, target, **settings):
-    import shutil
-
     shutil.copytree(folder, target)
     CLIPImageProcessorPil(**settings).save_pretrained(target)
-    return target
+    return EncoderSettings("clip", str(target))
 
 
 @pytest.fixture
 def plain_clip(clip_folder, tmp_path):
-    """Return a folder whose images are taken as they are, pixels in [-1, 1]: the way of the tiny world."""
+    """Return a CLIP model whose images are taken as they are, pixels in [-1, 1]: the way of the tiny world."""
     half = [0.5] * 3
     return with_preprocessing(
         clip_folder, tmp_path / "plain", do_resize=False, do_center_crop=False, image_mean=half, image_std=half
@@ -116,72 +113,60 @@ def plain_clip(clip_folder, tmp_path):
 
 @pytest.fixture
 def real_clip(clip_folder, tmp_path):
-    """Return a folder with CLIP's preprocessing, but for 32 instead of 224 pixels."""
+    """Return a model with CLIP's preprocessing, but for 32 instead of 224 pixels."""
     size = {"height": 32, "width": 32}
     return with_preprocessing(clip_folder, tmp_path / "real", size={"shortest_edge": 32}, crop_size=size)
 
 
 class MeanColour(ImageEncoder):
-    """An encoder that counts the images that it sees."""
-
     name = "mean colour"
 
-    def __init__(self, version=1):
-        self.version, self.seen = version, 0
-
     def identity(self):
-        return f"mean colour {self.version}"
+        return "mean colour"
 
     def encode(self, batch):
-        self.seen += len(batch)
         return F.normalize(to_pixels(batch).mean(dim=(2, 3)), dim=-1)
 
 
 class Length(TextEncoder):
     name = "length"
 
-    def __init__(self):
-        self.seen = []
-
     def identity(self):
         return "length"
 
     def encode(self, batch):
-        self.seen += batch
         return torch.tensor([[float(len(text)), 1.0] for text in batch])
 
 
 # The interface
 
 
-def test_features_do_not_depend_on_the_batch_size():
+def test_features_do_not_depend_on_the_batch_size(monkeypatch):
     encoder, images = CopyDescriptor((4, 4), 8).eval(), pictures(5)
     whole = encoder.describe(images)
     assert whole.shape == (5, 8)
     assert whole.dtype == torch.float32
     assert not whole.requires_grad
-    torch.testing.assert_close(encoder.describe(images, batch_size=2), whole)
+    monkeypatch.setattr(encoders, "BATCH_SIZE", 2)
+    torch.testing.assert_close(encoder.describe(images), whole)
     torch.testing.assert_close(whole.norm(dim=1), torch.ones(5))
 
 
 @pytest.mark.parametrize(
-    ("images", "words"),
+    ("encoder", "items", "words"),
     [
-        (np.zeros((2, 8, 8, 3)), "uint8"),
-        (np.zeros((8, 8, 3), np.uint8), r"\[8, 8, 3\]"),
-        (np.zeros((2, 3, 8, 8), np.uint8), r"\[2, 3, 8, 8\]"),
-        (np.zeros((0, 8, 8, 3), np.uint8), "nothing to describe"),
+        (MeanColour(), np.zeros((2, 8, 8, 3)), "uint8"),
+        (MeanColour(), np.zeros((8, 8, 3), np.uint8), r"\[8, 8, 3\]"),
+        (MeanColour(), np.zeros((2, 3, 8, 8), np.uint8), r"\[2, 3, 8, 8\]"),
+        (MeanColour(), np.zeros((0, 8, 8, 3), np.uint8), "mean colour: there is nothing to describe"),
+        (Length(), "one text", "length: expected a sequence of texts"),
+        (Length(), [1, 2], "length: expected a sequence of texts"),
+        (Length(), [], "length: there is nothing to describe"),
     ],
 )
-def test_what_is_no_image_is_refused(images, words):
+def test_what_is_no_image_or_no_list_of_texts_is_refused(encoder, items, words):
     with pytest.raises(ValueError, match=words):
-        MeanColour().describe(images)
-
-
-@pytest.mark.parametrize("texts", ["one text", [1, 2], []])
-def test_what_is_no_list_of_texts_is_refused(texts):
-    with pytest.raises(ValueError, match="length: "):
-        Length().describe(texts)
+        encoder.describe(items)
 
 
 def test_samples_keep_their_places():
@@ -201,30 +186,35 @@ def test_pixels():
 # Copy detection
 
 
-def test_the_descriptor_comes_back(tmp_path):
+def test_the_descriptor_comes_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    chosen = EncoderSettings("descriptor", "models/descriptor")
     torch.manual_seed(0)
-    CopyDescriptor((4, 4), 8).save(tmp_path)
-    loaded = CopyDescriptor.load(tmp_path, name="mine")
-    assert loaded.name == "mine"
-    again = CopyDescriptor.load(tmp_path)
+    CopyDescriptor((4, 4), 8).save(tmp_path / "models" / "descriptor")
+    loaded = CopyDescriptor.load(dataclasses.replace(chosen, name="mine"))
+    again = CopyDescriptor.load(chosen)
+    assert (loaded.name, again.name) == ("mine", "copy descriptor")
+    assert loaded.describe(pictures()).shape == (3, 8)
     assert again.identity() == loaded.identity()
     with torch.no_grad():
         again.project.bias += 1
     assert again.identity() != loaded.identity()
-    digest = hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
-    assert CopyDescriptor.load(tmp_path, sha256=digest.upper()).identity() == loaded.identity()
+    weights = tmp_path / "models" / "descriptor" / "model.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    CopyDescriptor.load(dataclasses.replace(chosen, sha256=digest))
     with pytest.raises(EncoderError, match=f"the profile states SHA-256 {'0' * 64}, but the file has {digest}"):
-        CopyDescriptor.load(tmp_path, sha256="0" * 64)
-    with pytest.raises(FileNotFoundError, match="config.json is missing; run `make train`"):
-        CopyDescriptor.load(tmp_path / "none")
+        CopyDescriptor.load(dataclasses.replace(chosen, sha256="0" * 64))
+    assert [path.name for path in sorted(weights.parent.iterdir())] == ["config.json", "model.safetensors"]
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="model.safetensors is missing; run `make train`"):
+        CopyDescriptor.load(chosen)
 
 
-def test_sscd_normalizes_as_imagenet(sscd_file):
-    path, digest = sscd_file
-    encoder = Sscd.load(path, sha256=digest)
+def test_sscd_normalizes_as_imagenet(sscd):
+    encoder = Sscd.load(sscd)
     colour = np.array([10, 100, 200], np.uint8)
     features = encoder.describe(np.broadcast_to(colour, (2, 20, 30, 3)))
-    pixels = (torch.tensor([10, 100, 200]) / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+    pixels = (torch.tensor([10, 100, 200]) / 255 - torch.tensor(SSCD_MEAN)) / torch.tensor(SSCD_STD)
     expected = F.normalize(encoder.model.mix(pixels), dim=-1)
     torch.testing.assert_close(features, expected.expand(2, -1), atol=1e-5, rtol=0)
     assert encoder.name == "SSCD"
@@ -232,55 +222,62 @@ def test_sscd_normalizes_as_imagenet(sscd_file):
 
 
 @pytest.mark.parametrize("side", [64, 400])
-def test_sscd_sees_320_pixels_resized_with_antialias(side):
-    from nemolib.encoders.sscd import preprocess
-
+def test_images_are_resized_with_antialias(side):
     images = pictures(2, side, side + 40)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float()
-    resized = F.interpolate(pixels, (320, 320), mode="bilinear", antialias=True)
-    found = preprocess(images) * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    seen = Sscd.preprocess(images) * torch.tensor(SSCD_STD).view(3, 1, 1) + torch.tensor(SSCD_MEAN).view(3, 1, 1)
     # Pillow rounds to whole numbers, here after each of the two directions.
-    assert (found * 255 - resized).abs().max() < 1.01
+    resized = F.interpolate(pixels, (320, 320), mode="bilinear", antialias=True)
+    assert (seen * 255 - resized).abs().max() < 1.01
+    # Inception sees them without rounding.
+    seen = torch.from_numpy(Inception.resize(images[1]))
+    resized = F.interpolate(pixels, (299, 299), mode="bicubic", antialias=True)[1]
+    torch.testing.assert_close(seen, resized, atol=2e-2, rtol=0)
+    assert (seen != seen.round()).any()
 
 
-def test_the_first_use_of_a_file_is_told_and_noted(sscd_file):
-    path, digest = sscd_file
-    with pytest.warns(FirstUse, match=f"first time; its SHA-256 is {digest}"):
-        first = Sscd.load(path)
-    assert json.loads(record_path(path).read_text()) == {"file": "sscd.pt", "sha256": digest}
-    second = Sscd.load(path)
-    assert second.identity() == first.identity()
+# Files of weights
+
+
+def test_the_first_use_of_a_file_is_told_and_noted(sscd, tmp_path):
+    unstated = dataclasses.replace(sscd, sha256=None)
+    assert encoders.noted_sha256(tmp_path / "sscd.pt") is None
+    with pytest.warns(FirstUse, match=f"first time; its SHA-256 is {sscd.sha256}"):
+        first = Sscd.load(unstated)
+    note = tmp_path / "sscd.pt.sha256.json"
+    assert json.loads(note.read_text()) == {"file": "sscd.pt", "sha256": sscd.sha256}
+    assert encoders.noted_sha256(tmp_path / "sscd.pt") == sscd.sha256
+    assert Sscd.load(unstated).identity() == first.identity() == Sscd.load(sscd).identity()
+    note.write_text("{")
+    with pytest.raises(EncoderError, match="is not readable; delete it"):
+        Sscd.load(unstated)
 
 
 @pytest.mark.parametrize("stated", [True, False])
-def test_another_file_is_refused(sscd_file, stated):
-    path, digest = sscd_file
-    record_path(path).write_text(json.dumps({"sha256": digest}))
+def test_another_file_is_refused(sscd, tmp_path, stated):
+    path = tmp_path / "sscd.pt"
+    encoders.note_sha256(path, sscd.sha256)
     path.write_bytes(path.read_bytes()[:-1])
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     with pytest.raises(EncoderError) as error:
-        Sscd.load(path, sha256=digest if stated else None)
-    for word in (str(path), digest, found, "the profile states" if stated else "first use"):
+        Sscd.load(sscd if stated else dataclasses.replace(sscd, sha256=None))
+    for word in (str(path), sscd.sha256, found, "the profile states" if stated else "first use"):
         assert word in str(error.value)
 
 
-def test_what_is_no_torchscript_is_refused(tmp_path):
+def test_what_is_no_torchscript_or_another_network_is_refused(sscd, tmp_path):
     path = tmp_path / "weights.pt"
+    chosen = EncoderSettings("sscd", str(path))
     with pytest.raises(FileNotFoundError, match="weights.pt are missing"):
-        Sscd.load(path)
+        Sscd.load(chosen)
     torch.save({"a": torch.ones(1)}, path)
     with pytest.warns(FirstUse), pytest.raises(EncoderError, match="holds no TorchScript"):
-        Sscd.load(path)
-    record_path(path).write_text("{")
-    with pytest.raises(EncoderError, match="is not readable; delete it"):
-        Sscd.load(path)
-
-
-def test_a_network_that_gives_no_vectors_is_refused(tmp_path):
-    path = tmp_path / "maps.pt"
-    digest = script(nn.Sequential(nn.AvgPool2d(160)), path)
+        Sscd.load(chosen)
+    maps = script("sscd", path, nn.Sequential(nn.AvgPool2d(160)))
     with pytest.raises(EncoderError, match=r"expected features \[1, feature\], got \[1, 3, 2, 2\]"):
-        Sscd.load(path, sha256=digest).describe(pictures(1))
+        Sscd.load(maps).describe(pictures(1))
+    with pytest.raises(EncoderError, match="has no part 'layers'"):
+        Inception.load(sscd)
 
 
 # Alignment
@@ -312,37 +309,34 @@ def test_preprocessing_is_part_of_an_encoders_identity(plain_clip, real_clip):
     assert plain.images.identity() != real.images.identity()
     assert plain.texts.identity() == real.texts.identity()
     assert plain.images.identity() == ClipEncoder.load(plain_clip).images.identity()
-    assert plain.images.identity() != clip_features(plain).identity()
 
 
-def test_long_texts_are_cut_at_77_tokens(real_clip):
-    encoder = ClipEncoder.load(real_clip)
+def test_both_sides_have_one_space_and_one_name_and_long_texts_are_cut(real_clip):
+    encoder = ClipEncoder.load(dataclasses.replace(real_clip, name="small CLIP"))
+    assert encoder.name == encoder.images.name == encoder.texts.name == "small CLIP"
+    assert ClipEncoder.load(real_clip).name == "CLIP (real)"
     assert encoder.texts.tokens == 77
-    long, longer = "a b " * 40, "a b " * 60 + "something else"
-    features = encoder.texts.describe([long, longer, "a b", "a c"])
+    features = encoder.texts.describe(["a b " * 40, "a b " * 60 + "something else", "a b", "a c"])
     torch.testing.assert_close(features[0], features[1])
     assert not torch.allclose(features[2], features[3], atol=1e-3)
     torch.testing.assert_close(features.norm(dim=1), torch.ones(4))
+    assert (encoder.images.describe(pictures()) @ features.T).shape == (3, 4)
 
 
-def test_both_sides_have_one_space_and_one_name(real_clip):
-    encoder = ClipEncoder.load(real_clip, name="small CLIP")
-    assert encoder.name == encoder.images.name == encoder.texts.name == "small CLIP"
-    assert (encoder.images.describe(pictures()) @ encoder.texts.describe(["a", "b"]).T).shape == (3, 2)
-    assert ClipEncoder.load(real_clip).name == "CLIP (real)"
-
-
-def test_a_clip_folder_that_lacks_something(clip_folder, plain_clip):
-    with pytest.raises(FileNotFoundError, match="preprocessor_config.json is missing"):
-        ClipEncoder.load(clip_folder)
-    with pytest.raises(FileNotFoundError, match="folder .*nothing is missing"):
-        ClipEncoder.load(plain_clip / "nothing")
+def test_a_clip_folder_that_lacks_something(clip_folder, plain_clip, tmp_path):
+    folder = tmp_path / "plain"
+    for path, words in (
+        (clip_folder, "preprocessor_config.json is missing"),
+        (folder / "no", "/no/config.json is missing"),
+    ):
+        with pytest.raises(FileNotFoundError, match=words):
+            ClipEncoder.load(EncoderSettings("clip", str(path)))
     with pytest.raises(EncoderError, match="states SHA-256 0000"):
-        ClipEncoder.load(plain_clip, sha256="0" * 64)
-    (plain_clip / "config.json").write_text("{}")  # of another size
+        ClipEncoder.load(dataclasses.replace(plain_clip, sha256="0" * 64))
+    (folder / "config.json").write_text("{}")  # of another size
     with pytest.raises(EncoderError, match="could not be loaded; needed: config.json"):
         ClipEncoder.load(plain_clip)
-    (plain_clip / "model.safetensors").rename(plain_clip / "pytorch_model.bin")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match="model.safetensors is missing"):
         ClipEncoder.load(plain_clip)
 
@@ -355,78 +349,33 @@ def test_a_hub_model_that_cannot_be_loaded(monkeypatch):
         raise OSError("no network\nmore lines")
 
     monkeypatch.setattr(CLIPModel, "from_pretrained", offline)
+    chosen = EncoderSettings("clip", "openai/clip-vit-base-patch32", revision="abc")
     with pytest.raises(EncoderError, match=r"'openai/clip-vit-base-patch32' could not be loaded.*: no network$"):
-        ClipEncoder.load("openai/clip-vit-base-patch32", revision="abc")
-    assert asked["place"] == "openai/clip-vit-base-patch32"
-    assert asked["revision"] == "abc"
-    assert asked["use_safetensors"] is True
+        ClipEncoder.load(chosen)
+    assert (asked["place"], asked["revision"], asked["use_safetensors"]) == (chosen.path, "abc", True)
     with pytest.raises(EncoderError, match="fixed by its revision"):
-        ClipEncoder.load("openai/clip-vit-base-patch32", sha256="0" * 64)
-
-
-# Image quality
-
-
-@pytest.mark.parametrize("side", [64, 400])
-def test_inception_sees_unrounded_images_resized_with_antialias(tmp_path, side):
-    path = tmp_path / "inception.pt"
-    encoder = InceptionFeatures.load(path, sha256=script(LayeredNet(), path))
-    images = pictures(2, side, side + 40)
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float()
-    resized = F.interpolate(pixels, (299, 299), mode="bicubic", antialias=True)
-    found = encoder.describe(images).reshape(resized.shape) * 128 + 128
-    torch.testing.assert_close(found, resized, atol=2e-2, rtol=0)
-    assert (found != found.round()).any()
-
-
-def test_quality_features_are_raw(tmp_path, real_clip):
-    path = tmp_path / "inception.pt"
-    inception = InceptionFeatures.load(path, sha256=script(LayeredNet(2), path))
-    clip = ClipEncoder.load(real_clip)
-    raw = clip_features(clip, name="image tower")
-    assert raw.name == "image tower"
-    for encoder in (inception, raw):
-        assert not encoder.unit_norm
-        assert (encoder.describe(pictures()).norm(dim=1) - 1).abs().max() > 0.01
-    torch.testing.assert_close(F.normalize(raw.describe(pictures()), dim=-1), clip.images.describe(pictures()))
-
-
-def test_a_network_without_layers_is_no_inception(sscd_file):
-    path, digest = sscd_file
-    with pytest.raises(EncoderError, match="has no part 'layers'"):
-        InceptionFeatures.load(path, sha256=digest)
+        ClipEncoder.load(dataclasses.replace(chosen, sha256="0" * 64))
 
 
 # The encoders of a profile
 
 
 def profile_with(**roles):
-    chosen = {role: EncoderSettings(**values) for role, values in roles.items()}
-    return dataclasses.replace(load_profile("tiny"), name="mine", encoders=Encoders(**chosen))
+    return dataclasses.replace(load_profile("tiny"), name="mine", encoders=Encoders(**roles))
 
 
-def test_a_profile_names_its_encoders(sscd_file, plain_clip, tmp_path):
-    path, digest = sscd_file
-    inception = tmp_path / "inception.pt"
-    profile = profile_with(
-        copy={"kind": "sscd", "path": str(path), "sha256": digest},
-        alignment={"kind": "clip", "path": str(plain_clip), "name": "small CLIP"},
-        quality={"kind": "inception", "path": str(inception), "sha256": script(LayeredNet(), inception)},
-        clip_quality={"kind": "clip", "path": str(plain_clip)},
-    )
+def test_a_profile_names_its_encoders_and_those_of_quality_are_raw(sscd, real_clip, tmp_path):
+    inception = script("inception", tmp_path / "inception.pt", LayeredNet(2))
+    profile = profile_with(copy=sscd, alignment=real_clip, quality=inception, clip_quality=real_clip)
     assert isinstance(copy_encoder(profile), Sscd)
-    assert alignment_encoder(profile).texts.name == "small CLIP"
-    assert isinstance(quality_encoder(profile), InceptionFeatures)
-    raw = quality_encoder(profile, role="clip_quality")
-    assert raw.name == "CLIP (plain)"
-    assert not raw.unit_norm
-
-
-def test_a_descriptor_by_its_folder(tmp_path, monkeypatch):
-    CopyDescriptor((4, 4), 8).save(tmp_path / "models" / "descriptor")
-    monkeypatch.setattr(paths, "ROOT", tmp_path)
-    profile = profile_with(copy={"kind": "descriptor", "path": "models/descriptor"})
-    assert copy_encoder(profile).describe(pictures()).shape == (3, 8)
+    clip, raw = alignment_encoder(profile), quality_encoder(profile, role="clip_quality")
+    assert (clip.texts.name, raw.name) == ("CLIP (real)", "CLIP (real)")
+    assert isinstance(quality_encoder(profile), Inception)
+    for encoder in (quality_encoder(profile), raw):
+        assert not encoder.unit_norm
+        assert (encoder.describe(pictures()).norm(dim=1) - 1).abs().max() > 0.01
+    torch.testing.assert_close(F.normalize(raw.describe(pictures()), dim=-1), clip.images.describe(pictures()))
+    assert raw.identity() != clip.images.identity()
 
 
 @pytest.mark.parametrize(
@@ -435,66 +384,3 @@ def test_a_descriptor_by_its_folder(tmp_path, monkeypatch):
 def test_a_profile_without_an_encoder(load, role):
     with pytest.raises(ProfileError, match=f"profile 'mine' has encoders.{role} = None; name its kind and path"):
         load(profile_with())
-
-
-def test_public_names_are_there():
-    assert all(getattr(encoders, name).__doc__ for name in encoders.__all__)
-
-
-# The cache
-
-
-def test_what_is_in_the_cache_is_not_encoded_again(tmp_path):
-    encoder, images = MeanColour(), pictures(5)
-    expected = MeanColour().describe(images)
-    assert torch.equal(describe_cached(encoder, images[[0, 1, 0]], tmp_path), expected[[0, 1, 0]])
-    assert encoder.seen == 2
-    assert torch.equal(describe_cached(encoder, images[::-1], tmp_path, batch_size=2), expected.flip(0))
-    assert encoder.seen == 5
-    assert torch.equal(describe_cached(MeanColour(), images, tmp_path), expected)
-    describe_cached(other := MeanColour(version=2), images, tmp_path)
-    assert other.seen == 5
-
-
-def test_texts_are_cached_too(tmp_path):
-    encoder = Length()
-    assert describe_cached(encoder, ["a", "abc", "a"], tmp_path)[:, 0].tolist() == [1, 3, 1]
-    assert describe_cached(encoder, ("abc", "ab"), tmp_path)[:, 0].tolist() == [3, 2]
-    assert encoder.seen == ["a", "abc", "ab"]
-
-
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other"])
-def test_a_damaged_entry_is_computed_again(tmp_path, damage):
-    images = pictures(2)
-    expected = describe_cached(MeanColour(), images, tmp_path)
-    entry, other = sorted(tmp_path.rglob("*.safetensors"))
-    content = entry.read_bytes()
-    flipped = content[:-1] + bytes([content[-1] ^ 1])
-    from safetensors.torch import save
-
-    two = save({"a": torch.ones(3), "b": torch.ones(3)})
-    entry.write_bytes({"cut": content[:-5], "flipped": flipped, "empty": b"", "other": two}[damage])
-    encoder = MeanColour()
-    assert torch.equal(describe_cached(encoder, images, tmp_path), expected)
-    assert encoder.seen == 1
-    assert entry.read_bytes() == content
-
-
-def test_a_killed_run_keeps_its_finished_batches(tmp_path):
-    class Fails(MeanColour):
-        def encode(self, batch):
-            if self.seen >= 2:
-                raise KeyboardInterrupt
-            return super().encode(batch)
-
-    images = pictures(5)
-    with pytest.raises(KeyboardInterrupt):
-        describe_cached(Fails(), images, tmp_path, batch_size=2)
-    encoder = MeanColour()
-    assert torch.equal(describe_cached(encoder, images, tmp_path, batch_size=2), MeanColour().describe(images))
-    assert encoder.seen == 3
-
-
-def test_nothing_to_describe(tmp_path):
-    with pytest.raises(ValueError, match="nothing to describe"):
-        describe_cached(Length(), [], tmp_path)

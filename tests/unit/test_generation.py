@@ -1,84 +1,70 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
-from nemolib.generation import generate
+from nemolib.generation import drawing, generate
+from nemolib.mitigation import AttentionScaling, DeactivatedNeurons, RandomTokens
 from nemolib.neurons import NeuronSet
 from nemolib.settings import GenerationSettings
+from tests.random_pipeline import WIDTHS
 
 SETTINGS = GenerationSettings(seed=2, samples=2, steps=2, batch_size=4)
-FULL = NeuronSet.full((8, 8, 16, 16, 16, 16, 16))
+FULL, NONE = NeuronSet(tuple(tuple(range(width)) for width in WIDTHS)), NeuronSet.empty(7)
+
+
+def made(pipe, prompts=("a", "b c"), settings=SETTINGS, **options):
+    return generate(pipe, prompts, settings=settings, progress=False, **options)
 
 
 def same(first, second):
     """Whether images agree up to one level of grey; sums in a batch of another size round otherwise."""
-    return np.abs(first.astype(int) - second.astype(int)).max() <= 1
+    return np.abs(np.asarray(first).astype(int) - np.asarray(second).astype(int)).max() <= 1
 
 
 @pytest.fixture(scope="module")
 def images(random_pipe):
-    return generate(random_pipe, ["a", "b c"], settings=SETTINGS, progress=False)
+    return made(random_pipe)
 
 
-def test_axes_and_type(images):
+def test_axes_type_and_side(random_pipe, images):
     assert images.shape == (2, 2, 64, 64, 3)
     assert images.dtype == np.uint8
     assert images.std() > 0
+    small = made(random_pipe, ["a"], GenerationSettings(samples=1, steps=2, side=32))
+    assert small.shape == (1, 1, 32, 32, 3)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_an_image_does_not_depend_on_its_batch(random_pipe, images, batch_size):
-    settings = GenerationSettings(seed=2, samples=2, steps=2, batch_size=batch_size)
-    assert same(generate(random_pipe, ["a", "b c"], settings=settings, progress=False), images)
+    assert same(made(random_pipe, settings=dataclasses.replace(SETTINGS, batch_size=batch_size)), images)
 
 
-def test_an_image_does_not_depend_on_other_prompts_or_samples(random_pipe, images):
-    settings = GenerationSettings(seed=2, samples=3, steps=2)
-    alone = generate(random_pipe, ["b c"], settings=settings, progress=False)
+def test_an_image_depends_on_its_seed_and_not_on_other_prompts_or_samples(random_pipe, images):
+    alone = made(random_pipe, ["b c"], dataclasses.replace(SETTINGS, samples=3))
     assert same(alone[0, :2], images[1])
     assert not same(alone[0, 2], alone[0, 0])
-
-
-def test_another_seed_gives_other_images(random_pipe, images):
-    settings = GenerationSettings(seed=3, samples=2, steps=2)
-    assert not same(generate(random_pipe, ["a", "b c"], settings=settings, progress=False), images)
+    assert not same(made(random_pipe, settings=dataclasses.replace(SETTINGS, seed=3)), images)
 
 
 def test_deactivated_neurons_change_the_image_and_the_model_stays(random_pipe, images):
-    blocked = generate(random_pipe, ["a", "b c"], settings=SETTINGS, neurons=FULL, progress=False)
-    assert not np.array_equal(blocked, images)
-    assert np.array_equal(generate(random_pipe, ["a", "b c"], settings=SETTINGS, progress=False), images)
+    assert not same(made(random_pipe, neurons=FULL), images)
+    assert np.array_equal(made(random_pipe), images)
+    assert same(made(random_pipe, neurons=FULL, factor=1.0), images)
 
 
-def test_factor_one_changes_nothing(random_pipe, images):
-    scaled = generate(random_pipe, ["a", "b c"], settings=SETTINGS, neurons=FULL, factor=1.0, progress=False)
-    assert same(scaled, images)
-
-
-def test_one_set_per_prompt(random_pipe, images):
-    sets = [NeuronSet.empty(7), FULL]
-    mixed = generate(random_pipe, ["a", "b c"], settings=SETTINGS, neurons=sets, progress=False)
-    blocked = generate(random_pipe, ["a", "b c"], settings=SETTINGS, neurons=FULL, progress=False)
-    assert same(mixed[0], images[0])
-    assert same(mixed[1], blocked[1])
-
-
-def test_without_guidance(random_pipe):
-    settings = GenerationSettings(samples=2, steps=2, guidance=0.0)
-    sets = [NeuronSet.empty(7), FULL]
-    assert generate(random_pipe, ["a", "b"], settings=settings, neurons=sets, progress=False).shape[0] == 2
-
-
-def test_images_of_another_side(random_pipe):
-    for side, expected in ((None, 64), (32, 32)):
-        settings = GenerationSettings(samples=1, steps=2, side=side)
-        made = generate(random_pipe, ["a"], settings=settings, progress=False)
-        assert made.shape == (1, 1, expected, expected, 3)
+@pytest.mark.parametrize("guidance", [0.0, 7.0])
+def test_one_set_per_prompt(random_pipe, guidance):
+    settings = dataclasses.replace(SETTINGS, guidance=guidance)
+    mixed = made(random_pipe, settings=settings, neurons=[NONE, FULL])
+    assert same(mixed[0], made(random_pipe, settings=settings)[0])
+    assert same(mixed[1], made(random_pipe, settings=settings, neurons=FULL)[1])
 
 
 def test_the_progress_bar_of_the_pipeline_is_as_before(random_pipe, capsys):
     random_pipe.set_progress_bar_config(desc="mine")
     try:
-        generate(random_pipe, ["a"], settings=SETTINGS, progress=False)
+        made(random_pipe, ["a"])
         assert random_pipe._progress_bar_config == {"desc": "mine"}
         assert capsys.readouterr().err == ""
         generate(random_pipe, ["a"], settings=SETTINGS)
@@ -88,9 +74,29 @@ def test_the_progress_bar_of_the_pipeline_is_as_before(random_pipe, capsys):
 
 
 def test_impossible_requests(random_pipe):
-    with pytest.raises(ValueError, match="the list of prompts is empty"):
-        generate(random_pipe, [], settings=SETTINGS)
-    with pytest.raises(ValueError, match="3 neuron sets were given for 1 prompts"):
-        generate(random_pipe, ["a"], settings=SETTINGS, neurons=[FULL] * 3)
-    with pytest.raises(ValueError, match="has 2 layers, the model has 7"):
-        generate(random_pipe, ["a"], settings=SETTINGS, neurons=NeuronSet.empty(2), progress=False)
+    for prompts, options, words in (
+        ([], {}, "the list of prompts is empty"),
+        (["a"], {"neurons": [FULL] * 3}, "3 neuron sets were given for 1 prompts"),
+        (["a"], {"neurons": NeuronSet.empty(2)}, "has 2 layers, the model has 7"),
+        (["a"], {"neurons": FULL, "mitigation": RandomTokens(1)}, r"both neurons and a mitigation \(1 random token\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            made(random_pipe, prompts, **options)
+
+
+def test_a_batch_of_mitigations_is_drawn_kind_by_kind(random_pipe, images, monkeypatch):
+    half, scaling = DeactivatedNeurons({"a": NONE, "b c": FULL}, 0.5), AttentionScaling()
+    batch = [("a", half.of("a")), ("b c", half.of("b c")), ("a", scaling.of("a")), ("b c", scaling), ("b c", None)]
+    calls = []
+
+    def counted(pipe, prompts, **options):
+        calls.append(list(prompts))
+        return generate(pipe, prompts, **options)
+
+    monkeypatch.setattr("nemolib.generation.generate", counted)
+    found = drawing(random_pipe, settings=SETTINGS)(batch)
+    assert calls == [["a", "b c"], ["a", "b c"], ["b c"]]
+    assert np.array_equal(found[:2], made(random_pipe, neurons=[NONE, FULL], factor=0.5))
+    assert np.array_equal(found[2:4], made(random_pipe, mitigation=scaling))
+    assert same(found[4], images[1])
+    assert np.array_equal(drawing(random_pipe, settings=SETTINGS)([("a", None), ("b c", None)]), images)

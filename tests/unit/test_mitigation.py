@@ -1,31 +1,64 @@
-"""What holds for every mitigation."""
+"""What holds for every mitigation, then each of them."""
+
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
+from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor, AttnProcessor, AttnProcessor2_0
+from hypothesis import given
+from hypothesis import strategies as st
 
-from nemolib import experiments
+from nemolib import mitigation as module
 from nemolib.generation import generate
-from nemolib.mitigation import AttentionScaling, DeactivatedNeurons, EmbeddingAdjustment, Mitigation, RandomTokens
+from nemolib.layers import collect_outputs, cross_attention_layers, down_convolutions
+from nemolib.mitigation import (
+    AttentionScaling,
+    DeactivatedNeurons,
+    EmbeddingAdjustment,
+    Mitigation,
+    RandomTokens,
+    ScaledAttention,
+    SwitchedOffLayers,
+    attended_tokens,
+    cross_attention,
+    norms_together,
+    random_neurons,
+    switched_off,
+    target_norms,
+    target_of,
+    wen_target,
+)
 from nemolib.neurons import NeuronSet
-from nemolib.profiles import ProfileError, load_profile, profile_from_mapping
+from nemolib.pipeline import embed
 from nemolib.provenance import content_hash
-from nemolib.settings import GenerationSettings, WenSettings
-from tests.random_pipeline import WIDTHS
+from nemolib.settings import GenerationSettings, RenSettings, WenSettings
+from tests.random_pipeline import TOKENS, WIDTHS, random_pipeline
 
 SETTINGS = GenerationSettings(seed=2, samples=2, steps=2, guidance=3.0, batch_size=4)
 PROMPTS = ["a", "b c"]
 WEN = WenSettings(target=0.0, iterations=2, latents=2, learning_rate=0.5)
-SETS = {"a": NeuronSet.full(WIDTHS), "b c": NeuronSet.of([(0, 1), (6, 3)], layers=7)}
+FULL = NeuronSet(tuple(tuple(range(width)) for width in WIDTHS))
+SETS = {"a": FULL, "b c": NeuronSet.of([(0, 1), (6, 3)], layers=7)}
+VALUE = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"
+KEY = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+CONVOLUTION = "down_blocks.1.resnets.0.conv2"
 MITIGATIONS = [
     DeactivatedNeurons(SETS),
-    DeactivatedNeurons(SETS["a"], factor=-1.0),
+    DeactivatedNeurons(FULL, factor=-1.0),
     EmbeddingAdjustment(WEN),
     AttentionScaling(),
     RandomTokens(1),
     RandomTokens(4),
+    SwitchedOffLayers((VALUE,)),
+    SwitchedOffLayers((CONVOLUTION,), share=0.5),
 ]
 EACH = pytest.mark.parametrize("mitigation", MITIGATIONS, ids=lambda mitigation: mitigation.name)
+
+
+def images(pipe, prompts=PROMPTS, settings=SETTINGS, mitigation=None):
+    return generate(pipe, prompts, settings=settings, mitigation=mitigation, progress=False)
 
 
 def same(first, second):
@@ -35,7 +68,7 @@ def same(first, second):
 
 def state(pipe):
     """Return what a mitigation could leave behind."""
-    hooks = [name for name, module in pipe.unet.named_modules() if module._forward_hooks or module._forward_pre_hooks]
+    hooks = [name for name, part in pipe.unet.named_modules() if part._forward_hooks or part._forward_pre_hooks]
     parts = (pipe.unet, pipe.text_encoder, pipe.vae)
     flags = [parameter.requires_grad for part in parts for parameter in part.parameters()]
     gradients = [parameter.grad for part in parts for parameter in part.parameters()]
@@ -45,41 +78,39 @@ def state(pipe):
 
 @pytest.fixture(scope="module")
 def plain(random_pipe):
-    return generate(random_pipe, PROMPTS, settings=SETTINGS, progress=False)
+    return images(random_pipe)
 
 
-def test_the_interface_cannot_be_used_alone():
-    with pytest.raises(TypeError, match="abstract"):
-        Mitigation()
+# Every mitigation
 
 
 @EACH
 def test_images_change_and_do_not_depend_on_the_batch(random_pipe, plain, mitigation):
-    together = generate(random_pipe, PROMPTS, settings=SETTINGS, mitigation=mitigation, progress=False)
+    together = images(random_pipe, mitigation=mitigation)
     assert not same(together, plain)
     for batch_size in (1, 3):
-        other = GenerationSettings(seed=2, samples=2, steps=2, guidance=3.0, batch_size=batch_size)
+        other = dataclasses.replace(SETTINGS, batch_size=batch_size)
         for row, prompt in enumerate(PROMPTS):
-            alone = generate(random_pipe, [prompt], settings=other, mitigation=mitigation, progress=False)
-            assert same(alone[0], together[row])
-    assert same(generate(random_pipe, PROMPTS, settings=SETTINGS, progress=False), plain)
+            assert same(images(random_pipe, [prompt], other, mitigation)[0], together[row])
+            assert same(images(random_pipe, [prompt], other, mitigation.of(prompt))[0], together[row])
+    assert same(images(random_pipe), plain)
 
 
 @EACH
 def test_without_guidance_and_with_repetitions(random_pipe, mitigation):
-    settings = GenerationSettings(seed=2, samples=1, steps=2, guidance=0.0)
-    images = generate(random_pipe, ["a", "b c", "a"], settings=settings, mitigation=mitigation, progress=False)
-    assert same(images[0], images[2])
-    assert not same(images, generate(random_pipe, ["a", "b c", "a"], settings=settings, progress=False))
+    settings, prompts = dataclasses.replace(SETTINGS, samples=1, guidance=0.0), ["a", "b c", "a"]
+    made = images(random_pipe, prompts, settings, mitigation)
+    assert same(made[0], made[2])
+    assert not same(made, images(random_pipe, prompts, settings))
 
 
 @EACH
 def test_a_user_can_call_the_pipeline_alone(random_pipe, mitigation):
     with mitigation.applied(random_pipe, ["a", "a"]) as inputs:
         latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
-        images = random_pipe(**inputs, latents=latents, num_inference_steps=2, output_type="np").images
-    assert images.shape == (2, 64, 64, 3)
-    np.testing.assert_allclose(images[0], images[1], atol=1e-4)
+        made = random_pipe(**inputs, latents=latents, num_inference_steps=2, output_type="np").images
+    assert made.shape == (2, 64, 64, 3)
+    np.testing.assert_allclose(made[0], made[1], atol=1e-4)
 
 
 @EACH
@@ -98,12 +129,32 @@ def test_the_pipeline_is_as_before_whatever_happens(random_pipe, mitigation, fai
 
 
 @EACH
-def test_identity_is_plain_and_tells_mitigations_apart(mitigation):
-    keys = [content_hash(other.identity("a")) for other in MITIGATIONS]
-    assert keys.count(content_hash(mitigation.identity("a"))) == 1
-    assert mitigation.identity("a")
+def test_content_tells_mitigations_apart(mitigation):
+    others = [content_hash(other.of("a")) for other in MITIGATIONS]
+    assert others.count(content_hash(mitigation.of("a"))) == 1
     assert mitigation.source
     assert mitigation.name
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "equal"),
+    [
+        (DeactivatedNeurons(SETS), DeactivatedNeurons(FULL, factor=0), True),
+        (EmbeddingAdjustment(WEN), EmbeddingAdjustment(dataclasses.replace(WEN, multiplier=3.0)), True),
+        (EmbeddingAdjustment(WEN), EmbeddingAdjustment(dataclasses.replace(WEN, target=0.5)), False),
+        (SwitchedOffLayers((KEY, VALUE, KEY)), SwitchedOffLayers((VALUE, KEY), share=1, seed=3), True),
+        (SwitchedOffLayers((KEY,), share=0.5), SwitchedOffLayers((KEY,), share=0.5, seed=3), False),
+        (SwitchedOffLayers((KEY,)), SwitchedOffLayers((KEY,), share=0.5), False),
+        (RandomTokens(4), RandomTokens(4, seed=6), False),
+        (DeactivatedNeurons({"a": NeuronSet.empty(7)}), None, True),
+        (SwitchedOffLayers(()), None, True),
+        (SwitchedOffLayers((KEY,), share=0), None, True),
+    ],
+)
+def test_what_has_no_part_in_an_image_is_neutral(first, second, equal):
+    found, other = first.of("a"), None if second is None else second.of("a")
+    assert (found == other) is equal
+    assert (content_hash(found) == content_hash(other)) is equal
 
 
 @EACH
@@ -120,63 +171,436 @@ def test_pipelines_and_prompts_that_cannot_be_handled(random_pipe, mitigation):
         pass
 
 
-def test_neurons_and_a_mitigation_exclude_each_other(random_pipe):
-    chosen = {"neurons": SETS["a"], "mitigation": RandomTokens(1)}
-    with pytest.raises(ValueError, match="both neurons and a mitigation \\(1 random token\\)"):
-        generate(random_pipe, ["a"], settings=SETTINGS, **chosen)
-    with pytest.raises(ValueError, match="both neurons and a mitigation"):
-        experiments.images(random_pipe, "tiny", ["a"], settings=SETTINGS, **chosen)
+def test_the_interface_cannot_be_used_alone():
+    with pytest.raises(TypeError, match="abstract"):
+        Mitigation()
 
 
-@pytest.fixture
-def store(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "_store_folder", lambda profile: tmp_path)
-    return lambda: len(list((tmp_path / "images").glob("*")))
+# Neurons and layers
 
 
-def test_images_of_a_mitigation_are_kept(random_pipe, plain, store, monkeypatch):
-    def images(**options):
-        return experiments.images(random_pipe, "tiny", PROMPTS, settings=SETTINGS, progress=False, **options)
-
-    assert same(images(), plain)
-    made = [images(mitigation=mitigation) for mitigation in MITIGATIONS]
-    for mitigation, found in zip(MITIGATIONS, made, strict=True):
-        assert same(found, generate(random_pipe, PROMPTS, settings=SETTINGS, mitigation=mitigation, progress=False))
-    assert store() == 2 * (1 + len(MITIGATIONS))
-    monkeypatch.setattr(experiments, "generate", None)
-    assert all(np.array_equal(images(mitigation=m), found) for m, found in zip(MITIGATIONS, made, strict=True))
-    assert np.array_equal(images(neurons=[SETS[prompt] for prompt in PROMPTS]), made[0])
-    nothing = DeactivatedNeurons(NeuronSet.empty(7))
-    assert np.array_equal(images(mitigation=nothing), images())
+@st.composite
+def found_neurons(draw):
+    """Return layer widths and found neurons, at most half of each layer."""
+    widths = draw(st.lists(st.integers(1, 40), min_size=1, max_size=7))
+    layers = [draw(st.sets(st.integers(0, width - 1), max_size=width // 2)) for width in widths]
+    return widths, NeuronSet(tuple(map(tuple, layers)))
 
 
-def test_nothing_is_kept_while_a_mitigation_is_applied(random_pipe):
-    for mitigation in MITIGATIONS[0], AttentionScaling():
-        with mitigation.applied(random_pipe, PROMPTS), pytest.raises(ValueError, match="results are kept while"):
-            experiments.model_hash(random_pipe)
+@given(found_neurons(), st.integers(0, 9), st.integers(0, 4))
+def test_random_neurons_are_as_many_in_the_same_layers_and_never_found_ones(case, seed, repeat):
+    widths, neurons = case
+    drawn = random_neurons(neurons, widths, seed=seed, repeat=repeat)
+    drawn.check(widths)
+    assert drawn.counts == neurons.counts
+    assert not drawn & neurons
+    assert random_neurons(neurons, widths, seed=seed, repeat=repeat) == drawn
 
 
-def test_settings_are_in_the_profile():
-    chosen = load_profile("tiny").mitigation
-    assert chosen.wen.target is None
-    assert chosen.wen.steps == load_profile("tiny").generation.steps
-    assert (chosen.ren.c1, chosen.ren.mask) == (1.25, "padding")
-    assert (chosen.somepalli.numbers, chosen.random.repeats) == ((1, 4, 10), 5)
-    seeds = {chosen.wen.seed, chosen.somepalli.seed, chosen.random.seed}
-    assert len(seeds | {load_profile("tiny").generation.seed, load_profile("tiny").detection.seed}) == 5
+def test_layers_repeats_seeds_and_sets_have_their_own_random_neurons():
+    widths = (1000,) * 3
+    neurons = NeuronSet((tuple(range(20)),) * 3)
+    drawn = random_neurons(neurons, widths, seed=0)
+    assert len(set(drawn.layers)) == 3
+    others = [random_neurons(neurons, widths, seed=0, repeat=repeat) for repeat in range(1, 5)]
+    others += [random_neurons(neurons, widths, seed=1)]
+    others += [random_neurons(neurons | NeuronSet(((20,), (20,), (20,))), widths, seed=0)]
+    assert max(len(drawn & other) for other in others) < 10
+    few = {random_neurons(NeuronSet(((0,),)), (4,), seed=0, repeat=repeat) for repeat in range(60)}
+    assert few == {NeuronSet(((neuron,),)) for neuron in (1, 2, 3)}
+    with pytest.raises(ValueError, match="layer 1 has 5 neurons; without the 3 given ones only 2 remain, 3 are needed"):
+        random_neurons(NeuronSet(((), (0, 1, 2))), (5, 5), seed=0)
+    with pytest.raises(ValueError, match="neuron 9 of layer 0 does not exist"):
+        random_neurons(NeuronSet(((9,),)), (5,), seed=0)
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"ren": {"mask": "all"}}, "mitigation.ren.mask': expected one of padding, summary, none, got 'all'"),
-        ({"ren": {"c1": -1}}, "mitigation.ren'.*c1 is -1.0; it must be a finite number of at least 0"),
-        ({"somepalli": {"numbers": [1, 0]}}, "mitigation.somepalli'.*integers of at least 1"),
-        ({"random": {"repeats": 0}}, "mitigation.random'.*repeats is 0"),
-        ({"wen": {"goal": 3}}, "unknown key mitigation.wen.goal = 3"),
-    ],
-)
-def test_a_bad_value_in_a_profile_is_named(change, words):
-    prompts = dict.fromkeys(("memorized", "unmemorized", "holdout"), "x.csv")
-    with pytest.raises(ProfileError, match=words):
-        profile_from_mapping({"name": "x", "model": "a/b", "prompts": prompts, "mitigation": change})
+def test_each_prompt_has_its_own_neurons(random_pipe):
+    sets = dict(SETS)
+    mitigation = DeactivatedNeurons(sets, factor=0.5)
+    sets.clear()
+    assert mitigation.of("b c") == DeactivatedNeurons(SETS["b c"], 0.5)
+    assert (mitigation.name, mitigation.of("a").name) == ("neurons scaled by 0.5",) * 2
+    with pytest.raises(ValueError, match="no neurons are given for the prompt 'c'"):
+        mitigation.of("c")
+    with pytest.raises(ValueError, match="no neurons are given"), mitigation.applied(random_pipe, ["a", "c"]):
+        pass
+    wrong = NeuronSet.of([(0, WIDTHS[0])], layers=7)
+    for neurons in (wrong, {"a": FULL, "b": wrong}):
+        with pytest.raises(ValueError, match="was the set found in another model"):
+            DeactivatedNeurons(neurons).check(random_pipe)
+    with pytest.raises(TypeError, match="expected a NeuronSet or prompt -> NeuronSet, got list"):
+        DeactivatedNeurons([FULL])
+
+
+def test_values_of_zero_are_all_neurons_deactivated(random_pipe):
+    names = [layer.name for layer in cross_attention_layers(random_pipe.unet, "value")]
+    whole = NeuronSet.of([(0, neuron) for neuron in range(WIDTHS[0])], layers=7)
+    zeroed = images(random_pipe, mitigation=SwitchedOffLayers((names[0],)))
+    assert np.array_equal(images(random_pipe, mitigation=DeactivatedNeurons(whole)), zeroed)
+    first, second = images(random_pipe, ["a fox", "the sea"], mitigation=SwitchedOffLayers(tuple(names)))
+    # Without any values the text says nothing.
+    assert same(first, second)
+    assert not same(*images(random_pipe, ["a fox", "the sea"]))
+
+
+def test_keys_of_zero_give_every_token_the_same_attention(random_pipe):
+    attention = random_pipe.unet.get_submodule(KEY.removesuffix(".to_k"))
+    positions, text = features(1, 4, 16), features(1, 5, 16, seed=1)
+    with torch.no_grad(), SwitchedOffLayers((KEY,)).applied(random_pipe, ["a"]):
+        found = attention(positions, text)
+    with torch.no_grad():
+        uniform = attention.to_out[0](attention.to_v(text).mean(dim=1, keepdim=True)).expand_as(found)
+    torch.testing.assert_close(found, uniform, atol=1e-5, rtol=1e-5)
+
+
+def test_a_share_of_the_channels(random_pipe):
+    half = SwitchedOffLayers((CONVOLUTION,), share=0.5)
+    chosen = half.channels(CONVOLUTION, 16)
+    assert len(chosen) == 8
+    assert set(dataclasses.replace(half, share=0.25).channels(CONVOLUTION, 16)) < set(chosen)
+    assert dataclasses.replace(half, share=1).channels(CONVOLUTION, 16) == list(range(16))
+    others = {tuple(dataclasses.replace(half, seed=seed).channels(CONVOLUTION, 64)) for seed in range(4)}
+    assert len(others | {tuple(half.channels(VALUE, 64))}) == 5
+    with half.applied(random_pipe, ["a"]) as inputs, collect_outputs(random_pipe.unet, [CONVOLUTION]) as found:
+        random_pipe(**inputs, num_inference_steps=1, output_type="latent")
+    silent = (found[CONVOLUTION][0] == 0).all(dim=3).all(dim=2).all(dim=0)
+    assert silent.nonzero().flatten().tolist() == chosen
+
+
+def test_each_layer_has_the_papers_intervention(random_pipe):
+    key, convolution = cross_attention_layers(random_pipe.unet, "key")[0], down_convolutions(random_pipe.unet)[0]
+    assert switched_off(key) == SwitchedOffLayers((key.name,))
+    assert switched_off(convolution) == SwitchedOffLayers((convolution.name,), share=0.5)
+    assert switched_off(key).name == "1 layer switched off"
+    assert SwitchedOffLayers((VALUE, KEY), share=0.5).name == "50% of 2 layers switched off"
+
+
+def test_layers_that_cannot_be_switched_off(random_pipe):
+    for layer, words in (("down_blocks.9.conv1", "is not there"), ("down_blocks.0", "is a CrossAttnDownBlock2D")):
+        with pytest.raises(ValueError, match=f"'{layer}' {words}; channels are those of a Linear or Conv2d"):
+            SwitchedOffLayers((layer,)).check(random_pipe)
+    with pytest.raises(TypeError, match="one address was given"):
+        SwitchedOffLayers(VALUE)
+    for share in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=rf"share is {share}"):
+            SwitchedOffLayers((CONVOLUTION,), share=share)
+
+
+# Prompt embedding adjustment
+
+SLOW = WenSettings(target=0.0, iterations=3, latents=2, learning_rate=0.02)
+
+
+def norm(pipe, embedding):
+    with torch.no_grad():
+        return float(module._norm_of(pipe, SLOW)(embedding[None]).mean())
+
+
+def test_the_norm_by_hand(random_pipe):
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(SLOW.seed))
+    with torch.no_grad():
+        noise = [
+            random_pipe.unet(latents, 981, embed(random_pipe, [prompt]).expand(2, -1, -1)).sample
+            for prompt in ("b c", "")
+        ]
+    expected = np.mean([float(((noise[0] - noise[1])[i] ** 2).sum() ** 0.5) for i in range(2)])
+    found = target_norms(random_pipe, settings=SLOW)(["b c", ""])
+    assert found == pytest.approx([expected, 0], rel=1e-4, abs=1e-4)
+
+
+def test_the_norm_falls_and_the_begin_token_stays(random_pipe):
+    before = embed(random_pipe, ["b c"])[0]
+    found = EmbeddingAdjustment(SLOW).adjust(random_pipe, "b c")
+    assert len(found.norms) == 3
+    assert torch.equal(found.embedding[0], before[0])
+    assert (found.embedding[1:] - before[1:]).abs().amin(dim=1).min() > 0
+    assert found.norms[0] == pytest.approx(norm(random_pipe, before), rel=1e-5)
+    assert norm(random_pipe, found.embedding) < found.norms[-1] < found.norms[0]
+
+
+def test_the_first_step_is_that_of_adamw(random_pipe):
+    """The first step of Adam goes by the learning rate against the sign of the gradient, after the weight decay."""
+    before = embed(random_pipe, ["b c"])[0]
+    after = EmbeddingAdjustment(dataclasses.replace(SLOW, iterations=1)).adjust(random_pipe, "b c").embedding
+    free = before.clone().requires_grad_()
+    module._norm_of(random_pipe, SLOW)(free[None]).mean().backward()
+    expected = before * (1 - 0.02 * 0.01) - 0.02 * free.grad.sign()
+    clear = free.grad[1:].abs() > 1e-4
+    assert clear.float().mean() > 0.5
+    torch.testing.assert_close(after[1:][clear], expected[1:][clear], atol=1e-3, rtol=0)
+
+
+def test_it_ends_at_the_target(random_pipe):
+    course = EmbeddingAdjustment(dataclasses.replace(SLOW, iterations=6)).adjust(random_pipe, "b c").norms
+    target = (course[2] + course[3]) / 2
+    stopped = EmbeddingAdjustment(dataclasses.replace(SLOW, iterations=6, target=target)).adjust(random_pipe, "b c")
+    assert stopped.norms == pytest.approx(course[:4], rel=1e-5)
+    assert norm(random_pipe, stopped.embedding) == pytest.approx(stopped.norms[-1], rel=1e-4)
+    assert stopped.norms[-1] <= target < stopped.norms[-2]
+    # A prompt that is not above the target stays.
+    kept = EmbeddingAdjustment(dataclasses.replace(SLOW, target=1e6)).adjust(random_pipe, "b c")
+    assert len(kept.norms) == 1
+    torch.testing.assert_close(kept.embedding, embed(random_pipe, ["b c"])[0])
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_it_works_where_gradients_are_off(random_pipe, context):
+    expected = EmbeddingAdjustment(SLOW).adjust(random_pipe, "b c")
+    with context():
+        found = EmbeddingAdjustment(SLOW).adjust(random_pipe, "b c")
+        with EmbeddingAdjustment(SLOW).applied(random_pipe, ["b c"]) as inputs:
+            random_pipe(**inputs, num_inference_steps=1, output_type="latent")
+    assert torch.equal(found.embedding, expected.embedding)
+    assert not found.embedding.requires_grad
+    assert torch.equal(inputs["prompt_embeds"][0], expected.embedding)
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_parameters_keep_their_flags_and_get_no_gradients(required):
+    pipe = random_pipeline()
+    pipe.unet.requires_grad_(required).eval()
+    pipe.text_encoder.requires_grad_(not required).eval()
+    before = state(pipe)
+    EmbeddingAdjustment(SLOW).adjust(pipe, "b c")
+    assert state(pipe) == before
+
+
+def test_a_random_state_of_the_caller_neither_counts_nor_changes(random_pipe):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = EmbeddingAdjustment(SLOW).adjust(random_pipe, "b c").embedding
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(EmbeddingAdjustment(SLOW).adjust(random_pipe, "b c").embedding, first)
+    other = dataclasses.replace(SLOW, seed=SLOW.seed + 1)
+    assert not torch.equal(EmbeddingAdjustment(other).adjust(random_pipe, "b c").embedding, first)
+
+
+def test_each_prompt_is_adjusted_once_per_batch(random_pipe, monkeypatch):
+    adjusted = []
+    adjust = EmbeddingAdjustment.adjust
+    monkeypatch.setattr(EmbeddingAdjustment, "adjust", lambda *args: adjusted.append(args[2]) or adjust(*args))
+    with EmbeddingAdjustment(SLOW).applied(random_pipe, ["a", "b", "a", "a"]) as inputs:
+        assert inputs["prompt_embeds"].shape == (4, 12, 16)
+    assert adjusted == ["a", "b"]
+    adjusted.clear()
+    images(random_pipe, ["a", "b"], dataclasses.replace(SETTINGS, batch_size=3), EmbeddingAdjustment(SLOW))
+    assert adjusted == ["a", "b"]
+
+
+def test_the_target_by_rule(random_pipe):
+    prompts = ["a", "b c", "d", "e f"]
+    norms = target_norms(random_pipe, settings=SLOW)(prompts)
+    twice = dataclasses.replace(SLOW, multiplier=2.0, target=None)
+    for settings, multiplier in ((SLOW, 1), (twice, 2)):
+        target = wen_target(random_pipe, prompts, settings=settings)
+        assert target == target_of(norms, settings) == round(target, 3)
+        assert target == pytest.approx(np.mean(norms) + multiplier * np.std(norms, ddof=1), abs=6e-4)
+    alone = target_norms(random_pipe, settings=dataclasses.replace(SLOW, latents=2))
+    assert np.concatenate([alone([prompt]) for prompt in prompts]) == pytest.approx(norms, abs=1e-5)
+    assert [norms_together(dataclasses.replace(SLOW, latents=latents)) for latents in (4, 100)] == [16, 1]
+    with pytest.raises(ValueError, match="needs at least 2"):
+        wen_target(random_pipe, ["a"], settings=SLOW)
+
+
+def test_what_an_adjustment_refuses(random_pipe, monkeypatch):
+    with pytest.raises(ValueError, match=r"target is None.*give a target, such as that of nemolib.wen_target"):
+        EmbeddingAdjustment(WenSettings(target=None))
+    velocity = random_pipeline()
+    velocity.scheduler = DDIMScheduler.from_config(velocity.scheduler.config, prediction_type="v_prediction")
+    with pytest.raises(ValueError, match="predicts 'v_prediction'"):
+        EmbeddingAdjustment(SLOW).check(velocity)
+    with torch.inference_mode():
+        frozen = random_pipeline()
+    with pytest.raises(ValueError, match="loaded in torch.inference_mode"):
+        EmbeddingAdjustment(SLOW).check(frozen)
+    monkeypatch.setattr(module, "guidance_norm", lambda *_, **__: lambda embeddings: embeddings.sum() * torch.nan)
+    with pytest.raises(ValueError, match="norm of the guidance is nan in step 1; use dtype float32"):
+        EmbeddingAdjustment(SLOW).adjust(random_pipe, "a")
+
+
+# Attention scaling
+
+
+def features(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def attention_layer(heads=2):
+    torch.manual_seed(0)
+    return Attention(query_dim=6, cross_attention_dim=4, heads=heads, dim_head=3).requires_grad_(False)
+
+
+def by_hand(attn, image, text, c1, allowed):
+    """Return what the processor must give for one sample, with loops over heads and positions."""
+    query, key, value = attn.to_q(image), attn.to_k(text), attn.to_v(text)
+    output = torch.zeros(len(image), attn.heads * 3)
+    for head in range(attn.heads):
+        part = slice(3 * head, 3 * head + 3)
+        for position in range(len(image)):
+            logits = [float(query[position, part] @ key[token, part]) / 3**0.5 for token in range(len(text))]
+            logits[0] *= c1
+            weights = [np.exp(logit) if ok else 0.0 for logit, ok in zip(logits, allowed, strict=True)]
+            for token, weight in enumerate(weights):
+                output[position, part] += weight / sum(weights) * value[token, part]
+    return attn.to_out[0](output)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_attention_by_hand(guided):
+    """With guidance the unconditional half, which comes first, stays as it is."""
+    attn, c1 = attention_layer(), 1.25
+    allowed = torch.tensor([[True, True, True, False, False], [True, True, True, True, False]])
+    samples = 4 if guided else 2
+    image, text = features(samples, 7, 6), features(samples, 5, 4, seed=1)
+    output = ScaledAttention(c1, allowed)(attn, image, text)
+    for sample in range(samples):
+        changed = [c1, allowed[sample - samples + 2].tolist()] if sample >= samples - 2 else [1.0, [True] * 5]
+        expected = by_hand(attn, image[sample], text[sample], *changed)
+        torch.testing.assert_close(output[sample], expected, atol=1e-5, rtol=0)
+
+
+def test_more_weight_for_the_begin_token():
+    """With a positive logit of the begin token, a larger scale moves the output towards its value."""
+    attn = attention_layer(heads=1)
+    text = features(1, 3, 4, seed=1)
+    image = torch.linalg.lstsq(attn.to_q.weight, attn.to_k(text)[0, 0][:, None]).solution.T[None]
+    target = attn.to_out[0](attn.to_v(text)[0, 0])
+    every = torch.ones(1, 3, dtype=torch.bool)
+    distances = [(ScaledAttention(c1, every)(attn, image, text)[0, 0] - target).norm() for c1 in (1.0, 1.25, 2.0, 50.0)]
+    assert distances == sorted(distances, reverse=True)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 3.0])
+def test_scale_one_without_a_mask_changes_nothing(random_pipe, guidance):
+    settings = dataclasses.replace(SETTINGS, guidance=guidance)
+    nothing = AttentionScaling(RenSettings(c1=1.0, mask="none"))
+    assert same(images(random_pipe, settings=settings), images(random_pipe, settings=settings, mitigation=nothing))
+
+
+def test_which_tokens_get_attention(random_pipe):
+    prompts = ["abc", "a b", "a" * 50]
+    padding, summary = (attended_tokens(random_pipe.tokenizer, prompts, mask=mask) for mask in ("padding", "summary"))
+    assert padding.shape == (3, TOKENS)
+    assert padding.sum(dim=1).tolist() == [5, 4, TOKENS]
+    assert summary.sum(dim=1).tolist() == [4, 3, TOKENS - 1]
+    assert padding[0].tolist() == [True] * 5 + [False] * (TOKENS - 5)
+    assert attended_tokens(random_pipe.tokenizer, prompts, mask="none").all()
+
+
+def test_processors_of_the_user_come_back():
+    pipe = random_pipeline()
+    pipe.unet.set_attn_processor({name: AttnProcessor() for name in pipe.unet.attn_processors})
+    theirs = dict(pipe.unet.attn_processors)
+    with AttentionScaling().applied(pipe, ["a"]):
+        inside = pipe.unet.attn_processors
+        changed = {name for name in theirs if inside[name] is not theirs[name]}
+        assert changed == {f"{name}.processor" for name in cross_attention(pipe.unet)}
+        assert changed == {name for name in theirs if ".attn2." in name}
+    after = pipe.unet.attn_processors
+    assert all(after[name] is theirs[name] for name in theirs)
+
+
+def test_a_batch_that_does_not_belong_to_the_prompts(random_pipe):
+    with (
+        AttentionScaling().applied(random_pipe, ["a", "b"]),
+        pytest.raises(ValueError, match="set up for 2 images and 12 tokens, but the batch has 3 samples"),
+    ):
+        random_pipe.unet(features(3, 4, 16, 16), 961, embed(random_pipe, ["a", "b", "c"]))
+    processor, image = ScaledAttention(1.0, torch.ones(1, 3, dtype=torch.bool)), features(1, 7, 6)
+    with pytest.raises(ValueError, match="needs text features"):
+        processor(attention_layer(), image)
+    with pytest.raises(ValueError, match="mask of another origin"):
+        processor(attention_layer(), image, features(1, 3, 4), torch.zeros(1, 3))
+
+
+class Custom(AttnProcessor2_0):
+    pass
+
+
+@pytest.mark.parametrize("processor", [Custom(), AttnAddedKVProcessor(), ScaledAttention(1.0, torch.ones(1, 1))])
+def test_unknown_processors_are_refused_and_stay(processor):
+    pipe = random_pipeline()
+    name = next(iter(cross_attention(pipe.unet)))
+    self_attention, attention = (pipe.unet.get_submodule(item) for item in (name.replace("attn2", "attn1"), name))
+    self_attention.set_processor(Custom())
+    AttentionScaling().check(pipe)
+    attention.set_processor(processor)
+    with (
+        pytest.raises(ValueError, match=f"{name} has the attention processor {type(processor).__name__}, which"),
+        AttentionScaling().applied(pipe, ["a"]),
+    ):
+        pass
+    assert attention.processor is processor
+
+
+def test_other_attention_layers_are_refused():
+    pipe = random_pipeline()
+    name, attention = next(iter(cross_attention(pipe.unet).items()))
+    attention.norm_cross = torch.nn.LayerNorm(16)
+    with pytest.raises(ValueError, match=f"{name} is no attention layer of Stable Diffusion \\(norm_cross\\)"):
+        AttentionScaling().check(pipe)
+    with pytest.raises(ValueError, match="no cross-attention"):
+        AttentionScaling().check(random_pipeline(cross_attention=False))
+
+
+# Random tokens
+
+TOKENIZER = random_pipeline().tokenizer
+
+
+def is_subsequence(words, longer):
+    rest = iter(longer)
+    return all(word in rest for word in words)
+
+
+@given(st.lists(st.text("abc", max_size=3), min_size=2, max_size=6), st.sampled_from([1, 4, 10]))
+def test_as_many_words_more_and_the_prompts_own_in_order(words, number):
+    prompt = " ".join(words)
+    extended = RandomTokens(number).extend(TOKENIZER, prompt)
+    assert len(extended.split(" ")) == len(words) + number
+    assert is_subsequence(words, extended.split(" "))
+    assert RandomTokens(number).extend(TOKENIZER, prompt) == extended
+    assert is_subsequence(RandomTokens(1).extend(TOKENIZER, prompt).split(" "), extended.split(" "))
+
+
+def test_words_are_tokens_and_never_special():
+    for seed in range(40):
+        words = RandomTokens(10, seed=seed).extend(TOKENIZER, "~~~~~").split(" ")
+        words.remove("~~~~~")
+        assert all(word in TOKENIZER.get_vocab() for word in words)
+        assert not set(words) & set(TOKENIZER.all_special_tokens)
+
+
+def test_prompts_and_seeds_have_their_own_tokens_and_places():
+    extended = {RandomTokens(4, seed=seed).extend(TOKENIZER, prompt) for seed in (0, 1) for prompt in ("a b", "a c")}
+    assert len(extended) == 4
+    places = [RandomTokens(1, seed=seed).extend(TOKENIZER, "aa bb").split(" ").index("aa") for seed in range(20)]
+    assert set(places) == {0, 1}
+
+
+def test_the_pipeline_gets_the_longer_prompts(random_pipe):
+    mitigation = RandomTokens(4)
+    with mitigation.applied(random_pipe, ["a", "b", "a"]) as inputs:
+        expected = embed(random_pipe, [mitigation.extend(TOKENIZER, prompt) for prompt in ("a", "b", "a")])
+        assert torch.equal(inputs.pop("prompt_embeds"), expected)
+        assert not inputs
+    assert (mitigation.name, RandomTokens(1).name) == ("4 random tokens", "1 random token")
+
+
+def test_impossible_tokens():
+    for values in ({"number": 0}, {"number": 1, "seed": -1}):
+        with pytest.raises(ValueError, match="SomepalliSettings"):
+            RandomTokens(**values)
+
+    class Wordless:
+        all_special_ids = ()
+
+        def get_vocab(self):
+            return {"a": 0, "b": 1}
+
+        def decode(self, ids, **options):
+            return "\ufffd" if ids == [0] else " "
+
+    with pytest.raises(ValueError, match="none of the 2 tokens of Wordless is a word"):
+        RandomTokens(1).extend(Wordless(), "a")

@@ -1,0 +1,603 @@
+"""The mitigations of Table 1, and layers switched off, behind one interface; each works with any StableDiffusionPipeline.
+
+with AttentionScaling().applied(pipe, [prompt] * 4) as inputs:
+    images = pipe(**inputs).images
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nemolib.batching import batches, check_prompts
+from nemolib.first_step import guidance_norm, timestep_of
+from nemolib.layers import Layer, scale_neurons, scale_outputs, widths
+from nemolib.neurons import NeuronSet
+from nemolib.pipeline import embed
+from nemolib.seeding import stream
+from nemolib.settings import Mask, RenSettings, SomepalliSettings, WenSettings, settings_of
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+Prepared = AbstractContextManager[dict[str, Any]]
+
+
+class Mitigation(ABC):
+    """Something that keeps a model from replicating what it memorized, while images are made.
+
+    A mitigation is a frozen dataclass. What it does to an image depends on the prompt, the model and its own settings,
+    never on the batch.
+
+    Attributes:
+        name: What it is called in tables.
+        source: Where it comes from.
+    """
+
+    name: str
+    source: ClassVar[str]
+
+    def of(self, prompt: str) -> Mitigation | None:
+        """Return the same mitigation for this prompt alone, None if it does nothing to it.
+
+        Equal ones make the same images of a prompt: what has no part in them is left out or neutral.
+        """
+        return self
+
+    def check(self, pipe: StableDiffusionPipeline) -> None:
+        """Raise a ValueError for a pipeline that the mitigation cannot handle."""
+        parts = [name for name in ("unet", "text_encoder", "tokenizer") if getattr(pipe, name, None) is None]
+        if parts:
+            raise ValueError(f"{type(pipe).__name__} has no {parts[0]}; {self.name} needs a StableDiffusionPipeline")
+        if getattr(pipe, "text_encoder_2", None) is not None:
+            raise ValueError(
+                f"{type(pipe).__name__} has more than one text encoder, which {self.name} cannot handle; "
+                "give a StableDiffusionPipeline"
+            )
+
+    @contextmanager
+    def applied(self, pipe: StableDiffusionPipeline, prompts: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Prepare a pipeline for one batch; it is restored whatever happens inside the context.
+
+        Args:
+            pipe: A StableDiffusionPipeline.
+            prompts: One prompt for each image of the batch, with repetitions; ``num_images_per_prompt`` stays 1.
+
+        Yields:
+            Arguments for a call of the pipeline: ``prompt``, or ``prompt_embeds`` [image, token, feature].
+
+        Raises:
+            ValueError: The pipeline cannot be handled, there are no prompts, or one is empty.
+        """
+        prompts = check_prompts(prompts)
+        self.check(pipe)
+        with self._prepared(pipe, prompts) as inputs:
+            yield inputs
+
+    @abstractmethod
+    def _prepared(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> Prepared:
+        """Return the context of `applied`, for prompts and a pipeline that were checked."""
+
+
+# Neurons and layers
+
+
+@dataclass(frozen=True)
+class DeactivatedNeurons(Mitigation):
+    """Neurons whose values are scaled, each prompt's own or one set for all.
+
+    Source: Sec. 3.3, Table 1.
+    Deviates: a batch may hold several prompts; the authors' code gives all of them the neurons of the first.
+
+    Attributes:
+        neurons: One set for all prompts, or prompt -> set.
+        factor: What values are multiplied by; 0 deactivates.
+    """
+
+    source: ClassVar[str] = "Hintersdorf et al. (NeurIPS 2024)"
+
+    neurons: NeuronSet | Mapping[str, NeuronSet]
+    factor: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Keep a mapping as it is now."""
+        if isinstance(self.neurons, Mapping):
+            object.__setattr__(self, "neurons", dict(self.neurons))
+        elif not isinstance(self.neurons, NeuronSet):
+            raise TypeError(f"expected a NeuronSet or prompt -> NeuronSet, got {type(self.neurons).__name__}")
+        object.__setattr__(self, "factor", float(self.factor))
+
+    @property
+    def name(self) -> str:
+        """What the mitigation is called in tables."""
+        return "deactivated neurons" if self.factor == 0 else f"neurons scaled by {self.factor:g}"
+
+    def neurons_of(self, prompt: str) -> NeuronSet:
+        """Return the neurons of a prompt; raise a ValueError if a mapping does not have it."""
+        if isinstance(self.neurons, NeuronSet):
+            return self.neurons
+        if prompt not in self.neurons:
+            raise ValueError(f"no neurons are given for the prompt {prompt!r}; give an empty NeuronSet if it has none")
+        return self.neurons[prompt]
+
+    def of(self, prompt: str) -> DeactivatedNeurons | None:
+        """Return the mitigation with the prompt's neurons alone, None if it has none."""
+        chosen = self.neurons_of(prompt)
+        return DeactivatedNeurons(chosen, self.factor) if chosen else None
+
+    def check(self, pipe: StableDiffusionPipeline) -> None:
+        """Raise a ValueError for a pipeline without these neurons."""
+        super().check(pipe)
+        for chosen in [self.neurons] if isinstance(self.neurons, NeuronSet) else self.neurons.values():
+            chosen.check(widths(pipe.unet))
+
+    @contextmanager
+    def _prepared(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> Iterator[dict[str, Any]]:
+        with scale_neurons(pipe.unet, [self.neurons_of(prompt) for prompt in prompts], factor=self.factor):
+            yield {"prompt": prompts}
+
+
+def random_neurons(neurons: NeuronSet, widths: Sequence[int], *, seed: int, repeat: int = 0) -> NeuronSet:
+    """Return as many random neurons in the same layers, none of which is one of the given.
+
+    Each repeat, layer and set has random numbers of its own.
+
+    Source: Sec. 4, Table 1 (random neurons).
+    Deviates: the authors' code draws from all neurons, found ones among them, without a seed, and where it sets one it
+        sets it anew in each layer, so that layers of one width get the same indices.
+
+    Args:
+        neurons: The neurons that were found.
+        widths: Number of neurons of each layer of the model.
+        seed: Seed.
+        repeat: Which of several draws.
+
+    Raises:
+        ValueError: A neuron does not exist, or a layer does not have as many others.
+    """
+    neurons.check(widths)
+    drawn = []
+    for layer, (chosen, width) in enumerate(zip(neurons.layers, widths, strict=True)):
+        others = sorted(set(range(width)) - set(chosen))
+        if len(others) < len(chosen):
+            raise ValueError(
+                f"layer {layer} has {width} neurons; without the {len(chosen)} given ones only {len(others)} remain, "
+                f"{len(chosen)} are needed"
+            )
+        numbers = stream(seed, "random neurons", repeat, layer, neurons.to_json())
+        drawn.append(tuple(numbers.choice(others, size=len(chosen), replace=False).tolist()) if chosen else ())
+    return NeuronSet(tuple(drawn))
+
+
+@dataclass(frozen=True)
+class SwitchedOffLayers(Mitigation):
+    """Layers of which all output channels, or a random share of them, are zero, with and without guidance.
+
+    With values of zero nothing of the text passes a cross-attention; with keys of zero every token gets the same
+    attention.
+
+    Source: App. C.8, Fig. 16 to 19 (key and value layers); App. C.9, Fig. 20 (half of the channels of convolutions).
+
+    Attributes:
+        layers: Addresses of linear layers or convolutions in the UNet.
+        share: Share of the output channels of each that are zero, in [0, 1].
+        seed: Seed of their draw; each layer has random numbers of its own, and a larger share holds a smaller one.
+
+    Raises:
+        ValueError: The share is outside [0, 1].
+    """
+
+    source: ClassVar[str] = "Hintersdorf et al. (NeurIPS 2024), App. C.8, C.9"
+
+    layers: tuple[str, ...]
+    share: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Keep the addresses as a tuple, each once, in one order."""
+        if isinstance(self.layers, str):
+            raise TypeError(f"one address was given ({self.layers!r}); give a tuple of addresses")
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share is {self.share}; a share of the channels is in [0, 1]")
+        object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
+        object.__setattr__(self, "share", float(self.share))
+
+    @property
+    def name(self) -> str:
+        """What the mitigation is called in tables."""
+        part = "" if self.share == 1 else f"{self.share:.0%} of "
+        return f"{part}{len(self.layers)} layer{'' if len(self.layers) == 1 else 's'} switched off"
+
+    def channels(self, layer: str, width: int) -> list[int]:
+        """Return the channels of a layer of that many that are zero, in order."""
+        order = stream(self.seed, "channels", layer).permutation(width)
+        return sorted(order[: round(self.share * width)].tolist())
+
+    def of(self, prompt: str) -> SwitchedOffLayers | None:
+        """Return the mitigation, None if nothing is switched off; the seed counts only where channels are drawn."""
+        if not self.layers or not self.share:
+            return None
+        return replace(self, seed=0) if self.share == 1 else self
+
+    def check(self, pipe: StableDiffusionPipeline) -> None:
+        """Raise a ValueError for a pipeline without these layers."""
+        super().check(pipe)
+        self._scales(pipe.unet)
+
+    def _scales(self, unet: nn.Module) -> dict[str, Tensor]:
+        """Return what the outputs of each layer are multiplied by: [1, 1, channel], of a convolution [1, channel, 1, 1]."""
+        modules, scales = dict(unet.named_modules()), {}
+        for name in self.layers:
+            module = modules.get(name)
+            if not isinstance(module, nn.Linear | nn.Conv2d):
+                found = "is not there" if module is None else f"is a {type(module).__name__}"
+                raise ValueError(f"{name!r} {found}; channels are those of a Linear or Conv2d of {type(unet).__name__}")
+            scale = torch.ones(module.weight.shape[0])
+            scale[self.channels(name, len(scale))] = 0
+            scales[name] = scale.view(1, -1, 1, 1) if isinstance(module, nn.Conv2d) else scale.view(1, 1, -1)
+        return scales
+
+    @contextmanager
+    def _prepared(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> Iterator[dict[str, Any]]:
+        with scale_outputs(pipe.unet, self._scales(pipe.unet)):
+            yield {"prompt": prompts}
+
+
+def switched_off(layer: Layer) -> SwitchedOffLayers:
+    """Return the paper's intervention on a layer: values or keys of zero, or half of the channels of a convolution."""
+    return SwitchedOffLayers((layer.name,), share=0.5 if layer.part == "convolution" else 1.0)
+
+
+# Prompt embedding adjustment
+
+_SAMPLES = 64
+"""Samples in one UNet pass where norms are only measured."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adjustment:
+    """The adjusted embedding of a prompt.
+
+    Attributes:
+        embedding: Embedding [token, feature].
+        norms: Mean norm before each step; the last is the first that is not above the target, if the target was
+            reached.
+    """
+
+    embedding: Tensor
+    norms: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class EmbeddingAdjustment(Mitigation):
+    """The prompt embedding is adjusted before the image is made, by gradient descent on the first denoising step.
+
+    What is minimized is the norm of eps(x_T, prompt) - eps(x_T, empty prompt), averaged over a few initial latents: the
+    score that tells memorized prompts from others. The embedding of the begin token stays, and an embedding whose norm
+    is not above the target stays altogether.
+
+    Source: Wen et al. (ICLR 2024); their code, local_sd_pipeline.py, function aug_prompt.
+    Deviates: latents of a seed of its own, not those of the images that follow, so that the embedding depends on the
+        prompt alone; the norm is averaged over latents, where the code takes one norm over all of them (larger by the
+        square root of their number); AdamW's weight decay, as in the code, but not for the begin token, which the code
+        lets shrink by 0.05 % per step.
+
+    Attributes:
+        settings: Target and course of the descent.
+
+    Raises:
+        ValueError: The settings have no target.
+    """
+
+    name = "prompt embedding adjustment"
+    source: ClassVar[str] = "Wen et al. (ICLR 2024)"
+
+    settings: WenSettings = WenSettings()
+
+    def __post_init__(self) -> None:
+        """Reject settings without a target."""
+        if self.settings.target is None:
+            raise ValueError(
+                "WenSettings.target is None, which leaves it to a rule; give a target, such as that of "
+                "nemolib.wen_target for unmemorized prompts"
+            )
+
+    def of(self, prompt: str) -> EmbeddingAdjustment:
+        """Return the adjustment without the multiplier of the rule, which has no part in an embedding."""
+        return EmbeddingAdjustment(replace(self.settings, multiplier=0.0))
+
+    def check(self, pipe: StableDiffusionPipeline) -> None:
+        """Raise a ValueError for a model that does not predict the noise, or that has no gradients."""
+        super().check(pipe)
+        timestep_of(pipe.scheduler, steps=self.settings.steps, index=self.settings.step)
+        if any(parameter.is_inference() for parameter in pipe.unet.parameters()):
+            raise ValueError("the UNet was loaded in torch.inference_mode and has no gradients; load it outside")
+
+    def adjust(self, pipe: StableDiffusionPipeline, prompt: str) -> Adjustment:
+        """Return the adjusted embedding of a prompt; works inside ``torch.no_grad`` and ``torch.inference_mode`` too.
+
+        The model is not changed, and its parameters get no gradients.
+
+        Raises:
+            ValueError: The pipeline cannot be handled, or the norm is not a finite number.
+        """
+        self.check(pipe)
+        with torch.inference_mode(False), torch.enable_grad():
+            return self._descend(_norm_of(pipe, self.settings), embed(pipe, [prompt])[0])
+
+    def _descend(self, norm_of: Callable[[Tensor], Tensor], embedding: Tensor) -> Adjustment:
+        begin, free = embedding[:1].float(), embedding[1:].float().clone().requires_grad_()
+        optimizer = torch.optim.AdamW([free], lr=self.settings.learning_rate)
+        norms: list[float] = []
+        for _ in range(self.settings.iterations):
+            norm = norm_of(torch.cat([begin, free])[None]).mean()
+            norms.append(norm.item())
+            if not math.isfinite(norms[-1]):
+                raise ValueError(f"the norm of the guidance is {norms[-1]} in step {len(norms)}; use dtype float32")
+            if norms[-1] <= self.settings.target:
+                break
+            (free.grad,) = torch.autograd.grad(norm, [free])
+            optimizer.step()
+        return Adjustment(torch.cat([begin, free]).detach().to(embedding.dtype), tuple(norms))
+
+    @contextmanager
+    def _prepared(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> Iterator[dict[str, Any]]:
+        adjusted = {prompt: self.adjust(pipe, prompt).embedding for prompt in dict.fromkeys(prompts)}
+        yield {"prompt_embeds": torch.stack([adjusted[prompt] for prompt in prompts])}
+
+
+def target_norms(pipe: StableDiffusionPipeline, *, settings: WenSettings) -> Callable[[Sequence[str]], list[float]]:
+    """Return what gives the mean norm that the adjustment lowers, for each prompt of a batch: a task, for `target_of`.
+
+    With batches of `norms_together` prompts it is that of `wen_target` to the last digit.
+    """
+    norm_of = _norm_of(pipe, settings)
+
+    @torch.no_grad()
+    def measure(batch: Sequence[str]) -> list[float]:
+        parts = (norm_of(embed(pipe, part)) for part in batches(batch, norms_together(settings)))
+        return [norm for norms in parts for norm in norms.double().mean(dim=1).tolist()]
+
+    return measure
+
+
+def norms_together(settings: WenSettings) -> int:
+    """Return for how many prompts norms are measured in one UNet pass."""
+    return max(1, _SAMPLES // settings.latents)
+
+
+def _norm_of(pipe: StableDiffusionPipeline, settings: WenSettings) -> Callable[[Tensor], Tensor]:
+    chosen = {"samples": settings.latents, "seed": settings.seed, "steps": settings.steps, "index": settings.step}
+    return guidance_norm(pipe, **chosen)
+
+
+def target_of(norms: Sequence[float], settings: WenSettings) -> float:
+    """Return the target of the adjustment by rule, from the norms of unmemorized prompts; see `wen_target`."""
+    if len(norms) < 2:
+        raise ValueError("one prompt was given; a standard deviation needs at least 2")
+    values = np.asarray(norms)
+    return max(0.0, round(float(values.mean() + settings.multiplier * values.std(ddof=1)), 3))
+
+
+def wen_target(pipe: StableDiffusionPipeline, prompts: Sequence[str], *, settings: WenSettings | None = None) -> float:
+    """Return the target of the adjustment by rule: mean + multiplier standard deviations over unmemorized prompts.
+
+    This is the paper's rule for the memorization threshold, applied to Wen's score: a prompt is adjusted if the text
+    forces the image more than for unmemorized prompts, and until it does not. The authors chose their targets by the
+    trade-off between similarity and alignment that they saw.
+
+    Args:
+        pipe: A StableDiffusionPipeline.
+        prompts: Unmemorized prompts, at least 2; none of those that are reported on.
+        settings: Latents, denoising step and multiplier; None means those of the pipeline's profile, else the paper's.
+
+    Returns:
+        The target, at least 0, in the unit of the noise prediction's norm, to three decimals: rounding errors of
+        another machine hardly ever give another target.
+
+    Raises:
+        ValueError: There are fewer than two prompts, or one is empty.
+    """
+    settings = settings or settings_of(pipe).mitigation.wen
+    return target_of(target_norms(pipe, settings=settings)(check_prompts(prompts)), settings)
+
+
+# Attention scaling
+
+_PLAIN = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
+"""Processors of diffusers that compute the attention of Stable Diffusion and nothing else."""
+
+_EXTRAS = ("group_norm", "spatial_norm", "norm_cross", "norm_q", "norm_k", "added_kv_proj_dim")
+"""Parts of an attention layer that Stable Diffusion does not have."""
+
+
+@dataclass(frozen=True)
+class AttentionScaling(Mitigation):
+    """Attention logits of the begin token are scaled, and tokens after the prompt are masked, in cross-attention.
+
+    With classifier-free guidance this is done for the text-conditional half of the batch alone.
+
+    Source: Ren et al. (ECCV 2024); their code, refactored_classes/refactored_attention_processor.py, with
+        ``--c1 1.25 --cross_attn_mask --miti_mem``. There the end token keeps its attention; ``--mask_length_minis1``
+        masks it too (here: mask ``summary``).
+    Deviates: their code masks the unconditional half as well, at the length of the prompt; here that half stays as it
+        is. It scales every other sample of a batch, which is right for a single image only.
+
+    Attributes:
+        settings: Scale and mask.
+    """
+
+    name = "attention scaling"
+    source: ClassVar[str] = "Ren et al. (ECCV 2024)"
+
+    settings: RenSettings = RenSettings()
+
+    def check(self, pipe: StableDiffusionPipeline) -> None:
+        """Raise a ValueError for a UNet whose cross-attention is not that of Stable Diffusion."""
+        super().check(pipe)
+        for name, layer in cross_attention(pipe.unet).items():
+            kind = type(layer.processor)
+            if kind.__name__ not in _PLAIN or not kind.__module__.startswith("diffusers."):
+                raise ValueError(
+                    f"{name} has the attention processor {kind.__name__}, which attention scaling would replace without "
+                    f"knowing what it does; known: {', '.join(_PLAIN)}; see pipe.unet.set_default_attn_processor()"
+                )
+            extra = next((part for part in _EXTRAS if getattr(layer, part, None) is not None), None)
+            if extra or layer.residual_connection or layer.rescale_output_factor != 1:
+                raise ValueError(f"{name} is no attention layer of Stable Diffusion ({extra or 'it has a residual'})")
+
+    @contextmanager
+    def _prepared(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> Iterator[dict[str, Any]]:
+        allowed = attended_tokens(pipe.tokenizer, prompts, mask=self.settings.mask).to(pipe.unet.device)
+        processor = ScaledAttention(self.settings.c1, allowed)
+        before = [(layer, layer.processor) for layer in cross_attention(pipe.unet).values()]
+        try:
+            for layer, _ in before:
+                layer.set_processor(processor)
+            yield {"prompt": prompts}
+        finally:
+            for layer, theirs in before:
+                layer.set_processor(theirs)
+
+
+class ScaledAttention:
+    """An attention processor of diffusers for cross-attention, with scaled begin token and masked tokens.
+
+    Args:
+        c1: What the logit of the first token is multiplied by.
+        allowed: For each image the tokens that get attention, [image, token], bool. A batch of as many samples is
+            text-conditional; in one of twice as many the unconditional samples come first.
+    """
+
+    def __init__(self, c1: float, allowed: Tensor) -> None:
+        self.c1, self.allowed = c1, allowed
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """Return the output of an attention layer, [sample, position, channel]; arguments as diffusers gives them.
+
+        Raises:
+            ValueError: The batch does not belong to the prompts, or there is a mask of another origin.
+        """
+        if encoder_hidden_states is None or attention_mask is not None:
+            raise ValueError(
+                "attention scaling needs text features and cannot take an attention mask of another origin"
+            )
+        query, key, value = (
+            part.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for part in (attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states))
+        )
+        scale, blocked = self._changes(len(query), key.shape[-2])
+        logits = query.float() @ key.float().transpose(-1, -2) * attn.scale
+        weights = (logits * scale).masked_fill(blocked, -torch.inf).softmax(dim=-1)
+        output = (weights.to(value.dtype) @ value).transpose(1, 2).flatten(2)
+        for part in attn.to_out:
+            output = part(output)
+        return output
+
+    def _changes(self, samples: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Return the factors of the logits and which tokens are masked, both [sample, 1, 1, token]."""
+        images = len(self.allowed)
+        if samples not in (images, 2 * images) or tokens != self.allowed.shape[1]:
+            raise ValueError(
+                f"attention scaling was set up for {images} images and {self.allowed.shape[1]} tokens, but the batch "
+                f"has {samples} samples and {tokens} tokens; give one prompt per image"
+            )
+        scale = torch.ones(samples, 1, 1, tokens, device=self.allowed.device)
+        blocked = torch.zeros(samples, 1, 1, tokens, device=self.allowed.device, dtype=torch.bool)
+        scale[-images:, ..., 0] = self.c1
+        blocked[-images:, 0, 0] = ~self.allowed
+        return scale, blocked
+
+
+def attended_tokens(tokenizer: Any, prompts: list[str], *, mask: Mask) -> Tensor:
+    """Return which tokens of prompts get attention, [prompt, token], bool, as long as the tokenizer pads prompts."""
+    length = tokenizer.model_max_length
+    if mask == "none":
+        return torch.ones(len(prompts), length, dtype=torch.bool)
+    used = [len(ids) for ids in tokenizer(prompts, truncation=True, max_length=length).input_ids]
+    ends = torch.tensor(used) - int(mask == "summary")
+    return torch.arange(length) < ends[:, None]
+
+
+def cross_attention(unet: nn.Module) -> dict[str, Any]:
+    """Return the cross-attention layers of a UNet by their address; raise a ValueError if there are none."""
+    named = unet.named_modules()
+    layers = {name: module for name, module in named if getattr(module, "is_cross_attention", False)}
+    if not layers:
+        raise ValueError(f"{type(unet).__name__} has no cross-attention, which attention scaling needs")
+    return layers
+
+
+# Random tokens
+
+
+@dataclass(frozen=True)
+class RandomTokens(Mitigation):
+    """Random tokens as words at random places of the prompt.
+
+    Tokens and places belong to the prompt. More tokens begin with the same ones as fewer. What exceeds the length of
+    the text encoder is cut off at the end of the prompt, as always.
+
+    Source: Somepalli et al. (NeurIPS 2023), style rand_word_add; function prompt_augmentation in the code of Wen et al.,
+        optim_utils.py, who took it from theirs.
+    Deviates: drawn per prompt from a seed, not from one running generator; special tokens are never drawn (there: ids
+        of 49,400 and above); a token that is no text by itself (part of a character, white space) is drawn anew, since
+        it would not add a word.
+
+    Attributes:
+        number: How many tokens.
+        seed: Seed.
+    """
+
+    source: ClassVar[str] = "Somepalli et al. (NeurIPS 2023)"
+
+    number: int = 4
+    seed: int = SomepalliSettings().seed
+
+    def __post_init__(self) -> None:
+        """Reject values that no run can use."""
+        SomepalliSettings(numbers=(self.number,), seed=self.seed)
+
+    @property
+    def name(self) -> str:
+        """What the mitigation is called in tables."""
+        return f"{self.number} random token{'s' if self.number > 1 else ''}"
+
+    def extend(self, tokenizer: Any, prompt: str) -> str:
+        """Return the prompt with the tokens; raise a ValueError if no token of the vocabulary is a word."""
+        numbers = stream(self.seed, "random tokens", prompt)
+        ids = np.array(sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)))
+        words = prompt.split(" ")
+        for _ in range(self.number):
+            word = _word(tokenizer, numbers.permutation(ids))
+            words.insert(int(numbers.integers(len(words) + 1)), word)
+        return " ".join(words)
+
+    @contextmanager
+    def _prepared(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> Iterator[dict[str, Any]]:
+        # As embeddings: the pipeline would warn of each prompt that the tokens make too long.
+        yield {"prompt_embeds": embed(pipe, [self.extend(pipe.tokenizer, prompt) for prompt in prompts])}
+
+
+def _word(tokenizer: Any, ids: np.ndarray) -> str:
+    """Return the first token that is a word."""
+    for token in ids.tolist():
+        word = tokenizer.decode([token], clean_up_tokenization_spaces=False).strip()
+        if word and word.isprintable() and "\ufffd" not in word and len(word.split()) == 1:
+            return word
+    raise ValueError(f"none of the {len(ids)} tokens of {type(tokenizer).__name__} is a word")

@@ -76,7 +76,7 @@ def make(folder, *arguments):
 def planned(folder, *arguments):
     """Return the names of the notebooks that make would run, in this order."""
     lines = make(folder, "-n", *arguments).stdout.splitlines()
-    return [line.split("notebooks/")[1].split(".ipynb")[0] for line in lines if "-m nemolib.runner" in line]
+    return [line.split("notebooks/")[1].split(".ipynb")[0] for line in lines if "-m tools.runner" in line]
 
 
 def pretend(folder, name, *, age):

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import torch
 from accelerate.utils import find_executable_batch_size
+from torch.utils.benchmark import Timer
 
 from nemolib import paper
 from nemolib.layers import STABLE_DIFFUSION_WIDTHS
@@ -116,17 +117,18 @@ def stages(profile: Profile, counts: Mapping[str, int] = PAPER) -> pd.DataFrame:
         Columns stage, prompts, each (UNet sample-evaluations of one prompt), evaluations (of all of them).
     """
 
-    def taken(limit: int | None, kind: str) -> int:
-        return counts[kind] if limit is None else min(limit, counts[kind])
+    def taken(limit: int | None, number: int) -> int:
+        return number if limit is None else min(limit, number)
 
     extent, mitigation, samples = profile.extent, profile.mitigation, profile.detection.samples
+    vm, tm, unmemorized, quality = (counts[kind] for kind in ("vm", "tm", "unmemorized", "quality"))
     one, image = detection_evaluations(profile), image_evaluations(profile)
     vm_search, tm_search = search_evaluations(profile, "vm"), search_evaluations(profile, "tm")
-    memorized, normal = counts["vm"] + counts["tm"], counts["unmemorized"]
-    drawn, quality = taken(extent.drawn, "unmemorized"), taken(extent.quality, "quality")
-    mitigated = taken(extent.mitigated, "vm") + taken(extent.mitigated, "tm")
-    vm, tm = taken(extent.ablated, "vm"), taken(extent.ablated, "tm")
-    ablated_search = (vm * vm_search + tm * tm_search) / max(vm + tm, 1)
+    memorized, drawn, quality = vm + tm, taken(extent.drawn, unmemorized), taken(extent.quality, quality)
+    mitigated = taken(extent.mitigated, vm) + taken(extent.mitigated, tm)
+    some_vm, some_tm = taken(extent.ablated, vm), taken(extent.ablated, tm)
+    ablated = some_vm + some_tm
+    ablated_search = (some_vm * vm_search + some_tm * tm_search) / max(ablated, 1)
     # Most unmemorized prompts fail the gate; the others are searched about as long as a TM prompt.
     suspected = 1 - paper.reported("unmemorized.without_neurons").value / 500
     adjusted = image + mitigation.wen.latents * (1 + BACKWARD * mitigation.wen.iterations)
@@ -136,10 +138,10 @@ def stages(profile: Profile, counts: Mapping[str, int] = PAPER) -> pd.DataFrame:
     rows = [
         ("memorization threshold, all protocols", counts["threshold"], OBSERVED * samples),
         ("activation statistics (text encoder only)", counts["holdout"], 0),
-        ("memorization scores, all protocols", memorized + normal, OBSERVED * samples),
-        ("localization, VM", counts["vm"], vm_search),
-        ("localization, TM", counts["tm"], tm_search),
-        ("localization, unmemorized", taken(extent.searched, "unmemorized"), one + suspected * tm_search),
+        ("memorization scores, all protocols", memorized + unmemorized, OBSERVED * samples),
+        ("localization, VM", vm, vm_search),
+        ("localization, TM", tm, tm_search),
+        ("localization, unmemorized", taken(extent.searched, unmemorized), one + suspected * tm_search),
         ("images, all neurons active", memorized + drawn, image),
         ("images and scores, memorization neurons deactivated", memorized, image + one),
         ("images, initial selection and random neurons", mitigated, (1 + mitigation.random.repeats) * image),
@@ -147,15 +149,11 @@ def stages(profile: Profile, counts: Mapping[str, int] = PAPER) -> pd.DataFrame:
         ("images, attention scaling", mitigated, image),
         ("images, random tokens", mitigated, tokens * image),
         ("images, unmemorized prompts without neurons", drawn, 2 * image),
-        ("ablations, localization", vm + tm, ABLATED_SEARCHES * ablated_search),
-        ("ablations, images", vm + tm, ABLATED_IMAGES * image),
+        ("ablations, localization", ablated, ABLATED_SEARCHES * ablated_search),
+        ("ablations, images", ablated, ABLATED_IMAGES * image),
         ("image quality", quality, (1 + BLOCKED_SETS) * quality_image),
-        (
-            "outputs of blocks",
-            quality if extent.blocks is None else min(extent.blocks, quality),
-            (1 + BLOCKED_SETS) * min(BLOCKED_SEEDS, samples),
-        ),
-        ("layers switched off", taken(extent.layers, "vm"), (1 + SWITCHED_LAYERS) * layer_image),
+        ("outputs of blocks", taken(extent.blocks, quality), (1 + BLOCKED_SETS) * min(BLOCKED_SEEDS, samples)),
+        ("layers switched off", taken(extent.layers, vm), (1 + SWITCHED_LAYERS) * layer_image),
     ]
     table = pd.DataFrame(rows, columns=["stage", "prompts", "each"])
     return table.assign(evaluations=table["prompts"] * table["each"])
@@ -206,18 +204,21 @@ def evaluations_per_second(pipe: StableDiffusionPipeline, *, samples: int, secon
         samples: Latents of one pass; fewer where memory is too small for so many.
         seconds: How long to measure, at least; one pass in any case, after one that warms up.
     """
-    from torch.utils.benchmark import Timer
-
-    unet, like = pipe.unet, {"device": pipe.device, "dtype": pipe.unet.dtype}
-    config = unet.config
+    unet, config = pipe.unet, pipe.unet.config
+    shape, like = (
+        (config.in_channels, config.sample_size, config.sample_size),
+        {"device": pipe.device, "dtype": unet.dtype},
+    )
+    text = (pipe.tokenizer.model_max_length, config.cross_attention_dim)
 
     @find_executable_batch_size(starting_batch_size=samples)
     def speed(size: int) -> float:
-        latents = torch.zeros((size, config.in_channels, config.sample_size, config.sample_size), **like)
-        texts = torch.zeros((size, pipe.tokenizer.model_max_length, config.cross_attention_dim), **like)
-        timer = Timer(
-            "unet(latents, 961, texts)", globals=locals() | {"unet": unet}, num_threads=torch.get_num_threads()
-        )
+        names = {
+            "unet": unet,
+            "latents": torch.ones((size, *shape), **like),
+            "texts": torch.ones((size, *text), **like),
+        }
+        timer = Timer("unet(latents, 961, texts)", globals=names, num_threads=torch.get_num_threads())
         return size / timer.blocked_autorange(min_run_time=seconds).median
 
     return speed()

@@ -261,7 +261,7 @@ def _fetch(file: SourceFile, folder: Path, expected: str | None) -> str:
         remedy = f"put the right file into the mirror, or unset {MIRROR}"
     elif constants.HF_HUB_OFFLINE:
         raise DownloadError(
-            f"{file.path}: not there, and HF_HUB_OFFLINE forbids the network; unset it, or give a folder that holds the "
+            f"{file.path} is not there, and HF_HUB_OFFLINE forbids the network; unset it, or give a folder that holds the "
             f"file: {MIRROR}=folder"
         )
     else:

@@ -7,8 +7,8 @@ import nbformat
 import pytest
 
 from nemolib import paths
-from nemolib.profiles import load_profile
-from nemolib.runner import notebook_parameters
+from nemolib.settings import load_profile
+from tools.runner import notebook_parameters
 
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("[0-9]*.ipynb"))
 

@@ -49,13 +49,30 @@ def test_this_environment_is_that_of_the_lock():
     assert installed == LOCK
 
 
+ENVIRONMENT = yaml.safe_load((paths.ROOT / "environment.yml").read_text())["dependencies"]
+
+NAMED = dict(line.split("==") for line in ENVIRONMENT[-1]["pip"] if "==" in line)
+
+CALLED = {"jupyterlab": "jupyter lab", "nbval": "pytest .* --nbval-lax"}
+"""What the Makefile calls, where nothing imports the package."""
+
+
 def test_conda_gives_the_same_environment():
-    environment = yaml.safe_load((paths.ROOT / "environment.yml").read_text())
-    python, pip, by_pip = environment["dependencies"]
+    python, pip, by_pip = ENVIRONMENT
     assert pip == "pip"
-    assert by_pip == {"pip": ["-r requirements.lock", "-e ."]}
-    version = python.removeprefix("python=")
-    assert SpecifierSet(PROJECT["requires-python"]).contains(version)
+    assert by_pip["pip"][len(NAMED) :] == ["-r requirements.lock", "-e ."]
+    assert {name: LOCK[name] for name in NAMED} == NAMED
+    assert SpecifierSet(PROJECT["requires-python"]).contains(python.removeprefix("python="))
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_what_conda_names_is_used(name):
+    if name in CALLED:
+        assert re.search(CALLED[name], (paths.ROOT / "Makefile").read_text())
+        return
+    module = {"scikit-image": "skimage"}.get(name, name)
+    files = [path for folder in ("nemolib", "tools", "tests") for path in (paths.ROOT / folder).rglob("*.py")]
+    assert any(re.search(rf"^\s*(import|from) {module}\b", path.read_text(), re.MULTILINE) for path in files)
 
 
 def test_this_python_is_supported():
@@ -63,11 +80,12 @@ def test_this_python_is_supported():
     assert SpecifierSet(PROJECT["requires-python"]).contains(version)
 
 
-def test_profiles_are_part_of_the_package():
+def test_data_of_the_package_is_part_of_it():
     tool = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     patterns = tool["package-data"]["nemolib"]
-    files = {file for pattern in patterns for file in (paths.ROOT / "nemolib").glob(pattern)}
-    assert paths.PROFILES / "tiny.yaml" in files
+    shipped = {file for pattern in patterns for file in paths.PACKAGE.glob(pattern)}
+    there = [file for suffix in ("csv", "json", "yaml") for file in paths.PACKAGE.rglob(f"*.{suffix}")]
+    assert set(there) == shipped
 
 
 def test_the_hooks_use_the_locked_tools():

@@ -1,19 +1,20 @@
 """The training loop: what it reaches does not depend on interruptions."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from nemolib.world.training import Stage, read_log, run, schedule
+from tools.world.training import Stage, read_log, run, schedule
 
 
 class Interrupted(Exception):
     """Stands for a killed process."""
 
 
-def _stage(*, stop_at: int | None = None, fingerprint: str = "a", steps: int = 12) -> Stage:
+def _stage(*, stop_at: int | None = None, fingerprint: str = "a") -> Stage:
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
 
@@ -23,11 +24,8 @@ def _stage(*, stop_at: int | None = None, fingerprint: str = "a", steps: int = 1
         inputs = torch.randn(4, 3, generator=random.torch) + float(random.numpy.normal())
         return {"loss": (model(inputs) - inputs.sum(1, keepdim=True)).square().mean()}
 
-    optimizer = torch.optim.AdamW(model.parameters())
-    return Stage(
-        name="line", modules={"line": model}, optimizer=optimizer, steps=steps, seed=7, learning_rate=0.1, warmup=2,
-        loss=loss, fingerprint=fingerprint,
-    )  # fmt: skip
+    settings = SimpleNamespace(steps=12, seed=7, learning_rate=0.1)
+    return Stage("line", settings, {"line": model}, loss, fingerprint, weight_decay=0.01, warmup=2)
 
 
 def _run(stage, folder):

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from nemolib.encoders.base import to_pixels
-from nemolib.world import captions, clip, descriptor, render, unet
-from nemolib.world.settings import DataSettings, DescriptorSettings, UNetSettings, WorldSettings
+from nemolib.encoders import to_pixels
+from tools.world import captions, clip, descriptor, render, unet
+from tools.world.settings import DataSettings, DescriptorSettings, UNetSettings, WorldSettings
 
 NAMES = [*captions.LADDER, "otter", "rocket", "dog", "cat"]
 

@@ -3,16 +3,19 @@
 import subprocess
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
 from nemolib import paths
 from nemolib.encoders import alignment_encoder
-from nemolib.experiments import planted_images
-from nemolib.prompts import load_prompts
-from nemolib.world import acceptance
-from nemolib.world.build import shipped_bytes
+from nemolib.pipeline import load_pipeline
+from nemolib.prompts import image_paths, load_prompts
+from nemolib.run import Run
+from nemolib.settings import load_profile
+from nemolib.store import Store
+from tools.world import acceptance
 
 pytestmark = pytest.mark.world
 WORLD = paths.DATA / "tiny"
@@ -24,12 +27,15 @@ def tables() -> dict[str, pd.DataFrame]:
 
 
 @pytest.fixture(scope="module")
-def measured() -> pd.DataFrame:
-    return acceptance.measure(WORLD / "model", progress=False)
+def measured(tmp_path_factory) -> pd.DataFrame:
+    profile = load_profile("tiny")
+    store = Store(tmp_path_factory.mktemp("store"))
+    return acceptance.measure(Run(profile, load_pipeline(profile), store=store, progress=False))
 
 
 def test_weights_are_small():
-    assert 5e6 < shipped_bytes(WORLD) <= 30e6
+    folders = [WORLD / name for name in ("model", "clip", "descriptor")]
+    assert 5e6 < sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file()) <= 30e6
 
 
 def test_diffusers_alone_loads_the_model_offline_and_makes_an_image(tmp_path):
@@ -87,16 +93,17 @@ def test_the_model_card_shows_what_the_weights_give(measured):
 
 
 def test_the_copy_descriptor_separates_copies_from_other_images():
-    table = acceptance.measure_descriptor().set_index(["relation", "quantile"])["similarity"]
+    table = acceptance.measure_descriptor(load_profile("tiny")).set_index(["relation", "quantile"])["similarity"]
     assert table["own", 0.05] > table["other", 0.95]
     assert table["own", 0.5] > 0.8
     assert table["other", 0.5] < 0.3
 
 
 def test_the_alignment_encoder_finds_the_caption_of_a_planted_image(tables):
-    encoder = alignment_encoder("tiny")
+    encoder = alignment_encoder(load_profile("tiny"))
     planted = tables["memorized"].query("kind == 'vm'")
     texts = encoder.texts.describe(planted["caption"].to_list())
-    similar = encoder.images.describe(planted_images("tiny", planted)) @ texts.T
+    images = [np.asarray(Image.open(path).convert("RGB")) for path in image_paths(planted, load_profile("tiny"))]
+    similar = encoder.images.describe(np.stack(images)) @ texts.T
     best = (similar.argmax(dim=1).numpy() == range(len(planted))).mean()
     assert best >= 0.8

@@ -1,4 +1,4 @@
-"""``python -m nemolib.world`` from the package data to a pipeline folder, at a size that learns nothing."""
+"""``python -m tools.world`` from the package data to a pipeline folder, at a size that learns nothing."""
 
 import subprocess
 import sys
@@ -6,8 +6,9 @@ import sys
 import pytest
 from diffusers import StableDiffusionPipeline
 
-from nemolib.world import build
-from nemolib.world.settings import WorldSettings
+from nemolib import paths
+from tools.world import build
+from tools.world.settings import WorldSettings
 
 
 @pytest.mark.slow
@@ -15,14 +16,14 @@ def test_training_ends_with_a_pipeline_that_loads(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "nemolib.world",
+        "tools.world",
         "--small",
         "--work",
         str(tmp_path / "w"),
         "--out",
         str(tmp_path / "o"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=paths.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "o" / "model", safety_checker=None)
     assert pipe("a dog", num_inference_steps=1).images[0].size == (64, 64)

@@ -6,15 +6,16 @@ import torch
 
 from nemolib import workers
 from nemolib.holdout import activation_statistics
-from nemolib.localization import localize_many
 from nemolib.pipeline import load_pipeline
-from nemolib.profiles import load_profile
 from nemolib.prompts import select
+from nemolib.run import localize_many
+from nemolib.settings import load_profile
+from nemolib.store import Store
 
 pytestmark = [pytest.mark.world, pytest.mark.slow]
 
 
-def test_two_processes_find_the_same_neurons(monkeypatch):
+def test_two_processes_find_the_same_neurons(monkeypatch, tmp_path):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -26,7 +27,8 @@ def test_two_processes_find_the_same_neurons(monkeypatch):
         tables = {}
         for choice in ("off", "local:2"):
             monkeypatch.setenv(workers.VARIABLE, choice)
-            tables[choice] = localize_many(pipe, prompts, normal, threshold=0.45, progress=False)
+            store = Store(tmp_path / choice.partition(":")[0])
+            tables[choice] = localize_many(pipe, prompts, normal, threshold=0.45, store=store, progress=False)
     finally:
         torch.set_num_threads(before)
     pd.testing.assert_frame_equal(tables["off"], tables["local:2"], check_exact=True)

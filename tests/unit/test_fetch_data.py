@@ -1,7 +1,6 @@
 import hashlib
 import io
 import json
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -9,25 +8,26 @@ import pytest
 import torch
 from PIL import Image
 
-from nemolib.downloads import (
+from nemolib.encoders import noted_sha256
+from nemolib.holdout import ActivationStatistics
+from nemolib.layers import STABLE_DIFFUSION_WIDTHS
+from nemolib.prompts import PromptTableError, load_prompts
+from nemolib.settings import load_profile
+from tests.web import Cut, serve
+from tools import fetch_data as tool
+from tools.fetch_data import (
     DownloadError,
+    ManifestError,
     SourceFile,
+    convert_statistics,
     fetch_data,
     fetch_file,
     fetch_images,
     fetch_model,
+    hub_models,
     load_manifest,
-    outcome_table,
+    main,
 )
-from nemolib.downloads.__main__ import main
-from nemolib.downloads.fetch import convert_statistics, hub_models
-from nemolib.downloads.manifest import ManifestError
-from nemolib.encoders.checksums import read_verified
-from nemolib.holdout import ActivationStatistics
-from nemolib.profiles import load_profile
-from nemolib.prompts import PromptTableError, load_prompts
-from nemolib.value_layers import STABLE_DIFFUSION_WIDTHS
-from tests.web import Cut, serve
 
 DATA = b"some bytes " * 1000
 SHA = hashlib.sha256(DATA).hexdigest()
@@ -39,7 +39,7 @@ def _environment(monkeypatch):
     """Ask no proxy for this machine, do not wait between attempts, know no mirror."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("NEMO_DATA_MIRROR", raising=False)
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("pooch.core.time.sleep", lambda seconds: None)
 
 
@@ -49,8 +49,8 @@ def site():
         yield site
 
 
-def source(site, *names, **values):
-    return SourceFile("models/net.bin", tuple(f"{site.url}/{name}" for name in names), **values)
+def source(site, name, **values):
+    return SourceFile(path="models/net.bin", url=f"{site.url}/{name}", **values)
 
 
 def left(folder):
@@ -61,40 +61,34 @@ def left(folder):
 def test_a_file_is_downloaded_once(site, tmp_path):
     site.pages["/a.bin"] = DATA
     file = source(site, "a.bin", sha256=SHA)
-    assert fetch_file(file, tmp_path, progress=False) == "downloaded"
+    assert fetch_file(file, tmp_path) == "downloaded"
     assert (tmp_path / "models" / "net.bin").read_bytes() == DATA
-    assert fetch_file(file, tmp_path, progress=False) == "present"
+    assert fetch_file(file, tmp_path) == "present"
     assert site.asked == ["/a.bin"]
     assert left(tmp_path) == ["net.bin"]
 
 
 def test_a_download_that_breaks_off_is_tried_again(site, tmp_path):
     site.pages["/a.bin"] = [Cut(DATA), 503, DATA]
-    assert fetch_file(source(site, "a.bin", sha256=SHA), tmp_path, progress=False) == "downloaded"
+    assert fetch_file(source(site, "a.bin", sha256=SHA), tmp_path) == "downloaded"
     assert site.asked == ["/a.bin"] * 3
     assert (tmp_path / "models" / "net.bin").read_bytes() == DATA
 
 
 def test_a_part_never_counts(site, tmp_path):
     site.pages["/a.bin"] = Cut(DATA)
-    with pytest.raises(DownloadError, match=r"models/net\.bin could not be downloaded; check the connection"):
-        fetch_file(source(site, "a.bin"), tmp_path, progress=False)
+    with pytest.raises(DownloadError, match=r"models/net\.bin could not be fetched from .*; check the connection"):
+        fetch_file(source(site, "a.bin"), tmp_path)
     assert left(tmp_path) == []
 
 
-def test_another_address_is_asked_where_one_fails(site, tmp_path):
-    site.pages |= {"/wrong.bin": b"login page", "/b.bin": DATA}
-    file = source(site, "gone.bin", "wrong.bin", "b.bin", sha256=SHA)
-    assert fetch_file(file, tmp_path, progress=False) == "downloaded"
-    assert list(dict.fromkeys(site.asked)) == ["/gone.bin", "/wrong.bin", "/b.bin"]
-
-
-def test_the_error_names_every_address_and_its_reason(site, tmp_path):
-    site.pages["/wrong.bin"] = b"login page"
-    with pytest.raises(DownloadError) as error:
-        fetch_file(source(site, "gone.bin", "wrong.bin", sha256=SHA), tmp_path, progress=False)
-    for words in ("/gone.bin: 404", "/wrong.bin: SHA256 hash of", "NEMO_DATA_MIRROR=folder"):
-        assert words in str(error.value)
+@pytest.mark.parametrize(("page", "reason"), [(404, "404"), (b"login page", "SHA256 hash of")])
+def test_the_error_names_the_address_the_reason_and_what_to_do(site, tmp_path, page, reason):
+    site.pages["/a.bin"] = page
+    with pytest.raises(
+        DownloadError, match=rf"net\.bin could not be fetched from \S+/a\.bin: {reason}.*{tool.MIRROR}=f"
+    ):
+        fetch_file(source(site, "a.bin", sha256=SHA), tmp_path)
     assert left(tmp_path) == []
 
 
@@ -105,7 +99,7 @@ def test_a_file_that_was_changed_is_not_used_and_not_lost(site, tmp_path):
     with pytest.raises(
         DownloadError, match=rf"net\.bin: SHA-256 is [0-9a-f]+, expected {SHA}.*delete it and run again"
     ):
-        fetch_file(source(site, "a.bin", sha256=SHA), tmp_path, progress=False)
+        fetch_file(source(site, "a.bin", sha256=SHA), tmp_path)
     assert target.read_bytes() == DATA[:50]
     assert site.asked == []
 
@@ -113,27 +107,23 @@ def test_a_file_that_was_changed_is_not_used_and_not_lost(site, tmp_path):
 def test_without_a_known_hash_the_first_one_is_noted(site, tmp_path):
     site.pages["/a.bin"] = DATA
     file = source(site, "a.bin")
-    fetch_file(file, tmp_path, progress=False)
+    fetch_file(file, tmp_path)
     target = tmp_path / "models" / "net.bin"
     assert json.loads((tmp_path / "models" / "net.bin.sha256.json").read_text())["sha256"] == SHA
-    assert fetch_file(file, tmp_path, progress=False) == "present"
-    # The encoders read the same note.
-    assert read_verified(target)[1] == SHA
+    assert fetch_file(file, tmp_path) == "present"
+    assert noted_sha256(target) == SHA, "the encoders read the same note"
     target.write_bytes(DATA + b"more")
-    with pytest.raises(DownloadError, match=r"expected [0-9a-f]+: another file.*delete net\.bin\.sha256\.json as well"):
-        fetch_file(file, tmp_path, progress=False)
+    with pytest.raises(DownloadError, match=r"expected [0-9a-f]+: another file.*delete the note of its SHA-256"):
+        fetch_file(file, tmp_path)
 
 
 def test_a_table_without_a_known_hash_must_have_its_rows(site, tmp_path):
     site.pages |= {"/t.csv": TABLE, "/page.html": b"<html>no table</html>"}
-    for names, rows, words in [
-        (["t.csv"], 3, "2 prompts, expected 3"),
-        (["page.html"], 2, "no prompt table"),
-    ]:
+    for name, rows, words in [("t.csv", 3, "2 prompts, expected 3"), ("page.html", 2, "no prompt table")]:
         with pytest.raises(DownloadError, match=words):
-            fetch_file(source(site, *names, rows=rows), tmp_path, progress=False)
+            fetch_file(source(site, name, rows=rows), tmp_path)
         assert left(tmp_path) == []
-    assert fetch_file(source(site, "page.html", "t.csv", rows=2), tmp_path, progress=False) == "downloaded"
+    assert fetch_file(source(site, "t.csv", rows=2), tmp_path) == "downloaded"
 
 
 @pytest.mark.parametrize("place", ["models/net.bin", "folder/a.bin", "a.bin"])
@@ -143,7 +133,7 @@ def test_a_mirror_is_asked_first(site, tmp_path, monkeypatch, place):
     (mirror / place).write_bytes(DATA)
     monkeypatch.setenv("NEMO_DATA_MIRROR", str(mirror))
     file = source(site, "folder/a.bin", sha256=SHA)
-    assert fetch_file(file, tmp_path / "data", progress=False) == "copied"
+    assert fetch_file(file, tmp_path / "data") == "copied"
     assert (tmp_path / "data" / "models" / "net.bin").read_bytes() == DATA
     assert site.asked == []
 
@@ -151,32 +141,26 @@ def test_a_mirror_is_asked_first(site, tmp_path, monkeypatch, place):
 def test_what_the_mirror_lacks_is_downloaded(site, tmp_path, monkeypatch):
     monkeypatch.setenv("NEMO_DATA_MIRROR", str(tmp_path))
     site.pages["/a.bin"] = DATA
-    assert fetch_file(source(site, "a.bin", sha256=SHA), tmp_path / "data", progress=False) == "downloaded"
+    assert fetch_file(source(site, "a.bin", sha256=SHA), tmp_path / "data") == "downloaded"
 
 
 def test_a_wrong_mirror_is_named(site, tmp_path, monkeypatch):
     (tmp_path / "a.bin").write_bytes(b"old version")
     monkeypatch.setenv("NEMO_DATA_MIRROR", str(tmp_path))
-    with pytest.raises(DownloadError, match=r"a\.bin: SHA-256 is .*put the right file into the mirror, or unset"):
-        fetch_file(source(site, "a.bin", sha256=SHA), tmp_path / "data", progress=False)
+    with pytest.raises(DownloadError, match=r"a\.bin: SHA256 hash of .*put the right file into the mirror, or unset"):
+        fetch_file(source(site, "a.bin", sha256=SHA), tmp_path / "data")
     assert left(tmp_path / "data") == []
     monkeypatch.setenv("NEMO_DATA_MIRROR", str(tmp_path / "nowhere"))
     with pytest.raises(DownloadError, match="which is no folder"):
-        fetch_file(source(site, "a.bin", sha256=SHA), tmp_path / "data", progress=False)
+        fetch_file(source(site, "a.bin", sha256=SHA), tmp_path / "data")
 
 
 def test_offline_is_respected(site, tmp_path, monkeypatch):
     site.pages["/a.bin"] = DATA
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(DownloadError, match=r"models/net\.bin: not there, and HF_HUB_OFFLINE forbids the network"):
-        fetch_file(source(site, "a.bin", sha256=SHA), tmp_path, progress=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DownloadError, match=r"models/net\.bin is not there, and HF_HUB_OFFLINE forbids the network"):
+        fetch_file(source(site, "a.bin", sha256=SHA), tmp_path)
     assert site.asked == []
-
-
-def test_without_pooch_the_error_says_what_to_install(site, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pooch", None)
-    with pytest.raises(DownloadError, match=r"pip install 'nemolib\[sd14\]'"):
-        fetch_file(source(site, "a.bin", sha256=SHA), tmp_path, progress=False)
 
 
 # The manifest
@@ -189,7 +173,7 @@ def test_the_manifest_of_sd14():
     assert known["prompts/memorized.csv"].sha256.startswith("0b527a59")
     assert known["prompts/holdout.csv"].rows == 50_000
     assert [path for path, file in known.items() if file.sha256 is None] == ["prompts/holdout.csv"]
-    assert all(url.startswith("https://") for file in manifest.files for url in file.urls)
+    assert all(file.url.startswith("https://") for file in manifest.files)
 
 
 def test_the_profile_uses_what_the_manifest_fetches():
@@ -205,13 +189,15 @@ def test_the_profile_uses_what_the_manifest_fetches():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("folder: x\nfiles: [{path: ../a, urls: 'http://b/a'}]", r"path '\.\./a' must be a file inside the folder"),
-        ("folder: x\nfiles: [{path: a, urls: 'ftp://b/a'}]", "must be at least one http"),
-        ("folder: x\nfiles: [{path: a, urls: 'http://b/a', sha256: abc}]", "sha256 'abc' must be 64"),
-        ("folder: x\nfiles: [{path: a, url: 'http://b/a'}]", "unknown key 'url'.*allowed: path, urls"),
+        ("folder: x\nfiles: [{path: ../a, url: 'http://b/a'}]", r"files.0.path: .*must be a file inside.*not '\.\./a'"),
+        ("folder: x\nfiles: [{path: a, url: 'ftp://b/a'}]", "files.0.url: .*https.*not 'ftp://b/a'"),
+        ("folder: x\nfiles: [{path: a, url: 'http://b/a', sha256: abc}]", "files.0.sha256: .*not 'abc'"),
+        ("folder: x\nfiles: [{path: a, url: 'http://b/a', row: 3}]", "files.0.row: Extra inputs .*not 3"),
+        ("files: [{path: a}]", "folder: Field required.*files.0.url: Field required"),
         ("folder: x\nfiles: []\ntraining_images: t.csv", "training_images is 't.csv', which is not among the files"),
+        ("folder: x\nfiles: [{path: a, url: 'http://b'}, {path: a, url: 'http://b'}]", "a path is listed twice"),
         ("folder: [", "while parsing"),
-        ("", "NoneType"),
+        ("", "Input should be a valid dictionary"),
     ],
 )
 def test_a_broken_manifest_is_named(tmp_path, text, words):
@@ -235,13 +221,13 @@ def test_a_model_is_fetched_at_its_revision_without_pickles(monkeypatch, tmp_pat
 
     def snapshot(repository, **options):
         asked.update(options, repository=repository)
-        for name in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
-            (tmp_path / name).parent.mkdir()
-            (tmp_path / f"{name}.safetensors").touch()
+        for name in (name for name in options["allow_patterns"] if "*" not in name):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    assert fetch_model("owner/name", revision="abc") == tmp_path
+    assert fetch_model("owner/name", "abc", "pipeline") == tmp_path
     assert (asked["repository"], asked["revision"]) == ("owner/name", "abc")
     patterns = asked["allow_patterns"]
     assert "unet/diffusion_pytorch_model.safetensors" in patterns
@@ -254,14 +240,14 @@ def test_a_revision_without_safetensors_is_an_error(monkeypatch, tmp_path):
     with pytest.raises(
         DownloadError, match=r"model.safetensors, preprocessor_config.json missing in .*give a revision"
     ):
-        fetch_model("owner/name", revision=None, kind="clip")
+        fetch_model("owner/name", None, "clip")
 
 
 def test_a_model_that_is_not_cached_offline(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(DownloadError, match=r"model owner/name \(revision abc\): not in the cache .*HF_HUB_OFFLINE"):
-        fetch_model("owner/name", revision="abc")
+        fetch_model("owner/name", "abc", "pipeline")
 
 
 def test_a_model_behind_a_licence(monkeypatch):
@@ -274,7 +260,7 @@ def test_a_model_behind_a_licence(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     with pytest.raises(DownloadError, match=r"https://huggingface\.co/owner/name; accept its licence.*HF_TOKEN"):
-        fetch_model("owner/name", revision=None)
+        fetch_model("owner/name", None, "pipeline")
 
 
 def test_the_models_of_a_profile():
@@ -323,14 +309,17 @@ def world(site, tmp_path):
     return tmp_path
 
 
-def images_of(site, world):
-    table = world / "prompts" / "memorized.csv"
-    archive = f"{site.url}/web/"
-    return fetch_images(table, world, archive=archive, retries=0, timeout=5, progress=False)
+@pytest.fixture(autouse=True)
+def _archive(site, monkeypatch):
+    monkeypatch.setattr(tool, "ARCHIVE", f"{site.url}/web/")
+
+
+def images_of(world):
+    return fetch_images(world / "prompts" / "memorized.csv", world)
 
 
 def test_images_from_their_server_or_from_an_archive(site, world):
-    report = images_of(site, world).set_index("caption")
+    report = images_of(world).set_index("caption")
     assert report["status"].to_dict() == {
         "here": "found",
         "archived": "archived",
@@ -353,7 +342,7 @@ def test_images_from_their_server_or_from_an_archive(site, world):
 
 
 def test_the_report_says_why_an_image_is_missing(site, world):
-    images_of(site, world)
+    images_of(world)
     report = pd.read_csv(world / "images.csv", keep_default_na=False).set_index("caption")
     assert report["reason"]["corrupt"].startswith("ValueError: no image (OSError: ")
     assert "archive: HTTP 404" in report["reason"]["corrupt"]
@@ -364,7 +353,7 @@ def test_the_report_says_why_an_image_is_missing(site, world):
 
 
 def test_later_steps_use_what_was_found(site, world):
-    images_of(site, world)
+    images_of(world)
     table = load_prompts(world / "prompts" / "memorized.csv").set_index("caption")
     assert table["image"]["archived"] == "images/0001.png"
     assert table["image"]["corrupt"] == ""
@@ -372,11 +361,11 @@ def test_later_steps_use_what_was_found(site, world):
 
 
 def test_only_missing_images_are_fetched_again(site, world):
-    images_of(site, world)
+    images_of(world)
     site.asked.clear()
     site.pages["/corrupt.jpg"] = picture()
     (world / "images" / "0003.png").write_bytes(picture(kind="PNG"))  # by hand, from a backup
-    report = images_of(site, world).set_index("caption")
+    report = images_of(world).set_index("caption")
     assert report["status"]["corrupt"] == "found"
     assert report["reason"]["pixel"] == "put there by hand"
     assert report["status"]["archived"] == "archived"
@@ -384,17 +373,17 @@ def test_only_missing_images_are_fetched_again(site, world):
 
 
 def test_images_whose_report_was_lost_are_kept(site, world):
-    images_of(site, world)
+    images_of(world)
     (world / "images.csv").unlink()
     site.asked.clear()
-    report = images_of(site, world).set_index("caption")
+    report = images_of(world).set_index("caption")
     assert report["status"]["archived"] == "found"
     assert "/gone.png" not in site.asked
 
 
 def test_offline_images_are_reported_missing(site, world, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    report = images_of(site, world)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    report = images_of(world)
     assert set(report["status"]) == {"missing"}
     assert site.asked == []
 
@@ -403,10 +392,10 @@ def test_tables_without_urls_or_of_another_kind(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text(";Caption;type\n0;a;VM\n")
     with pytest.raises(DownloadError, match="has no column 'url'"):
-        fetch_images(path, tmp_path, progress=False)
+        fetch_images(path, tmp_path)
     path.write_text(";Caption;URL\n0;a;u\n")
     with pytest.raises(PromptTableError, match="column 'type' is missing"):
-        fetch_images(path, tmp_path, progress=False)
+        fetch_images(path, tmp_path)
 
 
 # All together
@@ -430,9 +419,9 @@ def profile(site, world, tmp_path):
         f"""
 folder: {tmp_path / "data"}
 files:
-  - {{path: prompts/memorized.csv, urls: "{site.url}/p/memorized.csv"}}
-  - {{path: statistics.pt, urls: "{site.url}/s.pt"}}
-  - {{path: models/inception.pt, urls: "{site.url}/gone.pt", optional: true}}
+  - {{path: prompts/memorized.csv, url: "{site.url}/p/memorized.csv"}}
+  - {{path: statistics.pt, url: "{site.url}/s.pt"}}
+  - {{path: models/inception.pt, url: "{site.url}/gone.pt", optional: true}}
 released_statistics: statistics.pt
 statistics_count: 50000
 training_images: prompts/memorized.csv
@@ -446,16 +435,15 @@ training_images: prompts/memorized.csv
 
 
 def test_everything_is_fetched_and_what_fails_does_not_stop_the_rest(profile, tmp_path):
-    told = []
-    outcomes = fetch_data(profile, progress=False, report=told.append, parts=("files", "models"))
-    assert told == outcomes
-    assert outcome_table(outcomes)["status"].tolist() == ["downloaded", "downloaded", "missing", "converted"]
+    profile = load_profile(profile)
+    statuses = [outcome.status for outcome in fetch_data(profile, ("files", "models"))]
+    assert statuses == ["downloaded", "downloaded", "missing", "converted"]
     converted = ActivationStatistics.load(tmp_path / "data" / "statistics.safetensors")
     assert converted.widths == STABLE_DIFFUSION_WIDTHS
     assert converted.count == 50_000
     assert all(torch.equal(a, b) for a, b in zip(converted.mean, released()[0], strict=True))
-    again = outcome_table(fetch_data(profile, progress=False, parts=("files",)))
-    assert again["status"].tolist() == ["present", "present", "missing", "present"]
+    again = [outcome.status for outcome in fetch_data(profile, ("files",))]
+    assert again == ["present", "present", "missing", "present"]
 
 
 def test_statistics_of_another_model_are_refused(tmp_path, profile):
@@ -470,9 +458,8 @@ def test_statistics_of_another_model_are_refused(tmp_path, profile):
     assert not (manifest.root / "statistics.safetensors").exists()
 
 
-def test_the_command(profile, site, capsys, monkeypatch):
-    arguments = ["--profile", str(profile), "--no-progress"]
-    monkeypatch.setattr("nemolib.downloads.fetch.fetch_images", lambda table, folder, progress: images_of(site, folder))
+def test_the_command(profile, capsys):
+    arguments = ["--profile", str(profile)]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "downloaded  prompts/memorized.csv" in printed
@@ -482,9 +469,9 @@ def test_the_command(profile, site, capsys, monkeypatch):
 
 def test_the_command_fails_if_something_needed_is_missing(profile, site, capsys):
     del site.pages["/s.pt"]
-    assert main(["--profile", str(profile), "--no-progress", "--only", "files"]) == 1
+    assert main(["--profile", str(profile), "--only", "files"]) == 1
     printed = capsys.readouterr()
-    assert "failed  statistics.pt: statistics.pt could not be downloaded" in printed.err
+    assert "failed  statistics.pt: statistics.pt could not be fetched" in printed.err
     assert "2 of 4 failed" in printed.err
     assert "downloaded  prompts/memorized.csv" in printed.out
 
@@ -494,9 +481,3 @@ def test_the_command_with_nothing_to_fetch_or_an_unknown_profile(capsys):
     assert "nothing to fetch" in capsys.readouterr().out
     assert main(["--profile", "none"]) == 1
     assert "unknown profile 'none'" in capsys.readouterr().err
-
-
-def test_images_without_the_extra_say_what_to_install(site, world, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pooch", None)
-    with pytest.raises(DownloadError, match=r"pip install 'nemolib\[sd14\]'"):
-        images_of(site, world)

@@ -10,3 +10,13 @@ def lengths(pipe, *, add):
         return [len(prompt) + add for prompt in batch]
 
     return count
+
+
+def captions(pipe):
+    """Return what gives captions back."""
+    return lambda batch: list(batch)
+
+
+def unfit(pipe):
+    """Raise before anything is computed."""
+    raise RuntimeError("no such setting")

@@ -10,26 +10,27 @@ PROMPTS = [f"prompt {number}" for number in range(6)]
 
 
 def run(model_folder, folder):
-    """Write ``store.jsonl`` and ``table.csv`` into the folder, and each prompt that is computed into ``log``."""
+    """Write ``store`` and ``table.csv`` into the folder, and each prompt that is computed into ``log``."""
     from unittest.mock import patch
 
     from nemolib import localization
     from nemolib.holdout import activation_statistics
     from nemolib.pipeline import load_pipeline
+    from nemolib.run import localize_many
     from nemolib.settings import DetectionSettings, SearchSettings, SimilaritySettings
     from nemolib.store import Store, write_table
 
-    original = localization.localize
+    original = localization.embed
 
-    def logged(pipe, prompt, *args, **settings):
+    def logged(pipe, prompts, **settings):
         with (folder / "log").open("a") as file:
-            file.write(prompt + "\n")
-        return original(pipe, prompt, *args, **settings)
+            file.writelines(f"{prompt}\n" for prompt in prompts)
+        return original(pipe, prompts, **settings)
 
     pipe = load_pipeline(model_folder, device="cpu")
     statistics = activation_statistics(pipe, [f"{a} {b}" for a in "abcd" for b in "efg"], progress=False)
-    with patch.object(localization, "localize", logged):
-        table = localization.localize_many(
+    with patch.object(localization, "embed", logged):
+        table = localize_many(
             pipe,
             PROMPTS,
             statistics,
@@ -38,7 +39,7 @@ def run(model_folder, folder):
             detection=DetectionSettings(samples=2),
             similarity=SimilaritySettings(kernel_size=3, sigma=0.5),
             search=SearchSettings(theta_start=2.5, theta_step=1.0, theta_min=1.5),
-            store=Store(folder / "store.jsonl"),
+            store=Store(folder / "store"),
             progress=False,
         )
     write_table(table, folder / "table.csv")

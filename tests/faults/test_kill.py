@@ -1,47 +1,50 @@
-"""A process that is killed while it fills a store, again and again, ends with the file of one that was not."""
+"""A localization of many prompts that is killed, again and again, ends with the table of one that was not."""
 
+import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from nemolib.store import Store
+from tests.faults import localization_run
 
-WORKER = """
-import sys, time
-from nemolib.store import Store
-store = Store(sys.argv[1])
-for number in range(60):
-    key = f"prompt {number}"
-    if key not in store:
-        with open(sys.argv[2], "a") as log:
-            log.write(key + "\\n")
-        time.sleep(0.005)
-        store.put(key, {"number": number, "text": "ä" * 2000})
-"""
+ROOT = Path(__file__).parents[2]
 
 
-def _start(path, log):
-    return subprocess.Popen([sys.executable, "-c", WORKER, str(path), str(log)])
+def start(model_folder, folder):
+    command = [sys.executable, localization_run.__file__, str(model_folder), str(folder)]
+    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def finished(folder):
+    return len(list((folder / "store").glob("localizing/*/*.json")))
+
+
+def computed(folder):
+    log = folder / "log"
+    return log.read_text().splitlines() if log.exists() else []
 
 
 @pytest.mark.slow
-def test_killed_runs_continue(tmp_path):
-    _start(tmp_path / "whole.jsonl", tmp_path / "whole.log").wait()
-    path, log = tmp_path / "killed.jsonl", tmp_path / "killed.log"
-    kills = 0
-    for pause in (0.02, 0.05, 0.11, 0.03, 0.07):
-        before = len(Store(path))
-        process = _start(path, log)
-        while len(Store(path)) <= before and process.poll() is None:
+def test_a_killed_localization_continues(random_model_folder, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    localization_run.run(random_model_folder, whole)
+    assert computed(whole) == localization_run.PROMPTS
+    for enough in (1, 3):
+        process = start(random_model_folder, killed)
+        while finished(killed) < enough and process.poll() is None:
             time.sleep(0.005)
-        time.sleep(pause)
-        kills += process.poll() is None
         process.kill()
-        process.wait()
-    assert kills >= 2
-    assert _start(path, log).wait() == 0
-    assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+        assert process.wait() == -9
+        assert enough <= finished(killed) < len(localization_run.PROMPTS)
+        assert not (killed / "table.csv").exists()
+    done, before = finished(killed), len(computed(killed))
     # Only what was under way when a run was killed is done twice.
-    assert len(log.read_text().splitlines()) <= 60 + kills
+    assert before <= done + 2
+    localization_run.run(random_model_folder, killed)
+    assert computed(killed)[before:] == localization_run.PROMPTS[done:]
+    assert (killed / "table.csv").read_bytes() == (whole / "table.csv").read_bytes()

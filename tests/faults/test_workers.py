@@ -1,18 +1,42 @@
-"""Loops over prompts in this process: a prompt that raises stops no other, and a choice without a meaning is refused."""
+"""Two processes instead of one: the same tables, whatever happens to a process or a prompt."""
 
+import dataclasses
+import functools
+import os
+import signal
+import sys
+
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from transformers import PreTrainedTokenizerBase
 
+from nemolib import paths, workers
+from nemolib.first_step import pairs_measure
+from nemolib.layers import deactivate
+from nemolib.localization import Variant, localization_table, varying
+from nemolib.mitigation import DeactivatedNeurons
+from nemolib.neurons import NeuronSet
 from nemolib.pipeline import load_pipeline
-from nemolib.profiles import profile_from_mapping
-from nemolib.workers import VARIABLE, FailedPrompts, WorkersError, map_prompts
-from tests.worker_tasks import lengths
+from nemolib.run import Run
+from nemolib.settings import PAPER, Profile
+from nemolib.store import Store
+from nemolib.workers import FailedPrompts, WorkersError, map_prompts
+from tests.random_pipeline import random_pipeline
+from tests.random_world import amplify
+from tests.worker_tasks import captions, lengths, unfit
 
-KINDS = {"memorized": ["vm", "vm", "tm"], "unmemorized": ["unmemorized"], "holdout": ["holdout"] * 12}
+pytestmark = pytest.mark.slow
+CAPTIONS = {
+    "memorized": [f"{colour} {animal} card" for colour in ("red", "odd") for animal in ("fox", "owl", "cat")],
+    "unmemorized": ["a tree", "the sea"],
+    "holdout": [f"{first} {second}{third}" for first in "abcdef" for second in "uvwxyz" for third in "jk"],
+}
+BAD = "odd owl card"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """Compute here as workers do: another number of threads may change the last digits."""
     before = torch.get_num_threads()
@@ -22,52 +46,286 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def profile(tmp_path_factory, random_model_folder):
-    folder = tmp_path_factory.mktemp("prompts")
-    for name, kinds in KINDS.items():
-        rows = [(f"{name} {number}", kind, "report", 0, "") for number, kind in enumerate(kinds)]
-        table = pd.DataFrame(rows, columns=["caption", "kind", "group", "copies", "image"])
-        table.to_csv(folder / f"{name}.csv", index=False)
-    values = {
-        "name": "random",
-        "model": str(random_model_folder),
-        "device": "cpu",
-        "prompts": {name: str(folder / f"{name}.csv") for name in KINDS},
-        "holdout_size": 12,
-        "threshold_prompts": 4,
-        "detection": {"samples": 3},
-        "similarity": {"kernel_size": 3, "sigma": 0.5},
-        "thresholds": {"value": -0.5},
-        "search": {"theta_start": 3.0, "theta_step": 1.0, "k_step": 2},
-        "generation": {"samples": 2, "steps": 2, "batch_size": 2},
-    }
-    return profile_from_mapping(values)
+def profile(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("workers")
+    amplify(random_pipeline()).save_pretrained(folder / "model", safe_serialization=True)
+    for name, names in CAPTIONS.items():
+        kinds = ["vm", "vm", "vm", "tm", "tm", "tm"] if name == "memorized" else [name] * len(names)
+        columns = {"caption": names, "kind": kinds, "group": "report", "copies": 1, "image": ""}
+        pd.DataFrame(columns).to_csv(folder / f"{name}.csv", index=False)
+    return Profile(
+        name="random",
+        model=str(folder / "model"),
+        device="cpu",
+        protocol="paper",
+        limits={"ladder": 0},
+        prompts={name: str(folder / f"{name}.csv") for name in CAPTIONS},
+        holdout_size=72,
+        threshold_prompts=5,
+        detection={"samples": 2},
+        similarity={"kernel_size": 3, "sigma": 0.5},
+        thresholds={"multiplier": -1.0},
+        search={"theta_start": 3.0, "theta_step": 1.0, "theta_min": 3.0, "k_step": 1, "k_max": 1},
+        generation={"samples": 2, "steps": 2, "batch_size": 4},
+    )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pipe(profile):
     return load_pipeline(profile)
 
 
-@pytest.mark.parametrize("choice", ["off"])
-def test_a_prompt_that_raises_stops_no_other(pipe, monkeypatch, choice):
-    monkeypatch.setenv(VARIABLE, choice)
-    batches, got = [("bad",), ("a", "bad"), ("ccc",)], []
-    run = map_prompts(lengths, batches, pipe=pipe, common={"add": 1}, label="fail", progress=False)
-    with pytest.raises(FailedPrompts, match="2 of 4 prompts failed") as raised:
-        got.extend(run)
-    assert sorted(got) == [(("a",), [2]), (("ccc",), [4])]
-    failures = [(item.caption, item.message) for item in raised.value.failures]
-    assert failures == 2 * [("bad", "ValueError: no such prompt")]
+@pytest.fixture
+def build(tmp_path, monkeypatch):
+    monkeypatch.delenv(workers.VARIABLE, raising=False)
+    monkeypatch.setattr(paths, "BUILD", tmp_path)
+    return tmp_path
 
 
-@pytest.mark.parametrize("choice", ["local:0", "local:two", "yes"])
-def test_a_choice_without_a_meaning(pipe, monkeypatch, choice):
-    monkeypatch.setenv(VARIABLE, choice)
-    with pytest.raises(WorkersError, match="expected tcp://host:port, local:4 or off"):
-        list(map_prompts(lengths, [("a",)], pipe=pipe, common={"add": 0}, label="choice", progress=False))
+@pytest.fixture
+def run(profile, pipe, build):
+    return Run(profile, pipe, progress=False)
+
+
+@pytest.fixture(scope="module")
+def running(profile):
+    """Start two processes for all tests of this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(workers.VARIABLE, "local:2")
+        with workers.cluster(profile) as client:
+            client.wait_for_workers(2, timeout=120)
+            yield client
+
+
+@pytest.fixture
+def two(running, monkeypatch):
+    """Let a test use the two processes."""
+    monkeypatch.setenv(workers.VARIABLE, "local:2")
+    yield running
+    running.run(mended)
+
+
+def scores(run):
+    measures = [pairs_measure(PAPER, 0.0), pairs_measure(PAPER, 7.0)]
+    return pd.DataFrame(run.observe([*CAPTIONS["memorized"], *CAPTIONS["unmemorized"]], measures)).map(tuple)
+
+
+def localizations(run):
+    return localization_table(run.search(CAPTIONS["memorized"]))
+
+
+def images(run):
+    sets = {name: NeuronSet.of([(0, place)], layers=7) for place, name in enumerate(CAPTIONS["memorized"])}
+    return np.stack([run.images(CAPTIONS["memorized"], item) for item in (None, DeactivatedNeurons(sets))])
+
+
+def variants(run):
+    gate, profile = run.threshold, run.profile
+    chosen = [Variant("low", gate - 0.1, gate), Variant("own", gate, gate)]
+    common = {"detection": profile.detection, "similarity": profile.similarity, "search": profile.search}
+    common |= {"statistics": run.statistics, "variants": chosen, "gate": gate, "protocol": profile.protocol}
+    found = run.compute(varying, [(name, None) for name in CAPTIONS["memorized"]], label="searches", **common)
+    return pd.DataFrame([{key: item["neurons"] for key, item in row.items()} for row in found])
+
+
+def assert_same(ours, theirs):
+    if isinstance(ours, pd.DataFrame):
+        pd.testing.assert_frame_equal(ours, theirs, check_exact=True)
+    else:
+        assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("stage", [scores, localizations, images, variants])
+def test_two_processes_give_what_one_gives(stage, run, profile, pipe, two, build, monkeypatch):
+    together = stage(run)
+    monkeypatch.setattr(paths, "BUILD", build / "one")
+    monkeypatch.setenv(workers.VARIABLE, "off")
+    assert_same(together, stage(Run(profile, pipe, progress=False)))
+
+
+@functools.cache
+def working_call():
+    return PreTrainedTokenizerBase.__call__
+
+
+def broken(caption):
+    """Let the tokenizer of this process raise for a caption."""
+    original = working_call()
+
+    def call(self, text, *args, **settings):
+        if caption in text:
+            raise ValueError(f"no word for {caption}")
+        return original(self, text, *args, **settings)
+
+    PreTrainedTokenizerBase.__call__ = call
+
+
+def mended():
+    PreTrainedTokenizerBase.__call__ = working_call()
+
+
+@pytest.fixture(params=["here", "there"])
+def everywhere(request):
+    """Return a function that calls another one where prompts are computed: in this process, or in the two."""
+    if request.param == "here":
+        yield lambda function, *values: function(*values)
+        mended()
+    else:
+        yield request.getfixturevalue("two").run
+
+
+@pytest.mark.parametrize("stage", [localizations, images])
+def test_a_prompt_that_raises_stops_no_other(stage, run, everywhere, monkeypatch):
+    assert run.threshold
+    assert run.statistics
+    everywhere(broken, BAD)
+    with pytest.raises(FailedPrompts) as error:
+        stage(run)
+    assert [failure.caption for failure in error.value.failures] == [BAD]
+    assert f"'{BAD}': ValueError: no word for {BAD}" in str(error.value)
+    assert any("in call" in note for note in error.value.__notes__)
+    everywhere(mended)
+    sent, keep = [], Store.put
+    monkeypatch.setattr(Store, "put", lambda *args: sent.append(args[2]) or keep(*args))
+    resumed = stage(run)
+    # The second images, with deactivated neurons, were not begun.
+    assert len(sent) == (7 if stage is images else 1)
+    assert_same(resumed, stage(run))
+    assert len(sent) == (7 if stage is images else 1)
+
+
+def test_a_killed_worker_costs_time_alone(run, two, monkeypatch):
+    kept, keep = [], Store.put
+
+    def killing(*args):
+        kept.append(args)
+        if len(kept) == 2:
+            os.kill(next(iter(two.run(os.getpid).values())), signal.SIGKILL)
+        return keep(*args)
+
+    assert run.threshold
+    assert run.statistics
+    before = two.run(os.getpid)
+    monkeypatch.setattr(Store, "put", killing)
+    killed = localizations(run)
+    two.wait_for_workers(2, timeout=60)
+    assert len(set(two.run(os.getpid).values()) & set(before.values())) == 1
+    assert len(kept) == len(killed)
+    monkeypatch.setattr(workers, "_connect", None)
+    # What is in the store starts nothing.
+    assert_same(killed, localizations(run))
+
+
+def results(pipe, task=captions, batches=("ab", "c"), **common):
+    jobs = [[(f"key of {item}", item) for item in batch] for batch in batches]
+    return list(map_prompts(task, jobs, pipe=pipe, common=common, label="test", progress=False))
+
+
+def test_a_batch_that_raises_is_computed_one_by_one(pipe, build, monkeypatch):
+    got = []
+    jobs = [[(item, item) for item in batch] for batch in (["bad"], ["a", "bad"], ["ccc"])]
+    found = map_prompts(lengths, jobs, pipe=pipe, common={"add": 1}, label="fail", progress=False)
+    with pytest.raises(FailedPrompts, match="2 of 4 prompts failed"):
+        got.extend(found)
+    assert sorted(got) == [("a", 2), ("ccc", 4)]
 
 
 def test_nothing_to_do_starts_nothing(pipe, monkeypatch):
-    monkeypatch.setenv(VARIABLE, "tcp://nobody:1")
-    assert list(map_prompts(lengths, [], pipe=pipe, common={"add": 0}, label="nothing", progress=False)) == []
+    monkeypatch.setenv(workers.VARIABLE, "tcp://nobody:1")
+    assert results(pipe, batches=()) == []
+
+
+def test_a_changed_model_is_refused(profile, two):
+    other = load_pipeline(profile)
+    with torch.no_grad():
+        other.unet.conv_out.bias.add_(1)
+    with pytest.raises(WorkersError, match="a worker has another model float32, [0-9a-f]+ instead of float32"):
+        results(other)
+
+
+def test_a_model_with_hooks_is_refused(pipe, two):
+    with deactivate(pipe, NeuronSet.of([(0, 0)], layers=7)), pytest.raises(WorkersError, match="the UNet has hooks"):
+        results(pipe)
+
+
+def test_a_worker_that_cannot_begin(pipe, two):
+    with pytest.raises(WorkersError, match="a worker could not begin: RuntimeError: no such setting"):
+        results(pipe, unfit)
+
+
+def test_an_end_in_the_middle_leaves_nothing_running(pipe, two):
+    jobs = [[(str(number), "a")] for number in range(50)]
+
+    def interrupted():
+        for _ in map_prompts(captions, jobs, pipe=pipe, common={}, label="test", progress=False):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert "pending" not in {future.status for future in two.futures.values()}
+    assert len(results(pipe)) == 3
+
+
+def test_a_cluster_of_its_own_is_ended(profile, monkeypatch):
+    chosen = dataclasses.replace(profile, workers=1)
+    monkeypatch.delenv(workers.VARIABLE, raising=False)
+    monkeypatch.setattr(workers, "_client", None)
+    pids = []
+
+    def interrupted():
+        with workers.cluster(chosen) as client, workers.cluster(chosen) as inner:
+            assert inner is client
+            pids.extend(client.run(os.getpid).values())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert workers._client is None
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
+
+
+@pytest.mark.parametrize("text", ["", "off"])
+def test_without_a_choice_dask_is_not_imported(pipe, monkeypatch, text):
+    monkeypatch.setenv(workers.VARIABLE, text)
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    assert results(pipe) == [(f"key of {item}", item) for item in "abc"]
+
+
+def test_missing_dask(pipe, monkeypatch):
+    monkeypatch.setenv(workers.VARIABLE, "local:2")
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    monkeypatch.setattr(workers, "_client", None)
+    with pytest.raises(WorkersError, match=r'not installed: pip install "nemolib\[workers\]"'):
+        results(pipe)
+
+
+@pytest.mark.parametrize("text", ["local", "local:0", "local:-1", "local:²", "4", "yes"])
+def test_a_choice_without_meaning(pipe, monkeypatch, text):
+    monkeypatch.setenv(workers.VARIABLE, text)
+    with pytest.raises(WorkersError, match=r"NEMO_DASK is '.*'; expected tcp://host:port, local:4 or off"):
+        results(pipe)
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nonsense://127.0.0.1:9"])
+def test_no_scheduler(pipe, monkeypatch, address):
+    monkeypatch.setenv(workers.VARIABLE, address)
+    monkeypatch.setattr(workers, "PATIENCE", "500ms")
+    monkeypatch.setattr(workers, "_client", None)
+    with pytest.raises(WorkersError, match=f"no Dask scheduler answers at {address}"):
+        results(pipe)
+
+
+def test_a_pipeline_without_profile_stays_here(profile, monkeypatch):
+    monkeypatch.setenv(workers.VARIABLE, "local:2")
+    with pytest.warns(UserWarning, match="not loaded from a profile"):
+        assert len(results(load_pipeline(profile.model, device="cpu"))) == 3
+
+
+def test_local_workers_take_gpus_in_turn(profile, monkeypatch):
+    chosen = dataclasses.replace(profile, device="auto")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for name, device in ((0, "cuda:0"), (3, "cuda:1"), ("tcp://host:1", None)):
+        monkeypatch.setattr("distributed.get_worker", lambda name=name: type("Worker", (), {"name": name}))
+        assert workers._device(chosen) == device
+    assert workers._device(profile) is None

@@ -2,17 +2,17 @@ import dataclasses
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nemolib import paths, provenance
-from nemolib.profiles import load_profile
-from nemolib.provenance import content_hash, science_hash, versions, write_sidecar
+from nemolib.provenance import code_hash, content_hash, sidecar, versions
+from nemolib.settings import GenerationSettings, load_profile
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary(),
@@ -38,20 +38,25 @@ def test_hashes_agree_exactly_where_values_do(one, other):
 def test_values_of_different_type_or_shape_differ():
     values = [1, 1.0, True, "1", b"1", None, "None", [1], [[1]], {1}, {"1": 1}, torch.ones(1), np.ones(1)]
     values += [torch.ones(1, dtype=torch.float16), torch.ones(1, 1), ["ab", "c"], ["a", "bc"]]
+    values += [pd.DataFrame({"a": [1]}), pd.DataFrame({"b": [1]})]
     assert len({content_hash(value) for value in values}) == len(values)
 
 
-def test_order_counts_in_lists_and_not_in_mappings():
-    assert content_hash([1, 2]) != content_hash([2, 1])
-    assert content_hash([1, 2]) == content_hash((1, 2))
-    assert content_hash({"a": 1, "b": 2}) == content_hash({"b": 2, "a": 1})
-    assert content_hash({1, 2}) == content_hash({2, 1})
-
-
-def test_a_view_of_a_tensor_hashes_like_its_copy():
-    tensor = torch.arange(6).reshape(2, 3)
-    assert content_hash(tensor.T) == content_hash(tensor.T.contiguous())
-    assert content_hash(torch.ones(2, dtype=torch.bfloat16)) != content_hash(torch.zeros(2, dtype=torch.bfloat16))
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ([1, 2], [2, 1], False),
+        ([1, 2], (1, 2), True),
+        ({"a": 1, "b": 2}, {"b": 2, "a": 1}, True),
+        ({1, 2}, {2, 1}, True),
+        (torch.arange(6).reshape(2, 3).T, torch.arange(6).reshape(2, 3).T.contiguous(), True),
+        (torch.ones(2, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.bfloat16), False),
+        (GenerationSettings(batch_size=1), GenerationSettings(batch_size=2), True),
+        (GenerationSettings(steps=1), GenerationSettings(steps=2), False),
+    ],
+)
+def test_what_counts(one, other, same):
+    assert (content_hash(one) == content_hash(other)) is same
 
 
 def test_files_and_folders_hash_by_content(tmp_path):
@@ -66,17 +71,16 @@ def test_files_and_folders_hash_by_content(tmp_path):
         content_hash(tmp_path / "none")
 
 
-def test_what_cannot_be_hashed_is_an_error():
-    with pytest.raises(TypeError, match="object"):
-        content_hash({"key": object()})
-    with pytest.raises(TypeError, match="ndarray"):
-        content_hash(np.array([object()]))
+@pytest.mark.parametrize("value", [{"key": object()}, np.array([object()])])
+def test_what_cannot_be_hashed_is_an_error(value):
+    with pytest.raises(TypeError, match="cannot hash a value of type"):
+        content_hash(value)
 
 
 def test_the_hash_is_the_same_in_another_process():
     profile = load_profile("tiny")
     code = (
-        "from nemolib.profiles import load_profile; from nemolib.provenance import content_hash;"
+        "from nemolib.settings import load_profile; from nemolib.provenance import content_hash;"
         "print(content_hash(load_profile('tiny')))"
     )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -84,72 +88,90 @@ def test_the_hash_is_the_same_in_another_process():
     assert content_hash(dataclasses.replace(profile, holdout_size=7)) != content_hash(profile)
 
 
-SOURCE = '''"""What it does."""
+TASKS = '''"""What it does."""
 
 import math  # for the root
 
+from nemolib import store
+from nemolib.science import root
 
-def root(x):
-    """Return the root."""
+
+def task(pipe):
+    """Return the task."""
     # why
-    return math.sqrt(x)
+    return lambda items: [_own(item) for item in items]
+
+
+def _own(item):
+    return root(item) + _ONE
+
+
+_ONE = 1
+
+
+def other(pipe):
+    return math.pi
 '''
 
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """Return a folder that stands for the package."""
+    """Return what changes a module of a package and hashes a task of it anew."""
     monkeypatch.setattr(paths, "PACKAGE", tmp_path)
-    (tmp_path / "science.py").write_text(SOURCE)
-    (tmp_path / "user.py").write_text("from nemolib.science import root\nfrom nemolib import store\n")
-    (tmp_path / "store.py").write_text("x = 1\n")
-    return tmp_path
+    sources = {
+        "tasks": TASKS,
+        "science": "from nemolib.deeper import x\n\n\ndef root(y):\n    return x + y\n",
+        "deeper": "x = 1\n",
+        "store": "y = 1\n",
+    }
+    monkeypatch.setattr(provenance, "_source_of", lambda function: sources["tasks"])
+
+    def hashed(name="tasks", old="", new=""):
+        assert old in sources[name]
+        sources[name] = sources[name].replace(old, new) if old else sources[name]
+        for module, source in sources.items():
+            (tmp_path / f"{module}.py").write_text(source)
+        code_hash.cache_clear()
+
+        def task():
+            """Stand for the task of the same name."""
+
+        return code_hash(task)
+
+    yield hashed
+    code_hash.cache_clear()
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "same"),
+    ("module", "old", "new", "same"),
     [
-        ("What it does", "What it did", True),
-        ("# why", "# because", True),
-        ("\n\n\n", "\n\n", True),
-        ("  # for the root", "", True),
-        ("math.sqrt(x)", "math.sqrt(abs(x))", False),
+        ("tasks", "What it does", "What it did", True),
+        ("tasks", "# why", "# because", True),
+        ("tasks", "\n\n\n", "\n\n", True),
+        ("tasks", "math.pi", "math.e", True),
+        ("store", "y = 1", "y = 2", True),
+        ("tasks", "_own(item) for", "_own(2 * item) for", False),
+        ("tasks", "_ONE = 1", "_ONE = 2", False),
+        ("science", "x + y", "x - y", False),
+        ("deeper", "x = 1", "x = 2", False),
     ],
 )
-def test_only_code_counts(package, old, new, same):
-    before = science_hash("science")
-    assert old in SOURCE
-    (package / "science.py").write_text(SOURCE.replace(old, new))
-    assert (science_hash("science") == before) is same
+def test_only_the_code_that_a_task_uses_counts(package, module, old, new, same):
+    before = package()
+    assert (package(module, old, new) == before) is same
 
 
-def test_imported_modules_count_but_infrastructure_does_not(package):
-    before = science_hash("user"), science_hash()
-    (package / "store.py").write_text("x = 2\n")
-    assert (science_hash("user"), science_hash()) == before
-    (package / "science.py").write_text("def root(x):\n    return x\n")
-    assert science_hash("user") != before[0]
-    assert science_hash() != before[1]
+def test_a_task_hangs_on_what_it_uses_and_not_on_its_neighbours():
+    from nemolib import first_step, generation, localization
+
+    tasks = (generation.drawing, localization.localizing, first_step.observing)
+    assert len({code_hash(task) for task in tasks}) == 3
     with pytest.raises(FileNotFoundError, match="no module 'nothing'"):
-        science_hash("nothing")
+        code_hash("nothing")
 
 
-def test_a_package_counts_as_one_module(package):
-    (package / "parts").mkdir()
-    (package / "parts" / "__init__.py").write_text("from nemolib.parts.first import x\n")
-    (package / "parts" / "first.py").write_text("from nemolib.science import root\nx = 1\n")
-    (package / "user.py").write_text("from nemolib.parts.first import x\n")
-    before = science_hash("user"), science_hash("parts"), science_hash()
-    (package / "parts" / "first.py").write_text("from nemolib.science import root\nx = 2\n")
-    changed = science_hash("user"), science_hash("parts"), science_hash()
-    assert not set(before) & set(changed)
-    (package / "science.py").write_text("def root(x):\n    return x\n")
-    assert science_hash("user") != changed[0]
-
-
-def test_infrastructure_names_modules_and_science_is_hashed():
-    assert {"paths", "store", "runner"} <= provenance.INFRASTRUCTURE
-    assert len(science_hash()) == 64
+def test_infrastructure_names_modules():
+    assert all(not name or provenance._path(name) for name in provenance.INFRASTRUCTURE)
 
 
 def test_versions_leave_out_build_labels():
@@ -159,18 +181,12 @@ def test_versions_leave_out_build_labels():
     assert not any("+" in version for version in found.values())
 
 
-def test_a_sidecar_says_what_went_in_and_is_the_same_twice(tmp_path):
-    table = tmp_path / "table.csv"
-    table.write_text("a\n1\n")
-    arguments = {"notebook": "06_figures", "profile": "tiny", "seeds": {"detection": 1}}
-    path = write_sidecar(tmp_path / "figure_3.pdf", inputs={"table": table, "tau": 0.4}, **arguments)
-    first = path.read_bytes()
-    write_sidecar(tmp_path / "figure_3.pdf", inputs={"tau": 0.4, "table": table}, **arguments)
-    assert path.read_bytes() == first
+def test_a_sidecar_says_what_went_in_and_is_the_same_twice():
+    table = pd.DataFrame({"a": [1]})
+    common = {"profile": load_profile("tiny"), "notebook": "06_figures", "code": "abc", "device": "cpu"}
+    first = sidecar("figure_3.pdf", inputs={"table": table, "tau": 0.4}, **common)
+    assert sidecar("figure_3.pdf", inputs={"tau": 0.4, "table": table}, **common) == first
     content = json.loads(first)
-    assert path == tmp_path / "figure_3.json"
     assert content["inputs"] == {"table": content_hash(table), "tau": content_hash(0.4)}
+    assert content["seeds"] == {"detection": 1, "generation": 2}
     assert content["versions"] == versions()
-    with pytest.raises(FileNotFoundError, match="gone"):
-        write_sidecar(tmp_path / "figure_3.pdf", inputs={"gone": Path(tmp_path / "gone.csv")}, **arguments)
-    assert path.read_bytes() == first

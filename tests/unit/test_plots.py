@@ -1,0 +1,120 @@
+import io
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from PIL import Image
+
+from nemolib import plots
+from nemolib.store import Grid
+
+TABLE = pd.DataFrame({"kind": ["vm"] * 3 + ["tm"] * 5 + ["unmemorized"], "x": [1, 1, 4, 2, 2, 3, 7, 9, 5]})
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.5, 1.0])
+def test_the_width_is_a_share_of_the_text(fraction):
+    with plots.panels(fraction=fraction, aspect=0.5) as (figure, _):
+        assert figure.get_figwidth() == pytest.approx(5.5 * fraction)
+        assert figure.get_figheight() == pytest.approx(5.5 * fraction * 0.5)
+
+
+def test_the_style_holds_inside_and_changes_nothing_outside():
+    before = dict(mpl.rcParams)
+    with plots.panels() as (_, axes):
+        chosen = {name: mpl.rcParams[name] for name in ("axes.labelsize", "xtick.labelsize", "pdf.fonttype")}
+        axes.set_xlabel(r"score $\tau$")
+    assert chosen == {"axes.labelsize": 9, "xtick.labelsize": 7, "pdf.fonttype": 42}
+    assert dict(mpl.rcParams) == before
+    # The family is looked up when the figure is drawn, outside the context.
+    assert axes.xaxis.label.get_fontfamily()[0] == "STIXGeneral"
+
+
+def test_every_role_has_its_own_colour_marker_line_and_hatch():
+    for cue in ("color", "marker", "line", "hatch"):
+        values = [getattr(role, cue) for role in plots.ROLES.values()]
+        assert len(set(values)) == len(values), cue
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_a_histogram_counts_each_kind_in_its_colour_and_hatch(shares):
+    edges = np.arange(0.5, 11)
+    with plots.panels() as (_, axes):
+        plots.histogram(axes, TABLE, "x", edges=edges, shares=shares, xlabel="things")
+        plots.legend_above(axes)
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["verbatim (VM), n = 3", "template (TM), n = 5"]
+    drawn = list(axes.collections)[:2] if shares else axes.containers
+    looks = [plots.ROLES[kind] for kind in ("tm", "vm")]
+    for item, look, values in zip(drawn, looks, ([2, 2, 3, 7, 9], [1, 1, 4]), strict=True):
+        one = item if shares else item[0]
+        color = one.get_facecolor()[0] if shares else one.get_facecolor()
+        assert np.allclose(color[:3], mpl.colors.to_rgb(look.color))
+        assert one.get_hatch() == (look.hatch or None) or (one.get_hatch() or "") == look.hatch
+        if not shares:
+            assert [bar.get_height() for bar in item] == np.histogram(values, edges)[0].tolist()
+    assert axes.get_ylabel() == ("prompts of a kind" if shares else "prompts")
+
+
+def test_bars_have_the_looks_of_their_hue():
+    with plots.panels() as (_, axes):
+        plots.bars(axes, TABLE, "x", "x")
+    for container, kind in zip(axes.containers, ("vm", "tm", "unmemorized"), strict=True):
+        look = plots.ROLES[kind]
+        assert container.get_label() == look.label
+        assert all(np.allclose(bar.get_facecolor()[:3], mpl.colors.to_rgb(look.color)) for bar in container)
+        assert {bar.get_hatch() or "" for bar in container} == {look.hatch}
+
+
+def test_counts_have_whole_edges():
+    assert plots.count_edges(pd.Series([0, 3])).tolist() == [-0.5, 0.5, 1.5, 2.5, 3.5]
+    wide = plots.count_edges(pd.Series([0, 100]))
+    assert len(wide) <= 14
+    assert wide[0] == 0
+    assert wide[-1] > 100
+
+
+def test_a_heat_map_leaves_missing_cells_white():
+    values = pd.DataFrame([[0.1, np.nan], [0.5, 0.9]])
+    with plots.panels() as (_, axes):
+        plots.heat_map(axes, values, values.map(str), norm=Normalize(0, 1))
+    assert [text.get_text() for text in axes.texts] == ["0.1", "0.5", "0.9"]
+
+
+def test_images_stand_in_rows_with_their_labels():
+    images = np.random.default_rng(0).integers(0, 255, (2, 4, 8, 8, 3), dtype=np.uint8)
+    grid = Grid(images, ("a cat", "a dog"), ("s0", "s1", "s0", "s1"))
+    figure = plots.image_grid(grid, counts=[3, 12], halves=("with", "without"))
+    shown = [axes.images[0].get_array() for axes in figure.axes]
+    assert np.array_equal(np.stack(shown), images.reshape(-1, 8, 8, 3))
+    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert {"a cat", "a dog", "3", "12", "with", "without"} == set(texts)
+    plain = [text.get_text() for axes in plots.image_grid(grid).axes for text in axes.texts]
+    assert plain[:2] == ["a cat", "s0"]
+    with pytest.raises(ValueError, match="1 counts for 2 rows of 4 images"):
+        plots.image_grid(grid, counts=[3], halves=("with", "without"))
+
+
+def test_an_unknown_kind_is_named():
+    with pytest.raises(ValueError, match="no prompts of kind ladder; its kinds"):
+        plots.of_kinds(TABLE, ["ladder"])
+
+
+def test_files_are_the_same_twice_and_as_wide_as_the_figure(caplog):
+    with plots.panels(fraction=0.5) as (figure, axes):
+        axes.plot([0, 1, 2], [2.0, -1.0, 0.5])
+    first = plots.files_of(figure)
+    assert plots.files_of(figure) == first
+    with Image.open(io.BytesIO(first["png"])) as image:
+        assert image.width == pytest.approx(2.75 * 300, abs=1)
+    assert first["pdf"].startswith(b"%PDF")
+    assert not caplog.records
+
+
+def test_a_reason_stands_in_place_of_data():
+    figure = Figure()
+    plots.say(figure.subplots(), "there are no memorized prompts")
+    assert "there are no memorized" in figure.axes[0].texts[0].get_text()
+    assert not figure.axes[0].axison

@@ -1,0 +1,238 @@
+"""A run: what it computes is what the library computes, once, for the model as it is."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from nemolib import paths, run as runs
+from nemolib.encoders import CopyDescriptor
+from nemolib.first_step import NORMS, guidance_norms, pairs_measure
+from nemolib.generation import generate
+from nemolib.holdout import activation_statistics, holdout_scores, memorization_threshold
+from nemolib.layers import deactivate
+from nemolib.localization import localization_table, localize
+from nemolib.mitigation import AttentionScaling, DeactivatedNeurons
+from nemolib.neurons import NeuronSet
+from nemolib.pipeline import load_pipeline
+from nemolib.run import Run, localize_many, open_run
+from nemolib.settings import PAPER, RELEASED, Encoders, GenerationSettings, Profile
+from nemolib.store import Grid, Store
+from nemolib.workers import FailedPrompts
+from tests.random_world import amplify, write_encoders, write_prompts
+
+VM, CLEAN = ["red fox card", "red owl card"], ["a tree", "the sea", "my dog"]
+HOLDOUT = [f"{first} {second}" for first in "abcd" for second in "uvwxyz"]
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory, random_model_folder):
+    folder = tmp_path_factory.mktemp("world")
+    kinds = dict.fromkeys(VM, "vm") | {"blue cat case": "tm", "odd pin": "ladder"}
+    return Profile(
+        name="random",
+        model=str(random_model_folder),
+        device="cpu",
+        prompts=write_prompts(folder, kinds, unmemorized=CLEAN, holdout=HOLDOUT, sides={"red owl card": 48}),
+        holdout_size=24,
+        threshold_prompts=4,
+        detection={"samples": 3, "guidance": 7.0},
+        similarity={"kernel_size": 3, "sigma": 0.5},
+        search={"theta_start": 3.0, "theta_step": 1.0, "theta_min": 2.0, "k_max": 2},
+        generation={"samples": 2, "steps": 2, "batch_size": 4},
+        encoders=write_encoders(folder, random_model_folder),
+    )
+
+
+@pytest.fixture(scope="module")
+def pipe(profile):
+    return amplify(load_pipeline(profile))
+
+
+@pytest.fixture
+def run(profile, pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "BUILD", tmp_path)
+    return Run(profile, pipe, progress=False)
+
+
+@pytest.fixture
+def nothing_new(monkeypatch):
+    """Return a function after whose call nothing may be computed any more."""
+    return lambda: monkeypatch.setattr(runs, "map_prompts", lambda task, batches, **_: iter(()) if not batches else 1 / 0)
+
+
+def echo(pipe, *, add):
+    return lambda items: [{"item": item, "add": add} for item in items]
+
+
+def test_a_task_is_asked_once_for_each_item_and_what_is_common(run, nothing_new):
+    items = ["a", ("b", 1), "a"]
+    first = run.compute(echo, items, label="echo", add=1)
+    assert first == [{"item": "a", "add": 1}, {"item": ["b", 1], "add": 1}, {"item": "a", "add": 1}]
+    assert run.compute(echo, ["a"], label="echo", add=2)[0]["add"] == 2
+    nothing_new()
+    assert run.compute(echo, items[::-1], label="echo", add=1) == first[::-1]
+
+
+def test_items_are_computed_together_as_asked(run, monkeypatch):
+    sizes, real = [], runs.map_prompts
+    monkeypatch.setattr(
+        runs, "map_prompts", lambda task, batches, **k: sizes.append([len(b) for b in batches]) or real(task, batches, **k)
+    )
+    run.compute(echo, [(name, n) for name in "ab" for n in range(3)], label="echo", together=lambda item: item[0], add=1)
+    run.compute(echo, list("abcde"), label="echo", together=2, add=1)
+    assert sizes == [[3, 3], [2, 2, 1]]
+
+
+def test_another_model_has_other_results_and_hooks_are_refused(run):
+    with torch.no_grad():
+        bias = run.pipe.unet.conv_out.bias
+        before, kept = run.model_hash, bias.clone()
+        bias.add_(1)
+        assert run.model_hash != before
+        bias.copy_(kept)
+        assert run.model_hash == before
+        bias.data[0] = 5.0
+        assert run.model_hash != before
+        bias.copy_(kept)
+    with deactivate(run.pipe, NeuronSet.of([(0, 0)], layers=7)), pytest.raises(ValueError, match="layers have hooks"):
+        run.images(VM)
+    with AttentionScaling().applied(run.pipe, VM), pytest.raises(ValueError, match="attention is scaled"):
+        run.images(VM)
+
+
+def test_statistics_are_those_of_the_holdout_prompts_and_kept(run, monkeypatch):
+    found, direct = run.statistics, activation_statistics(run.pipe, HOLDOUT, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(found.mean + found.std, direct.mean + direct.std, strict=True))
+    monkeypatch.setattr(runs, "activation_statistics", None)
+    assert torch.equal(run.statistics.mean[0], found.mean[0])
+
+
+def test_scores_and_threshold_are_the_librarys_and_kept(run, nothing_new):
+    found = run.holdout_scores()
+    assert found == pytest.approx(holdout_scores(run.pipe, HOLDOUT[:4], progress=False), abs=1e-4)
+    assert run.threshold == memorization_threshold(found)
+    assert run.threshold_at(-1.0) == memorization_threshold(found, multiplier=-1)
+    given = dataclasses.replace(run.profile, thresholds=dataclasses.replace(run.profile.thresholds, value=0.25))
+    assert Run(given, run.pipe, progress=False).threshold == 0.25
+    measures = [pairs_measure(PAPER, 0.0), pairs_measure(RELEASED, 7.0), NORMS]
+    paper, released, norms = run.observe(VM[:1], measures)[0]
+    assert paper == pytest.approx(
+        holdout_scores(run.pipe, VM[:1], protocol="paper", settings=dataclasses.replace(run.profile.detection, guidance=0.0), progress=False)[0],
+        abs=1e-4,
+    )
+    assert released == pytest.approx(holdout_scores(run.pipe, VM[:1], progress=False)[0], abs=1e-4)
+    assert np.mean(norms) == pytest.approx(guidance_norms(run.pipe, VM[0]).mean(), rel=1e-3)
+    nothing_new()
+    assert np.array_equal(run.holdout_scores(), found)
+    run.observe(VM[:1], measures[::-1])
+
+
+def test_the_search_is_the_librarys_and_kept(run, nothing_new):
+    found = run.search([*VM, "a tree"], gate=-0.9)
+    for item in found:
+        direct = localize(run.pipe, item.prompt, run.statistics, threshold=run.threshold, gate=-0.9)
+        assert item.neurons == direct.neurons
+        assert item.evaluations == direct.evaluations
+    kept = {"store": run.store, "threshold": run.threshold, "gate": -0.9, "progress": False}
+    nothing_new()
+    table = localize_many(run.pipe, [*VM, "a tree"], run.statistics, **kept)
+    pd.testing.assert_frame_equal(table, localization_table(found))
+    with pytest.raises(ValueError, match=r"threshold is 2; a similarity is in \(-1, 1\]"):
+        run.search(VM, threshold=2)
+
+
+def test_images_are_the_generated_ones_and_kept(run, nothing_new):
+    captions = [*VM, "a tree"]
+    off = DeactivatedNeurons({VM[0]: NeuronSet.of([(0, 0), (3, 1)], layers=7), VM[1]: NeuronSet.empty(7)})
+    active, without = run.images(captions), run.images(VM, off)
+    assert np.abs(active.astype(int) - generate(run.pipe, captions, progress=False)).max() <= 1
+    direct = generate(run.pipe, VM[:1], neurons=off.neurons[VM[0]], progress=False)
+    assert np.abs(without[0].astype(int) - direct[0]).max() <= 1
+    assert not np.array_equal(without[0], active[0])
+    nothing_new()
+    # A prompt without neurons is the untouched model's, and the size of a batch has no part in an image.
+    assert np.array_equal(without[1], active[1])
+    settings = dataclasses.replace(run.profile.generation, batch_size=1)
+    assert np.array_equal(run.images(captions[::-1], settings=settings), active[::-1])
+    with pytest.raises(ValueError, match="no neurons are given for the prompt 'a tree'"):
+        run.images(captions, off)
+
+
+def test_features_are_the_encoders_and_kept(run, monkeypatch):
+    found = run.features("copy", VM)
+    descriptor = CopyDescriptor.load(run.profile.encoders.copy.path)
+    made = run.images(VM)
+    direct = descriptor.describe(made.reshape(-1, *made.shape[2:])).unflatten(0, made.shape[:2])
+    assert np.allclose(found, direct, atol=1e-6)
+    monkeypatch.setattr(run.encoder("copy"), "encode", None)
+    monkeypatch.setattr(run, "images", None)
+    assert np.array_equal(run.features("copy", VM[::-1]), found[::-1])
+
+
+def test_planted_images_are_seen_as_they_are(run):
+    rows = run.prompts("vm", "unmemorized")
+    assert [image.shape for image in run.planted_images(rows.head(2))] == [(64, 64, 3), (48, 48, 3)]
+    assert [image.shape for image in run.planted_images(rows.head(2), size=(32, 32))] == [(32, 32, 3)] * 2
+    features = run.planted_features(rows)
+    assert np.isfinite(features[:2]).all()
+    assert np.isnan(features[2:]).all()
+    assert np.isnan(run.planted_features(rows.tail(2))).all()
+    assert run.rows(VM[::-1])["caption"].tolist() == VM[::-1]
+
+
+def test_what_is_measured(run):
+    rows = run.prompts("vm", "unmemorized")
+    table = run.measure(rows)
+    features = run.features("copy", rows["caption"].tolist())
+    similar = features[0] @ run.planted_features(rows)[0]
+    assert table["sscd_orig"].iloc[0] == pytest.approx(np.median(similar), abs=1e-6)
+    assert table["sscd_orig_max"].iloc[0] == pytest.approx(similar.max(), abs=1e-6)
+    assert table["d_sscd"].iloc[0] == pytest.approx(float(features[0, 0] @ features[0, 1]), abs=1e-6)
+    assert table["sscd_gen"].to_numpy() == pytest.approx(1, abs=1e-6)
+    assert table["a_clip"].notna().all()
+    assert table.loc[rows["kind"] == "unmemorized", ["sscd_orig", "sscd_orig_max"]].isna().all().all()
+    other = Run(dataclasses.replace(run.profile, encoders=Encoders()), run.pipe, progress=False)
+    with pytest.raises(ValueError, match="encoders.copy"):
+        other.measure(rows)
+
+
+def test_a_prompt_that_fails_loses_no_other(run, monkeypatch):
+    real = runs.drawing
+
+    def failing(pipe, *, settings):
+        draw = real(pipe, settings=settings)
+
+        def some(items):
+            if any(caption == VM[1] for caption, _ in items):
+                raise ValueError("no such image")
+            return draw(items)
+
+        return some
+
+    failing.__name__ = "drawing"
+    monkeypatch.setattr(runs, "drawing", failing)
+    with pytest.raises(FailedPrompts, match="1 of 3 prompts failed(.|\n)*'red owl card': ValueError: no such image"):
+        run.images([*VM, "a tree"])
+    kept = list((run.store.folder / "drawing").rglob("*.safetensors"))
+    assert len(kept) == 2
+
+
+def test_tables_and_grids_pass_from_notebook_to_notebook(run):
+    table = pd.DataFrame({"caption": ["NA"], "score": [0.1 + 0.2]})
+    run.save(table, "scores")
+    run.save(Grid(np.zeros((1, 1, 2, 2, 3), np.uint8), ("a",), ("b",)), "samples")
+    pd.testing.assert_frame_equal(run.load("scores"), table)
+    assert run.load("samples").rows == ("a",)
+    with pytest.raises(FileNotFoundError, match="no table or image grid 'copies' of profile 'random'.*make notebooks"):
+        run.load("copies")
+
+
+def test_a_run_is_opened_by_name_or_made_of_any_pipeline(profile, tmp_path):
+    opened = open_run(profile, progress=False)
+    assert opened.profile is profile
+    own = Run(profile, opened.pipe, store=Store(tmp_path / "mine"), progress=False)
+    assert own.images(["a tree"], settings=GenerationSettings(samples=1, steps=1)).shape == (1, 1, 64, 64, 3)
+    assert list((tmp_path / "mine" / "drawing").iterdir())

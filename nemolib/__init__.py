@@ -14,48 +14,26 @@ Names are loaded when they are first used, so that ``import nemolib`` is quick.
 from importlib import import_module
 from typing import Any
 
-_PUBLIC = {
-    "ActivationStatistics": "holdout",
-    "AttentionScaling": "mitigation",
-    "DeactivatedNeurons": "mitigation",
-    "DetectionSettings": "settings",
-    "EmbeddingAdjustment": "mitigation",
-    "Evaluations": "evaluations",
-    "FailedPrompts": "workers",
-    "FirstStep": "first_step",
-    "GenerationSettings": "settings",
-    "Localization": "localization",
-    "Mitigation": "mitigation",
-    "MitigationSettings": "settings",
-    "NeuronSet": "neurons",
-    "PAPER": "protocols",
-    "PROTOCOLS": "protocols",
-    "Profile": "profiles",
-    "Protocol": "protocols",
-    "RELEASED": "protocols",
-    "RandomTokens": "mitigation",
-    "SearchSettings": "settings",
-    "SimilaritySettings": "settings",
-    "Store": "store",
-    "activation_statistics": "holdout",
-    "collect_activations": "hooks",
-    "deactivate": "hooks",
-    "embed": "pipeline",
-    "generate": "generation",
-    "holdout_scores": "holdout",
-    "load_pipeline": "pipeline",
-    "load_profile": "profiles",
-    "load_prompts": "prompts",
-    "load_protocol": "protocols",
-    "localize": "localization",
-    "localize_many": "localization",
-    "memorization_score": "similarity",
-    "memorization_threshold": "holdout",
-    "noise_differences": "first_step",
-    "random_neurons": "mitigation",
-    "scale_neurons": "hooks",
-    "wen_target": "mitigation",
+_NAMES = {
+    "first_step": "Evaluations FirstStep noise_differences",
+    "generation": "generate",
+    "holdout": "ActivationStatistics activation_statistics holdout_scores memorization_threshold",
+    "layers": "collect_activations deactivate scale_neurons",
+    "localization": "Localization localize",
+    "mitigation": "AttentionScaling DeactivatedNeurons EmbeddingAdjustment Mitigation RandomTokens random_neurons wen_target",
+    "neurons": "NeuronSet",
+    "pipeline": "embed load_pipeline",
+    "prompts": "load_prompts",
+    "run": "Run localize_many open_run",
+    "settings": "DetectionSettings GenerationSettings MitigationSettings SearchSettings SimilaritySettings "
+    "Profile load_profile PAPER PROTOCOLS Protocol RELEASED load_protocol",
+    "similarity": "memorization_score",
+    "store": "Grid",
+    "workers": "FailedPrompts",
 }
+"""The public names of each module."""
+
+_PUBLIC = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = sorted(_PUBLIC)
 

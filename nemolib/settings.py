@@ -33,8 +33,6 @@ Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 
 SearchMethod = Literal["fast", "sequential"]
 Mask = Literal["padding", "summary", "none"]
-Similarity = Literal["ms_ssim", "ssim"]
-ThresholdPairs = Literal["all", "max"]
 
 validated = dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
 """Make a class a frozen dataclass that refuses values of another type or range, and names that it does not have."""
@@ -66,7 +64,7 @@ class DetectionSettings:
 
 def _odd(size: int) -> int:
     if size % 2 == 0:
-        raise ValueError("it must be odd")
+        raise ValueError(f"{size} is even; it must be odd")
     return size
 
 
@@ -259,24 +257,18 @@ class Protocol:
 
     name: str
     timestep_index: Whole = 1
-    similarity: Similarity = "ms_ssim"
+    similarity: Literal["ms_ssim", "ssim"] = "ms_ssim"
     swap_guidance: StrictBool = True
     evaluate_limits: StrictBool = False
     double_entries: StrictBool = True
-    threshold_pairs: ThresholdPairs = "all"
+    threshold_pairs: Literal["all", "max"] = "all"
 
 
 RELEASED = Protocol("released")
 """The authors' code, commit f952ede."""
 
 PAPER = Protocol(
-    "paper",
-    timestep_index=0,
-    similarity="ssim",
-    swap_guidance=False,
-    evaluate_limits=True,
-    double_entries=False,
-    threshold_pairs="max",
+    "paper", 0, "ssim", swap_guidance=False, evaluate_limits=True, double_entries=False, threshold_pairs="max"
 )
 """The paper's text."""
 
@@ -375,7 +367,7 @@ class EncoderSettings:
 
     kind: Literal["descriptor", "sscd", "clip", "inception"]
     path: str
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$", description="64 hexadecimal digits")] | None = None
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")] | None = None
     revision: str | None = None
     name: str | None = None
 
@@ -384,6 +376,10 @@ class EncoderSettings:
         if self.revision is not None and self.kind != "clip":
             raise ValueError(f"revision is {self.revision!r}, but kind {self.kind!r} is no hub model; only clip can be")
         return self
+
+
+_KINDS = {"copy": ("descriptor", "sscd"), "quality": ("inception", "clip")}
+"""Kinds of encoders that can play a role; CLIP alone where nothing is said."""
 
 
 @validated
@@ -412,11 +408,10 @@ class Encoders:
 
     @model_validator(mode="after")
     def _can_do_what_they_are_named_for(self) -> Encoders:
-        roles = {"copy": ("descriptor", "sscd"), "quality": ("inception", "clip")}
-        for role in ("copy", "alignment", "quality", "clip_quality"):
-            chosen, allowed = getattr(self, role), roles.get(role, ("clip",))
+        for role in fields(self):
+            chosen, allowed = getattr(self, role.name), _KINDS.get(role.name, ("clip",))
             if chosen is not None and chosen.kind not in allowed:
-                raise ValueError(f"{role} has kind {chosen.kind!r}; it must be one of {', '.join(allowed)}")
+                raise ValueError(f"{role.name} has kind {chosen.kind!r}; it must be one of {', '.join(allowed)}")
         return self
 
 
@@ -514,7 +509,9 @@ def _told(error: Mapping[str, Any]) -> str:
         return f"key {key!r} is missing; needed: {_keys(location[:-1])}"
     if error["type"] == "dataclass_type":
         return f"key {key!r}: expected the keys {_keys(location)}, got {value!r}"
-    return f"key {key or 'profile'!r} is {value!r}: {error['msg'].removeprefix('Value error, ')}"
+    if error["type"] == "value_error":  # ours, which name the value
+        return f"key {key!r}: {error['ctx']['error']}"
+    return f"key {key!r} is {value!r}: {error['msg']}"
 
 
 def _keys(location: tuple[int | str, ...]) -> str:
@@ -528,17 +525,15 @@ def _keys(location: tuple[int | str, ...]) -> str:
 
 def _profile_path(profile: str | Path) -> Path:
     """Return the YAML file of a profile name or path."""
-    path, known = Path(profile), known_profiles()
-    if path.suffix in {".yaml", ".yml"}:
-        path = path.expanduser()
-        if not path.is_file():
-            names = ", ".join(known)
-            raise ProfileError(f"profile file {str(profile)!r} does not exist; give a YAML file or one of {names}")
-        return path
-    if str(profile) not in known:
-        names = ", ".join(known)
-        raise ProfileError(f"unknown profile {str(profile)!r}; known: {names}; or give the path of a .yaml file")
-    return paths.PROFILES / f"{profile}.yaml"
+    names, path = known_profiles(), Path(profile).expanduser()
+    if str(profile) in names:
+        return paths.PROFILES / f"{profile}.yaml"
+    known = ", ".join(names)
+    if path.suffix not in {".yaml", ".yml"}:
+        raise ProfileError(f"unknown profile {str(profile)!r}; known: {known}; or give the path of a .yaml file")
+    if not path.is_file():
+        raise ProfileError(f"profile file {str(profile)!r} does not exist; give a YAML file or one of {known}")
+    return path
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

@@ -1,27 +1,38 @@
-"""Loading a Stable Diffusion pipeline for a profile, and embedding prompts with it."""
+"""Loading a Stable Diffusion pipeline for a profile, and embedding prompts with it.
+
+An architecture is a folder of JSON files, one for each of `PARTS`, from which a pipeline with random weights is made:
+everything that Stable Diffusion does, without a download and without meaning. A profile with ``model: random:sd14`` runs
+every line of the profile ``sd14`` at the real shapes.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import re
-import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemolib import paths
-from nemolib.architectures import ArchitectureError, random_pipeline
-from nemolib.batching import free_memory
-from nemolib.profiles import Profile, known_profiles, load_profile
-from nemolib.value_layers import value_layers
+from nemolib.layers import value_layers
+from nemolib.settings import Profile, known_profiles, load_profile, note_profile
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
+    from transformers import CLIPTokenizer
 
-_PROFILES: weakref.WeakKeyDictionary[object, Profile] = weakref.WeakKeyDictionary()
+ARCHITECTURES = paths.PACKAGE / "architectures"
+"""Where the architectures lie that come with the package."""
+
+PARTS = ("unet", "vae", "text_encoder", "scheduler")
+"""The files of an architecture."""
+
+PERIOD = 99_991
+"""After how many values those of a random weight repeat; a prime, so that its rows do not."""
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -55,7 +66,7 @@ def load_pipeline(
 
     Args:
         source: name of a profile, path of a profile's YAML file, a Profile, a folder in diffusers format, a hub id, or
-            ``random:`` and an architecture of `nemolib.architectures`.
+            ``random:`` and an architecture: its name (``random:sd14``) or its folder.
         device: overrides the profile's device; ``"auto"``: CUDA if there is one, else MPS, else the CPU.
         dtype: overrides the profile's dtype; ``"float32"``, ``"float16"``, ``"bfloat16"``, a torch.dtype, or
             ``"auto"``: float16 with CUDA, else float32.
@@ -66,35 +77,29 @@ def load_pipeline(
 
     Raises:
         ProfileError: the profile cannot be read.
-        PipelineError: no such profile or folder; a folder without ``model_index.json`` or without safetensors; a UNet
-            without cross-attention value layers; no network; an unknown dtype or device.
+        PipelineError: no such profile, folder or architecture; a folder without ``model_index.json`` or without
+            safetensors; a UNet without cross-attention value layers; no network; an unknown dtype or device.
     """
     profile = _profile(source)
     # A relative folder of a profile starts at the repository; one that a caller types may start where the caller is.
     location = _locate(profile.model, paths.ROOT) if profile else _locate(str(source), Path.cwd(), paths.ROOT)
     place = _device(device or (profile.device if profile else "auto"))
-    pipe = _load(
-        location,
-        dtype=_dtype(dtype or (profile.dtype if profile else "float32"), place),
-        revision=revision or (profile.revision if profile else None),
-    )
-    _check_value_layers(pipe, location)
-    _prepare(pipe)
+    weights = _dtype(dtype or (profile.dtype if profile else "float32"), place)
+    if str(location).startswith(_RANDOM):
+        pipe = random_pipeline(str(location).removeprefix(_RANDOM), dtype=weights)
+    else:
+        pipe = _from_pretrained(location, dtype=weights, revision=revision or (profile.revision if profile else None))
+    _prepare(pipe, location)
     pipe.to(place)
     _spare_memory(pipe)
     if profile:
-        _PROFILES[pipe] = profile
+        note_profile(pipe, profile)
     return pipe
 
 
 def is_hub_id(model: str) -> bool:
     """Return whether a model of a profile is a hub id (``owner/name``) and no folder."""
     return bool(_HUB_ID.fullmatch(model)) and not paths.resolve(model).parent.is_dir()
-
-
-def profile_of(pipe: StableDiffusionPipeline) -> Profile | None:
-    """Return the profile that a pipeline was loaded from; None if it came from a folder or a hub."""
-    return _PROFILES.get(pipe)
 
 
 @torch.no_grad()
@@ -184,22 +189,11 @@ def _check_folder(folder: Path) -> None:
             )
 
 
-def _load(location: Path | str, *, dtype: torch.dtype, revision: str | None) -> StableDiffusionPipeline:
-    """Return the pipeline of a folder, a hub id or an architecture."""
-    if not str(location).startswith(_RANDOM):
-        return _from_pretrained(location, dtype=dtype, revision=revision)
-    try:
-        with _quiet(bars=False):
-            return random_pipeline(str(location).removeprefix(_RANDOM), dtype=dtype)
-    except ArchitectureError as error:
-        raise PipelineError(str(error)) from error
-
-
 def _from_pretrained(location: Path | str, *, dtype: torch.dtype, revision: str | None) -> StableDiffusionPipeline:
     """Return the pipeline of a folder or a hub id; errors of the loader become a PipelineError."""
     remote = {} if isinstance(location, Path) else {"revision": revision}
     try:
-        with _quiet(bars=not isinstance(location, Path)):
+        with quiet(bars=not isinstance(location, Path)):
             from diffusers import StableDiffusionPipeline
 
             return StableDiffusionPipeline.from_pretrained(
@@ -224,7 +218,7 @@ def _from_pretrained(location: Path | str, *, dtype: torch.dtype, revision: str 
 
 
 @contextlib.contextmanager
-def _quiet(*, bars: bool) -> Iterator[None]:
+def quiet(*, bars: bool) -> Iterator[None]:
     """Let diffusers and transformers speak of errors only, and show bars only for what takes long, a download.
 
     They warn of a missing torchvision, which is not needed, and of an autoencoder that is no AutoencoderKL.
@@ -246,18 +240,14 @@ def _quiet(*, bars: bool) -> Iterator[None]:
                 library.enable_progress_bar()
 
 
-def _check_value_layers(pipe: StableDiffusionPipeline, location: Path | str) -> None:
-    """Raise PipelineError if the down and mid blocks of the UNet have no cross-attention value layer."""
+def _prepare(pipe: StableDiffusionPipeline, location: Path | str) -> None:
+    """Set the scheduler, freeze the weights, and silence the progress bar; refuse a UNet without value layers."""
+    from diffusers import DDIMScheduler
+
     try:
         value_layers(pipe.unet)
     except ValueError as error:
         raise PipelineError(f"model {str(location)!r}: {error}") from error
-
-
-def _prepare(pipe: StableDiffusionPipeline) -> None:
-    """Set the scheduler, freeze the weights, and silence the pipeline's own progress bar."""
-    from diffusers import DDIMScheduler
-
     if not isinstance(pipe.scheduler, DDIMScheduler):
         pipe.register_modules(scheduler=DDIMScheduler.from_config(pipe.scheduler.config))
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
@@ -267,13 +257,23 @@ def _prepare(pipe: StableDiffusionPipeline) -> None:
 
 def _spare_memory(pipe: StableDiffusionPipeline) -> None:
     """On a GPU decode images one by one; with little memory left compute attention in slices."""
-    free = free_memory(pipe.device)
+    free = _free_memory(pipe.device)
     if free is None:
         return
     if hasattr(pipe.vae, "enable_slicing"):
         pipe.vae.enable_slicing()
     if free < _SCARCE:
         pipe.enable_attention_slicing()
+
+
+def _free_memory(device: torch.device) -> int | None:
+    """Return the free memory of a GPU in bytes; None for a CPU."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if device.type == "mps":
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
+    return None
 
 
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
@@ -298,3 +298,116 @@ def _device(device: str | torch.device) -> torch.device:
     if not available.get(chosen.type, True):
         raise PipelineError(f"device {str(device)!r} is not available on this machine; use 'auto' or 'cpu'")
     return chosen
+
+
+# --- Random weights -----------------------------------------------------------------------------------------------------
+
+
+def random_pipeline(architecture: str | Path, *, dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
+    """Return a Stable Diffusion pipeline of an architecture whose weights are drawn at random, on the CPU.
+
+    Its tokenizer is CLIP's without merges: a text is spelt letter by letter, with CLIP's numbers of the letters. The
+    weights are always the same, and torch's own random numbers stay as they were; the values of a large weight repeat.
+
+    Args:
+        architecture: Name of an architecture that comes with the package (``"sd14"``), or a folder.
+        dtype: Floating-point type in which the weights are drawn: half of the memory need not be drawn whole, and cast.
+
+    Raises:
+        PipelineError: There is no such architecture, a file is missing, or a file does not describe its part.
+    """
+    folder = _folder(architecture)
+    configs = {part: _config(folder / f"{part}.json") for part in PARTS}
+    text = configs["text_encoder"]
+    with quiet(bars=False):
+        from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        try:
+            with _weights_drawn(dtype):
+                parts = {
+                    "unet": UNet2DConditionModel(**configs["unet"]),
+                    "vae": AutoencoderKL(**configs["vae"]),
+                    "text_encoder": CLIPTextModel(CLIPTextConfig(**text)),
+                }
+            parts["scheduler"] = DDIMScheduler(**configs["scheduler"])
+            parts["tokenizer"] = _spelling(text["max_position_embeddings"], text["bos_token_id"], text["eos_token_id"])
+        except (TypeError, ValueError, KeyError) as error:
+            raise PipelineError(f"architecture {folder} cannot be built: {error}") from error
+        return StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+
+
+def _folder(architecture: str | Path) -> Path:
+    """Return the folder of an architecture."""
+    for folder in (ARCHITECTURES / str(architecture), paths.resolve(architecture)):
+        if (folder / "unet.json").is_file():
+            return folder
+    known = ", ".join(sorted(path.parent.name for path in ARCHITECTURES.glob("*/unet.json")))
+    files = ", ".join(f"{part}.json" for part in PARTS)
+    raise PipelineError(
+        f"there is no architecture {str(architecture)!r}; known: {known}; or give a folder with {files}"
+    )
+
+
+def _config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise PipelineError(f"architecture {path.parent}: {path.name} is missing")
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise PipelineError(f"{path} is not readable as JSON ({error})") from error
+
+
+@contextlib.contextmanager
+def _weights_drawn(dtype: torch.dtype) -> Iterator[None]:
+    """Let new modules draw their weights in a type, always the same; of a large one only the first `PERIOD` values.
+
+    Each layer draws from the distribution that it always has. Drawing all values takes ten seconds for Stable Diffusion.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.random.fork_rng(devices=[]), _Repeated():
+            torch.manual_seed(0)
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class _Repeated(TorchDispatchMode):
+    """Draws the first values of a tensor, and repeats them."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        draws = func in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default)
+        if not draws or args[0].numel() <= PERIOD or not args[0].is_contiguous():
+            return func(*args, **(kwargs or {}))
+        flat = args[0].view(-1)
+        func(flat[:PERIOD], *args[1:], **(kwargs or {}))
+        whole = len(flat) // PERIOD * PERIOD
+        flat[PERIOD:whole].view(-1, PERIOD).copy_(flat[:PERIOD].expand(whole // PERIOD - 1, -1))
+        flat[whole:].copy_(flat[: len(flat) - whole])
+        return args[0]
+
+
+def _spelling(length: int, start_id: int, end_id: int) -> CLIPTokenizer:
+    """Return CLIP's tokenizer without merges: 256 letters, the same at the end of a word, and the two marks.
+
+    Source: Radford et al. (GPT-2), byte-level vocabularies: bytes that print stand for themselves and come first.
+    """
+    from transformers import CLIPTokenizer
+
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    printing = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    letters = [chr(code) for code in printing] + [chr(256 + place) for place in range(256 - len(printing))]
+    names = [*letters, *(letter + "</w>" for letter in letters)]
+    return CLIPTokenizer(
+        vocab={name: index for index, name in enumerate(names)} | {start: start_id, end: end_id},
+        merges=[],
+        model_max_length=length,
+        bos_token=start,
+        eos_token=end,
+        pad_token=end,
+        unk_token=end,
+    )

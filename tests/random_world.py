@@ -1,16 +1,11 @@
 """A world around a random pipeline: prompt tables, planted images and encoders that nothing was learnt by."""
 
-import functools
-from contextlib import contextmanager
-
 import numpy as np
 import pandas as pd
-import pytest
 import torch
 
-from nemolib import paths
 from nemolib.encoders import CopyDescriptor
-from nemolib.value_layers import value_layers
+from nemolib.layers import value_layers
 
 
 def amplify(pipe):
@@ -74,14 +69,3 @@ def write_encoders(folder, model_folder):
         "alignment": clip,
         "quality": clip,
     }
-
-
-@contextmanager
-def build_in(folder, *modules):
-    """Let runs write to a folder of their own; modules that ask for the hash of the code get it from memory."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths, "BUILD", folder)
-        # The code stays the same while tests run; reading it again for every call takes most of their time.
-        for module in modules:
-            patch.setattr(module, "science_hash", functools.cache(module.science_hash))
-        yield folder

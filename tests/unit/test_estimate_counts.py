@@ -4,48 +4,51 @@ from contextlib import contextmanager
 
 import pandas as pd
 import pytest
+import yaml
 
-from nemolib import detection, experiments
-from nemolib import experiments_ablations as ablations
-from nemolib import experiments_blocking as blocking
-from nemolib import experiments_mitigation as mitigation
-from nemolib.estimate import Counts, stages
-from nemolib.layer_ablation import cross_attention_layers, down_convolutions
+from nemolib.experiments import ablations, holdout_threshold, memorization_score, side_effects
+from nemolib.experiments import deactivate_neurons as deactivate
+from nemolib.layers import cross_attention_layers, down_convolutions
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import load_pipeline
-from nemolib.profiles import profile_from_mapping
-from nemolib.protocols import RELEASED
+from nemolib.run import Run
+from nemolib.settings import RELEASED, load_profile
+from nemolib.store import Store
 from tests.random_pipeline import WIDTHS
-from tests.random_world import build_in, write_encoders, write_prompts
+from tests.random_world import write_encoders, write_prompts
+from tools.estimate import stages
 
 MEMORIZED = {"red fox card": "vm", "red owl card": "vm", "blue cat case": "tm"}
 UNMEMORIZED = ["a tree", "the sea", "a house"]
-COUNTS = Counts(vm=2, tm=1, unmemorized=3, holdout=4, threshold=3, quality=3)
+COUNTS = {"vm": 2, "tm": 1, "unmemorized": 3, "holdout": 4, "threshold": 3, "quality": 3}
 
 
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory, random_model_folder):
     folder = tmp_path_factory.mktemp("world")
-    return profile_from_mapping(
-        {
-            "name": "counted",
-            "model": str(random_model_folder),
-            "device": "cpu",
-            "similarity": {"kernel_size": 3, "sigma": 0.5},
-            "search": {"theta_start": 1000.0, "theta_min": 999.0, "theta_step": 1.0, "k_start": 1, "k_max": 1},
-            "detection": {"samples": 3},
-            "limits": {"ladder": 0},
-            "holdout_size": 4,
-            "threshold_prompts": 3,
-            "extent": {"mitigated": 1, "ablated": 1, "layers": 1, "blocks": 2, "quality": 2, "quality_samples": 2},
-            "generation": {"samples": 2, "steps": 2, "batch_size": 16},
-            "mitigation": {"wen": {"target": 1e-6, "iterations": 2, "latents": 2}},
-            "encoders": write_encoders(folder, random_model_folder),
-            "prompts": write_prompts(
-                folder, MEMORIZED, unmemorized=UNMEMORIZED, holdout=[f"{letter} {letter}" for letter in "abcd"]
-            ),
-        }
+    path = folder / "counted.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "model": str(random_model_folder),
+                "device": "cpu",
+                "similarity": {"kernel_size": 3, "sigma": 0.5},
+                "search": {"theta_start": 1000.0, "theta_min": 999.0, "theta_step": 1.0, "k_start": 1, "k_max": 1},
+                "detection": {"samples": 3},
+                "limits": {"ladder": 0},
+                "holdout_size": 4,
+                "threshold_prompts": 3,
+                "extent": {"mitigated": 1, "ablated": 1, "layers": 1, "blocks": 2, "quality": 2, "quality_samples": 2},
+                "generation": {"samples": 2, "steps": 2, "batch_size": 16},
+                "mitigation": {"wen": {"target": 1e-6, "iterations": 2, "latents": 2}},
+                "encoders": write_encoders(folder, random_model_folder),
+                "prompts": write_prompts(
+                    folder, MEMORIZED, unmemorized=UNMEMORIZED, holdout=[f"{letter} {letter}" for letter in "abcd"]
+                ),
+            }
+        )
     )
+    return load_profile(path)
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +56,10 @@ def pipe(profile):
     return load_pipeline(profile)
 
 
-@pytest.fixture(autouse=True)
-def build(tmp_path):
-    """Nothing is in the store, so that everything is made."""
-    with build_in(tmp_path, experiments) as folder:
-        yield folder
+@pytest.fixture
+def run(profile, pipe, tmp_path):
+    """Return a run with nothing in its store, so that everything is made."""
+    return Run(profile, pipe, store=Store(tmp_path), progress=False)
 
 
 @pytest.fixture
@@ -76,41 +78,42 @@ def found():
 
 
 @contextmanager
-def counted(unet):
-    """Count the latents that go through a UNet."""
+def counted(run):
+    """Count the latents that go through the UNet."""
     passes = []
-    handle = unet.register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))
+    forward = run.pipe.unet.forward
+    # A hook would keep a run from keeping results.
+    run.pipe.unet.forward = lambda sample, *args, **options: (
+        passes.append(len(sample)) or forward(sample, *args, **options)
+    )
     try:
         yield passes
     finally:
-        handle.remove()
+        del run.pipe.unet.forward
 
 
-def said(profile, *names):
+def said(run, *names):
     """Return what the estimate says of some stages together."""
-    by_name = {part.name: part.total for part in stages(profile, COUNTS)}
-    return sum(by_name[name] for name in names)
+    return stages(run.profile, COUNTS).set_index("stage")["evaluations"][list(names)].sum()
 
 
-def test_threshold_and_scores(pipe, profile):
-    switches = detection.protocol_switches(RELEASED, 0.0)
-    with counted(pipe.unet) as passes:
-        experiments.switch_table(pipe, profile, switches, progress=False)
+def test_threshold_and_scores(run):
     empty = 3  # samples of the empty prompt, once
-    assert sum(passes) - empty == said(profile, "memorization threshold, all protocols")
-    with counted(pipe.unet) as passes:
-        experiments.scores(pipe, profile, progress=False)
-    assert sum(passes) - empty == said(profile, "memorization scores, all protocols")
+    with counted(run) as passes:
+        holdout_threshold.switch_table(run, holdout_threshold.protocol_switches(RELEASED, 0.0))
+    assert sum(passes) - empty == said(run, "memorization threshold, all protocols")
+    with counted(run) as passes:
+        memorization_score.scores(run)
+    assert sum(passes) - empty == said(run, "memorization scores, all protocols")
 
 
-def test_table_1(pipe, profile, found):
-    first = found.groupby("kind", sort=False).head(profile.extent.mitigated)
-    with counted(pipe.unet) as passes:
-        settings = mitigation.mitigations(pipe, profile, first, progress=False)
-        mitigation.measured(pipe, profile, first, settings, progress=False)
+def test_table_1(run, found):
+    first = found.groupby("kind", sort=False).head(run.profile.extent.mitigated)
+    with counted(run) as passes:
+        deactivate.measured(run, first, deactivate.settings(run, first))
     shared = 2 * len(first) * 2 * 2 * 2  # all neurons active, and NeMo: two images of two steps with guidance
     steps = said(
-        profile,
+        run,
         "images, initial selection and random neurons",
         "images, prompt embedding adjustment",
         "images, attention scaling",
@@ -121,35 +124,34 @@ def test_table_1(pipe, profile, found):
     assert sum(passes) - shared == steps - 2 * gradients
 
 
-def test_blocked_neurons(pipe, profile, found):
-    sets = blocking.blocked_sets(found, WIDTHS, (1, 2, 3, 4), draws=2)
-    clean = blocking.quality_prompts(profile, profile.extent.quality)
-    with counted(pipe.unet) as passes:
-        blocking.blocked_quality(pipe, profile, clean, sets, progress=False)
-    assert sum(passes) == said(profile, "image quality")
-    with counted(pipe.unet) as passes:
-        blocking.block_similarity(pipe, profile, clean[:2], sets, seeds=3, progress=False)
-    assert sum(passes) == said(profile, "outputs of blocks")
+def test_blocked_neurons(run, found):
+    sets = side_effects.blocked_sets(found, WIDTHS, (1, 2, 3, 4), draws=2)
+    clean = side_effects.quality_prompts(run, run.profile.extent.quality)
+    with counted(run) as passes:
+        side_effects.blocked_quality(run, clean, sets)
+    assert sum(passes) == said(run, "image quality")
+    with counted(run) as passes:
+        side_effects.block_similarity(run, clean[:2], sets, seeds=3)
+    assert sum(passes) == said(run, "outputs of blocks")
 
 
-def test_layers(pipe, profile, monkeypatch):
-    unet, prompt = pipe.unet, ["red fox card"]
+def test_layers(run, monkeypatch):
+    unet, prompt = run.pipe.unet, ["red fox card"]
     layers = [*cross_attention_layers(unet, "value"), *cross_attention_layers(unet, "key"), *down_convolutions(unet)]
-    monkeypatch.setattr("nemolib.estimate.SWITCHED_LAYERS", len(layers))
-    with counted(unet) as passes:
-        blocking.layer_effects(pipe, profile, prompt, layers, progress=False)
-    assert sum(passes) == said(profile, "layers switched off")
+    monkeypatch.setattr("tools.estimate.SWITCHED_LAYERS", len(layers))
+    with counted(run) as passes:
+        side_effects.layer_effects(run, prompt, layers)
+    assert sum(passes) == said(run, "layers switched off")
 
 
-def test_ablations(pipe, profile):
-    prompts = ablations.compared_prompts(profile, profile.extent.ablated)
-    levels = ablations.threshold_levels(pipe, profile, progress=False)
-    table = ablations.ablated(pipe, profile, prompts, levels, guidance=7.0, progress=False)
+def test_ablations(run):
+    prompts, levels = ablations.compared_prompts(run), ablations.threshold_levels(run)
+    table = ablations.ablated(run, prompts, levels)
     default = table[table["setting"] == ablations.default_setting(levels)]
     settings = ablations.ablation_settings(table, levels)
-    one, images = 2 * 2 * 2, said(profile, "ablations, images")
+    one, images = 2 * 2 * 2, said(run, "ablations, images")
     assert (len(settings) - 2) * len(default) * one == images
-    with counted(pipe.unet) as passes:
-        mitigation.measured(pipe, profile, default, settings, progress=False)
+    with counted(run) as passes:
+        deactivate.measured(run, default, settings)
     # With all neurons active and the default besides; equal neuron sets make their images once.
     assert 0 < sum(passes) <= images + 2 * len(default) * one

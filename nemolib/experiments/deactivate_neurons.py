@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import product
+from functools import reduce
+from itertools import cycle, islice, product
+from operator import or_
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from nemolib import metrics, paper, plots
-from nemolib.experiments.localize_neurons import by_prompt, memorized
-from nemolib.layers import widths
-from nemolib.mitigation import (
-    AttentionScaling,
-    DeactivatedNeurons,
-    EmbeddingAdjustment,
-    Mitigation,
-    RandomTokens,
-    norms_together,
-    random_neurons,
-    target_norms,
-    target_of,
-)
+from nemolib import metrics, mitigation, paper, plots
+from nemolib.exhibits import Claim, NotEnough, exhibit, must, of_kinds
+from nemolib.experiments.localize_neurons import by_prompt, memorized, shared_neurons, with_and_without
+from nemolib.layers import value_activations, widths
+from nemolib.mitigation import AttentionScaling, DeactivatedNeurons, EmbeddingAdjustment, Mitigation, RandomTokens
+from nemolib.neurons import NeuronSet
+from nemolib.pipeline import embed
+from nemolib.plots import ROLES, TEXT_WIDTH, image_grid, intervals, legend_below, panels
 from nemolib.prompts import MEMORIZED
 from nemolib.store import Grid
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from nemolib.run import Run
     from nemolib.settings import GenerationSettings
 
@@ -35,6 +33,16 @@ NOTEBOOK = "04_deactivate_neurons"
 
 NONE, NEMO, RANDOM, INITIAL = "all neurons active", "NeMo", "random neurons", "NeMo, initial selection"
 """Settings that have a part in claims; the paper's Table 1 calls the first three so."""
+
+OFF = "memorization neurons off"
+"""What `unmemorized_quality` calls images without the neurons of all memorized prompts; with them it is `NONE`."""
+
+WEN, REN, ONE_TOKEN = "prompt embedding adjustment (Wen)", "attention scaling (Ren)", "1 random token (Somepalli)"
+BASELINES = (WEN, REN, "4 random tokens (Somepalli)", "10 random tokens (Somepalli)")
+"""Mitigations by others that work in the paper's Table 1; one random token does not."""
+
+SHORT = {NONE: "untouched", WEN: "Wen", RANDOM: "random", REN: "Ren", INITIAL: "initial"}
+"""Settings of Table 1 where there is little room; of random tokens the number is enough."""
 
 METRICS = tuple(plots.METRICS)
 """Metrics of Table 1."""
@@ -61,10 +69,10 @@ def settings(run: Run, found: pd.DataFrame) -> dict[str, list[Mitigation | None]
     Returns:
         Mitigations by name; None is the untouched model.
     """
-    chosen, sets = run.profile.mitigation, by_prompt(memorized(found))
+    chosen, sizes, sets = run.profile.mitigation, widths(run.pipe.unet), by_prompt(memorized(found))
     draws = [
         {
-            prompt: random_neurons(neurons, widths(run.pipe.unet), seed=chosen.random.seed, repeat=repeat)
+            prompt: mitigation.random_neurons(neurons, sizes, seed=chosen.random.seed, repeat=repeat)
             for prompt, neurons in sets.items()
         }
         for repeat in range(chosen.random.repeats)
@@ -72,9 +80,9 @@ def settings(run: Run, found: pd.DataFrame) -> dict[str, list[Mitigation | None]
     tokens = [RandomTokens(number, chosen.somepalli.seed) for number in chosen.somepalli.numbers]
     return {
         NONE: [None],
-        "prompt embedding adjustment (Wen)": [adjustment(run)],
+        WEN: [adjustment(run)],
         RANDOM: [DeactivatedNeurons(draw) for draw in draws],
-        "attention scaling (Ren)": [AttentionScaling(chosen.ren)],
+        REN: [AttentionScaling(chosen.ren)],
         **{f"{item.name} (Somepalli)": [item] for item in tokens},
         NEMO: [DeactivatedNeurons(sets)],
         INITIAL: [DeactivatedNeurons(by_prompt(memorized(found), "initial"))],
@@ -86,9 +94,9 @@ def adjustment(run: Run) -> EmbeddingAdjustment:
     chosen = run.profile.mitigation.wen
     if chosen.target is None:
         captions = run.prompts("threshold")["caption"].tolist()
-        together = norms_together(chosen)
-        norms = run.compute(target_norms, captions, label="target norm", together=together, settings=chosen)
-        chosen = replace(chosen, target=target_of(norms, chosen))
+        together = mitigation.norms_together(chosen)
+        norms = run.compute(mitigation.target_norms, captions, label="target norm", together=together, settings=chosen)
+        chosen = replace(chosen, target=mitigation.target_of(norms, chosen))
     return EmbeddingAdjustment(chosen)
 
 
@@ -115,16 +123,16 @@ def measured(
     found = memorized(found).reset_index(drop=True)
     rows, parts = run.rows(found["prompt"]), []
     for name, repeats in settings.items():
-        for repeat, mitigation in enumerate(repeats):
+        for repeat, item in enumerate(repeats):
             known = pd.DataFrame({"setting": name, "repeat": repeat, "kind": found["kind"], "prompt": found["prompt"]})
-            known["neurons"] = [_count(mitigation, prompt) for prompt in found["prompt"]]
-            parts.append(pd.concat([known, run.measure(rows, mitigation, settings=generation)], axis=1))
+            known["neurons"] = [_count(item, prompt) for prompt in found["prompt"]]
+            parts.append(pd.concat([known, run.measure(rows, item, settings=generation)], axis=1))
     return pd.concat(parts, ignore_index=True)
 
 
-def _count(mitigation: Mitigation | None, prompt: str) -> int:
+def _count(item: Mitigation | None, prompt: str) -> int:
     """Return how many neurons a mitigation deactivates for a prompt."""
-    return len(mitigation.neurons_of(prompt)) if isinstance(mitigation, DeactivatedNeurons) else 0
+    return len(item.neurons_of(prompt)) if isinstance(item, DeactivatedNeurons) else 0
 
 
 def table_1(values: pd.DataFrame, reported: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -170,3 +178,454 @@ def shown_table(table: pd.DataFrame) -> pd.DataFrame:
             pairs = zip(table[f"{name}{end}"], table[f"{name}{end}_mad"], strict=True)
             columns[title] = ["" if np.isnan(mid) else f"{mid:.{digits}f} ± {mad:.{digits}f}" for mid, mad in pairs]
     return pd.DataFrame(columns)
+
+
+def fair(
+    values: pd.DataFrame, settings: Mapping[str, Sequence[Mitigation | None]], found: pd.DataFrame
+) -> Iterator[Claim]:
+    """Yield what must hold for any model if the comparison is a fair one.
+
+    Args:
+        values: What `measured` returned.
+        settings: The mitigations that were compared, by name.
+        found: The localizations that they were made for.
+    """
+    by_setting, sets = values.groupby("setting"), settings[NEMO][0].neurons
+    common = sum(len(draw.neurons[prompt] & neurons) for draw in settings[RANDOM] for prompt, neurons in sets.items())
+    sizes = by_setting["neurons"].sum() / by_setting["repeat"].nunique()
+    fewest = int(by_setting["prompt"].nunique().min())
+    yield must("every setting has every memorized prompt", fewest, equals=len(memorized(found)))
+    yield must("random neurons are as many as the found ones", sizes[RANDOM] - sizes[NEMO], equals=0)
+    yield must("no random neuron is a found one", common, equals=0)
+    yield must("a refined set is no larger than its initial selection", sizes[INITIAL] - sizes[NEMO], at_least=0)
+
+
+def _verbatim(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of Table 1 for VM prompts by setting; raise NotEnough where none has a copy similarity."""
+    return of_kinds(table, "table_1", "vm", column="sscd_orig")["vm"].set_index("setting")
+
+
+def read_table_1(table_1: pd.DataFrame) -> Iterator[Claim]:
+    """Yield whether NeMo removes copies and random neurons do not."""
+    rows, order = _verbatim(table_1), [NONE, RANDOM, NEMO]
+    none, random, nemo = rows.loc[order, "sscd_orig"]
+    yield Claim(
+        "SSCD_Orig of VM prompts: untouched, random neurons, NeMo",
+        _numbers(none, random, nemo),
+        _numbers(*rows.loc[order, "sscd_orig_paper"]),
+        bool(nemo < 0.5 * none < random),
+        "NeMo removes more than half, random neurons do not; another descriptor, so not on one scale",
+    )
+
+
+@exhibit(
+    "Table 1", "every mitigation on the same seeds",
+    "Median ± median absolute deviation over prompts. SSCD_Orig: similarity to the planted image; SSCD_Gen: to the untouched "
+    "model's image of the same seed; D_SSCD: of two images of the prompt; A_CLIP: of image and prompt. Copies: share of prompts "
+    "with an image whose SSCD_Orig is above 0.7. The paper's numbers are of Stable Diffusion, with SSCD and CLIP.",
+    read=read_table_1,
+)  # fmt: skip
+def show_table_1(table_1: pd.DataFrame) -> pd.DataFrame:
+    """Return Table 1 as it is shown."""
+    return shown_table(table_1)
+
+
+def read_by_kind(table_1: pd.DataFrame) -> Iterator[Claim]:
+    """Yield what the mitigations do to prompts of each kind."""
+    order = [NONE, RANDOM, INITIAL, NEMO]
+    for kind, part in table_1.groupby("kind", sort=False):
+        rows = part.set_index("setting").loc[order]
+        for name in ("sscd_orig", "d_sscd", "a_clip"):
+            ours, theirs = (_numbers(*rows[f"{name}{end}"]) for end in ("", "_paper"))
+            yield Claim(
+                f"{kind.upper()}, {NAMES[name]}: {', '.join(SHORT.get(item, item) for item in order)}", ours, theirs
+            )
+        yield Claim(f"{kind.upper()}, share of prompts with a copy: the same", _numbers(*rows["memorized"]))
+
+
+@exhibit(
+    "", "Table 1 as a figure",
+    "Filled: ours, median over prompts with its 95 % bootstrap interval. Hollow: the paper's median, of another model.",
+    read=read_by_kind,
+)  # fmt: skip
+def table_1_figure(table_1: pd.DataFrame) -> Figure:
+    """Return Table 1 as a figure: a panel for each metric, a row for each setting, VM and TM."""
+    _verbatim(table_1)
+    height = 0.3 * table_1["setting"].nunique() + 0.9
+    with panels(1, len(METRICS), aspect=height / TEXT_WIDTH, sharey=True) as (figure, axes):
+        intervals(figure, axes, table_1, category="setting")
+    return figure
+
+
+HIGHEST, MAD = "the highest baseline", "its median absolute deviation"
+"""What rules compare beside settings."""
+
+RULES: tuple[tuple[str, str, tuple[str, ...], str, Callable[..., bool]], ...] = (
+    ("random neurons change nothing", "sscd_orig", (NONE, RANDOM, NEMO),
+     "random neurons lower it by at most a tenth of what NeMo does (untouched, random, NeMo)",
+     lambda none, random, nemo: none - random <= 0.1 * (none - nemo)),
+    ("NeMo removes copies as well as the baselines", "sscd_orig", (NEMO, HIGHEST),
+     "NeMo is not above the highest of Wen, Ren, 4 and 10 random tokens (NeMo, that baseline)",
+     lambda nemo, baseline: nemo <= baseline),
+    ("one random token is not enough", "sscd_orig", (NONE, ONE_TOKEN),
+     "more than half stays (untouched, one token)",
+     lambda none, token: token > none / 2),
+    ("images become diverse", "d_sscd", (NONE, NEMO),
+     "less than half stays (untouched, NeMo)",
+     lambda none, nemo: nemo < none / 2),
+    ("the alignment with the prompt stays", "a_clip", (NONE, MAD, NEMO),
+     "falls by no more than the median absolute deviation over prompts (untouched, its MAD, NeMo)",
+     lambda none, mad, nemo: none - nemo <= mad),
+)  # fmt: skip
+"""Claims of the paper's Table 1 about VM prompts, in which they hold: metric, the settings that are compared, the rule in
+words, and the rule."""
+
+
+def read_table_1_claims(table_1: pd.DataFrame) -> Iterator[Claim]:
+    """Yield what the paper's Table 1 says about VM prompts, and whether ours says the same: `RULES`.
+
+    A claim that does not hold is no error: it is a result about another model. Where a number is missing, such as the
+    similarity of two images if there is one per prompt, nothing is decided.
+    """
+    rows = table_1[table_1["kind"] == "vm"].set_index("setting")
+    rows.loc[HIGHEST] = rows[rows.index.isin(BASELINES)].max(numeric_only=True)
+    rows.loc[MAD, ["a_clip", "a_clip_paper"]] = rows.reindex([NONE])[["a_clip_mad", "a_clip_paper_mad"]].to_numpy()[0]
+    for text, metric, settings, rule, holds in RULES:
+        chosen = rows.reindex(settings)
+        ours, theirs = chosen[metric], chosen[f"{metric}_paper"]
+        held = None if ours.isna().any() else bool(holds(*ours))
+        yield Claim(text, _numbers(*ours), _numbers(*theirs), held, f"{NAMES[metric]}: {rule}")
+
+
+def table_1_claims(table: pd.DataFrame) -> pd.DataFrame:
+    """Return what the paper's Table 1 says about VM prompts (`RULES`): columns claim, rule, paper, ours, verdict."""
+    rows = [(item.text, item.rule, item.paper, item.ours, item.verdict) for item in read_table_1_claims(table)]
+    return pd.DataFrame(rows, columns=["claim", "rule", "paper", "ours", "verdict"])
+
+
+@exhibit(
+    "", "what the paper's Table 1 says about VM prompts",
+    "Each rule holds in the paper's table. Numbers are those that the rule compares, in its order.",
+    read=read_table_1_claims,
+)  # fmt: skip
+def show_table_1_claims(table_1_claims: pd.DataFrame) -> pd.DataFrame:
+    """Return the claims as they are."""
+    return table_1_claims
+
+
+def one_of_each(run: Run, prompts: Sequence[str], settings: Mapping[str, Sequence[Mitigation | None]]) -> Grid:
+    """Return the planted image of each memorized prompt and one image for each setting, all of the first seed."""
+    made = [run.images(prompts, repeats[0])[:, 0] for repeats in settings.values()]
+    images = np.stack([_planted(run, prompts, like=made[0]), *made], axis=1)
+    return Grid(images, tuple(prompts), ("planted", *settings))
+
+
+@exhibit(
+    "", "one image of each setting", "All of one seed. Planted: the image of the training data that the prompt replays."
+)
+def mitigation_images(mitigation_images: Grid) -> Figure:
+    """Return the grid of `one_of_each` with short names."""
+    tokens = [name.removesuffix(" (Somepalli)").replace("random ", "") for name in mitigation_images.columns]
+    names = tuple(map(SHORT.get, mitigation_images.columns, tokens))
+    return image_grid(replace(mitigation_images, columns=names))
+
+
+# One neuron, many prompts
+
+SINGLE = ("figure_10", "figure_11", "figure_12")
+"""Grids of the neurons that most prompts share, as the paper numbers them."""
+
+_ALONE = "Prompts that share the neuron: left with all neurons active, right the same seeds with this neuron deactivated alone."
+
+_MOST = 6
+"""Prompts that are looked at of each neuron."""
+
+
+def most_shared(found: pd.DataFrame) -> list[tuple[NeuronSet, list[str]]]:
+    """Return the three neurons that most memorized prompts share, each with up to six of these prompts."""
+    sets, chosen = by_prompt(memorized(found)), []
+    for layer, neuron in shared_neurons(found)[["layer", "neuron"]].head(len(SINGLE)).itertuples(index=False):
+        pair = (layer - 1, neuron)
+        prompts = [prompt for prompt, neurons in sets.items() if pair in neurons]
+        chosen.append((NeuronSet.of([pair], layers=len(sets[prompts[0]].layers)), prompts[:_MOST]))
+    return chosen
+
+
+def single_neurons(run: Run, found: pd.DataFrame) -> pd.DataFrame:
+    """Return what switching off one shared neuron alone does to prompts that have it.
+
+    Returns:
+        One row per neuron of `most_shared` and prompt: columns layer (from 1), neuron, prompt, and copy_before,
+        copy_single (without this neuron), copy_all (without all neurons of the prompt): similarity to the planted image,
+        median over seeds. No rows if no neuron is shared.
+    """
+    own, parts = DeactivatedNeurons(by_prompt(memorized(found))), []
+    for single, prompts in most_shared(found):
+        ((layer, neuron),) = single
+        part = pd.DataFrame({"layer": layer + 1, "neuron": neuron, "prompt": prompts})
+        for name, item in (("before", None), ("single", DeactivatedNeurons(single)), ("all", own)):
+            part[f"copy_{name}"] = run.measure(run.rows(prompts), item, columns=["sscd_orig"])["sscd_orig"]
+        parts.append(part)
+    columns = ["layer", "neuron", "prompt", "copy_before", "copy_single", "copy_all"]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+
+
+def single_neuron_grids(run: Run, found: pd.DataFrame) -> dict[str, Grid]:
+    """Return the images of Fig. 10 to 12, with all neurons active and without a shared one; `NO_IMAGES` without a neuron.
+
+    Source: Fig. 10 to 12.
+    """
+    grids = [with_and_without(run, prompts, DeactivatedNeurons(single)) for single, prompts in most_shared(found)]
+    return dict.fromkeys(SINGLE, NO_IMAGES) | dict(zip(SINGLE, grids, strict=False))
+
+
+def _reader(place: int) -> Callable[[pd.DataFrame], Iterator[Claim]]:
+    """Return what yields what one of the most shared neurons does alone."""
+
+    def read(single_neurons: pd.DataFrame) -> Iterator[Claim]:
+        parts = list(single_neurons.groupby(["layer", "neuron"], sort=False))
+        if len(parts) <= place:
+            raise NotEnough(f"only {len(parts)} neurons are shared by several prompts")
+        (layer, neuron), part = parts[place]
+        before, single, every = part[["copy_before", "copy_single", "copy_all"]].median()
+        yield Claim(
+            f"neuron {neuron} of value layer {layer}, {len(part)} prompts: copy similarity",
+            f"{before:.2f}, without this neuron {single:.2f}, without all neurons of the prompt {every:.2f} (medians)",
+            f"two neurons of value layer 1 belong to {paper.reported('shared.vm_share').value:.0%} of the VM prompts, by "
+            "families of captions",
+            rule="which neurons are shared, and by how many prompts, depends on the model",
+        )
+
+    return read
+
+
+@exhibit("Figure 10", "the most shared neuron", _ALONE, read=_reader(0))
+def figure_10(figure_10: Grid) -> Figure:
+    """Return Fig. 10."""
+    return _without_one(figure_10)
+
+
+@exhibit("Figure 11", "the second most shared neuron", _ALONE, read=_reader(1))
+def figure_11(figure_11: Grid) -> Figure:
+    """Return Fig. 11."""
+    return _without_one(figure_11)
+
+
+@exhibit("Figure 12", "the third most shared neuron", _ALONE, read=_reader(2))
+def figure_12(figure_12: Grid) -> Figure:
+    """Return Fig. 12."""
+    return _without_one(figure_12)
+
+
+def _without_one(grid: Grid) -> Figure:
+    return image_grid(grid, counts=[1] * len(grid.rows), halves=("all neurons active", "this neuron deactivated"))
+
+
+# Prompts that stay memorized
+
+
+def staying(run: Run, found: pd.DataFrame, prompts: Sequence[str]) -> Grid:
+    """Return the planted image of memorized prompts and their images without their neurons; `NO_IMAGES` without prompts.
+
+    Source: Fig. 9.
+    """
+    if not len(prompts):
+        return NO_IMAGES
+    made = run.images(prompts, DeactivatedNeurons(by_prompt(memorized(found))))
+    images = np.concatenate([_planted(run, prompts, like=made[:, 0])[:, None], made], axis=1)
+    return Grid(images, tuple(prompts), ("planted", *(f"seed {number}" for number in range(made.shape[1]))))
+
+
+def _planted(run: Run, prompts: Sequence[str], *, like: np.ndarray) -> np.ndarray:
+    """Return the planted image of memorized prompts, [prompt, height, width, 3], in the size of other images."""
+    return np.stack(run.planted_images(run.rows(prompts), size=like.shape[1:3]))
+
+
+def read_9(deactivation: pd.DataFrame, figure_9: Grid) -> Iterator[Claim]:
+    """Yield how similar the images stay, and without how many neurons."""
+    rows = deactivation.set_index("prompt").loc[list(figure_9.rows)]
+    counts, copies = rows["neuron_count"], rows["copy_after"]
+    yield Claim(
+        "neurons off, and the copy similarity that stays",
+        f"{counts.min()} to {counts.max()} neurons, {copies.min():.2f} to {copies.max():.2f}",
+        "ten examples with 101 to 379 neurons, whose images stay",
+        rule="here the prompts that stay most similar; the paper does not say how many stay memorized",
+    )
+
+
+@exhibit(
+    "Figure 9", "prompts that stay most similar to their planted image",
+    "Left the planted image, then one image per seed with the neurons of the prompt deactivated.", read=read_9,
+)  # fmt: skip
+def figure_9(figure_9: Grid) -> Figure:
+    """Return Fig. 9."""
+    return image_grid(figure_9)
+
+
+# Unmemorized prompts
+
+
+def all_neurons(found: pd.DataFrame) -> NeuronSet:
+    """Return the memorization neurons of all memorized prompts together."""
+    return reduce(or_, by_prompt(memorized(found)).values())
+
+
+def unmemorized_images(run: Run, prompts: Sequence[str], found: pd.DataFrame) -> pd.DataFrame:
+    """Return what deactivating memorization neurons does to prompts that are not memorized.
+
+    Each prompt is seen with all neurons active (``before``), without the neurons of *one* memorized prompt (``one``; the
+    memorized prompts that have neurons take turns), and without those of *all* memorized prompts together (``all``).
+
+    Source: Sec. 4, Fig. 5a (there image quality against the number of neurons).
+
+    Args:
+        run: The run.
+        prompts: Unmemorized prompts.
+        found: Localizations.
+
+    Returns:
+        One row per prompt: columns prompt, and with each of ``_before``, ``_one`` and ``_all``: neurons (number
+        deactivated), a_clip, d_sscd and sscd_gen (`nemolib.run.Run.measure`).
+
+    Raises:
+        ValueError: No memorized prompt has neurons.
+    """
+    sets = [neurons for neurons in by_prompt(memorized(found)).values() if neurons]
+    if not sets:
+        raise ValueError("no memorized prompt has neurons, so there is nothing to deactivate")
+    chosen = {
+        "before": None,
+        "one": DeactivatedNeurons(dict(zip(prompts, islice(cycle(sets), len(prompts)), strict=True))),
+        "all": DeactivatedNeurons(all_neurons(found)),
+    }
+    parts = [pd.DataFrame({"prompt": prompts})]
+    for name, item in chosen.items():
+        counts = pd.DataFrame({"neurons": [_count(item, prompt) for prompt in prompts]})
+        values = run.measure(pd.DataFrame({"caption": prompts}), item, columns=["a_clip", "d_sscd", "sscd_gen"])
+        parts += [part.add_suffix(f"_{name}") for part in (counts, values)]
+    return pd.concat(parts, axis=1)
+
+
+def read_unharmed(unmemorized_images: pd.DataFrame) -> Iterator[Claim]:
+    """Yield how alignment and diversity of unmemorized prompts change."""
+    middle = unmemorized_images.median(numeric_only=True)
+    before, one, every = (middle[f"a_clip_{name}"] for name in ("before", "one", "all"))
+    yield Claim(
+        "A_CLIP",
+        f"{before:.2f}; {one:.2f} without the {middle['neurons_one']:g} neurons of one memorized prompt, {every:.2f} without the "
+        f"{middle['neurons_all']:g} of all (medians)",
+        "image quality hardly changes while neurons are few (Fig. 5a; heights of the curves are not known)",
+        bool(before - one <= 0.1 * before),
+        "the alignment loses at most a tenth without the neurons of one memorized prompt",
+    )
+    yield Claim("D_SSCD, the same", _numbers(*(middle[f"d_sscd_{name}"] for name in ("before", "one", "all"))))
+
+
+@exhibit(
+    "", "unmemorized prompts without memorization neurons",
+    "A point is a prompt; on the dotted line nothing changes.", read=read_unharmed,
+)  # fmt: skip
+def unmemorized_unharmed(unmemorized_images: pd.DataFrame) -> Figure:
+    """Return A_CLIP and D_SSCD of each prompt with all neurons active (across) and without memorization neurons (up)."""
+    if unmemorized_images.filter(like="a_clip_").isna().all().any():
+        raise NotEnough("table 'unmemorized_images' has no values of a_clip")
+    # One image per prompt has no similarity to others.
+    drawn = [name for name in ("a_clip", "d_sscd") if unmemorized_images[f"{name}_before"].notna().any()]
+    looks = {"one": replace(ROLES["unmemorized"], label="without the neurons of one memorized prompt")}
+    looks |= {"all": replace(ROLES["deactivated"], label="without those of all memorized prompts")}
+    with panels(1, len(drawn), fraction=0.8, aspect=0.6, squeeze=False) as (figure, ((*axes,),)):
+        for place, name in zip(axes, drawn, strict=True):
+            values = unmemorized_images[[f"{name}_{end}" for end in ("before", *looks)]]
+            ends = [values.min(axis=None), values.max(axis=None)]
+            place.plot(ends, ends, color="black", linestyle=":", linewidth=0.8)
+            for end, look in looks.items():
+                place.plot(values[f"{name}_before"], values[f"{name}_{end}"], **look.line_style(linestyle=""))
+            place.set(aspect="equal", title=plots.METRICS[name], xlabel=NONE)
+        axes[0].set_ylabel("neurons deactivated")
+        legend_below(figure, columns=1)
+    return figure
+
+
+def text_carried(run: Run, prompts: Sequence[str], neurons: NeuronSet) -> pd.DataFrame:
+    """Return how much of what prompts say goes through a neuron set, layer by layer.
+
+    Returns:
+        One row per value layer: columns layer (from 1), width (neurons of the layer), neurons (those of the set), busiest
+        (how many neurons, the most active first, make up 95 % of the layer's activation), share (of the activation that
+        goes through the set). Activation: mean over tokens of the absolute value, summed over prompts.
+    """
+    rows = []
+    for layer, activations in enumerate(value_activations(run.pipe.unet, embed(run.pipe, list(prompts)))):
+        summed = activations.double().sum(dim=0).cpu().numpy()
+        chosen = list(neurons.layers[layer])
+        sums = np.sort(summed)[::-1].cumsum() / summed.sum()
+        busiest = int(np.searchsorted(sums, 0.95) + 1)
+        rows.append((layer + 1, len(summed), len(chosen), busiest, float(summed[chosen].sum() / summed.sum())))
+    return pd.DataFrame(rows, columns=["layer", "width", "neurons", "busiest", "share"])
+
+
+def unmemorized_quality(run: Run, prompts: Sequence[str], neurons: NeuronSet) -> pd.DataFrame:
+    """Return how far images of unmemorized prompts are, as a set, from those of the untouched model.
+
+    The reference is the first half of the seeds with all neurons active. What is compared with it is the other half of
+    the seeds, with all neurons active (how far two halves are anyway) and with one set deactivated for all prompts:
+    equally many images, and no latents in common.
+
+    Returns:
+        Columns images (`NONE`, `OFF`), number (of images), encoder, fid, kid, kid_sd (standard deviation over subsets of
+        half the images) and neurons (of the set). No rows if the images of a half are fewer than two.
+    """
+    half = run.profile.generation.samples // 2
+    columns = ["images", "number", "encoder", "fid", "kid", "kid_sd", "neurons"]
+    if half * len(prompts) < 2:
+        return pd.DataFrame(columns=columns)
+    before, after = (run.features("quality", prompts, item) for item in (None, DeactivatedNeurons(neurons)))
+    reference, rows = before[:, :half].reshape(-1, before.shape[-1]), []
+    for name, features in ((NONE, before), (OFF, after)):
+        other = features[:, half : 2 * half].reshape(-1, features.shape[-1])
+        middle, deviation = metrics.kid(reference, other, subset_size=max(2, len(other) // 2))
+        fid = metrics.fid(reference, other)
+        rows.append((name, len(other), run.encoder("quality").name, fid, middle, deviation, len(neurons)))
+    return pd.DataFrame(rows, columns=columns)
+
+
+def read_quality(unmemorized_quality: pd.DataFrame) -> Iterator[Claim]:
+    """Yield how much farther images without memorization neurons are."""
+    rows = unmemorized_quality.set_index("images")
+    if not {NONE, OFF} <= set(rows.index[rows[["fid", "kid"]].notna().all(axis=1)]):
+        raise NotEnough(f"table 'unmemorized_quality' has no values of fid and kid with images {NONE!r} and {OFF!r}")
+    yield Claim(
+        "KID to other images of the untouched model",
+        f"{rows.loc[NONE, 'kid']:.4f} untouched, {rows.loc[OFF, 'kid']:.4f} with {rows['neurons'].iloc[0]} neurons off",
+        "no loss of quality for few neurons (Fig. 5a)",
+        rule="so many neurons at once is more than any prompt needs",
+    )
+
+
+@exhibit(
+    "", "distance of image sets of unmemorized prompts",
+    "Compared with other seeds of the untouched model, equally many images. With so few images FID is biased upwards: only the "
+    "rows can be compared.", read=read_quality,
+)  # fmt: skip
+def show_unmemorized_quality(unmemorized_quality: pd.DataFrame) -> pd.DataFrame:
+    """Return the distances, rounded."""
+    table = unmemorized_quality
+    kid = [f"{middle:.4f} ± {sd:.4f}" for middle, sd in zip(table["kid"], table["kid_sd"], strict=True)]
+    shown = table[["images", "number"]].assign(features=table["encoder"])
+    return shown.assign(FID=table["fid"].map("{:.3f}".format), KID=kid)
+
+
+@exhibit(
+    "",
+    "images of unmemorized prompts with and without all memorization neurons",
+    "Left with all neurons active, right the same seeds with the neurons of all memorized prompts deactivated at once.",
+)
+def unmemorized_grid(unmemorized_grid: Grid, unmemorized_quality: pd.DataFrame) -> Figure:
+    """Return the images; the box says how many neurons are off."""
+    counts = [unmemorized_quality["neurons"].iloc[0]] * len(unmemorized_grid.rows)
+    return image_grid(unmemorized_grid, counts=counts, halves=("all neurons active", "neurons deactivated"))
+
+
+def _numbers(*values: float) -> str:
+    """Return numbers as text; what is not known (no planted image, one image per prompt, no number of the paper) as a dash."""
+    return ", ".join("-" if np.isnan(value) else f"{value:.2f}" for value in values)

@@ -191,23 +191,18 @@ def _check_folder(folder: Path) -> None:
 
 def _from_pretrained(location: Path | str, *, dtype: torch.dtype, revision: str | None) -> StableDiffusionPipeline:
     """Return the pipeline of a folder or a hub id; errors of the loader become a PipelineError."""
-    remote = {} if isinstance(location, Path) else {"revision": revision}
+    local = isinstance(location, Path)
+    safely = {"use_safetensors": True, "safety_checker": None, "requires_safety_checker": False}
     try:
-        with quiet(bars=not isinstance(location, Path)):
+        with quiet(bars=not local):
             from diffusers import StableDiffusionPipeline
 
             return StableDiffusionPipeline.from_pretrained(
-                str(location),
-                dtype=dtype,
-                use_safetensors=True,
-                safety_checker=None,
-                requires_safety_checker=False,
-                local_files_only=isinstance(location, Path),
-                **remote,
+                str(location), dtype=dtype, local_files_only=local, revision=None if local else revision, **safely
             )
     except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason'}"
-        if isinstance(location, Path):
+        reason = f"{type(error).__name__}: {(str(error).strip() or 'no reason').splitlines()[0]}"
+        if local:
             raise PipelineError(
                 f"model folder {location} could not be loaded; copy the model again ({reason})"
             ) from error
@@ -226,18 +221,14 @@ def quiet(*, bars: bool) -> Iterator[None]:
     from diffusers.utils import logging as ours
     from transformers.utils import logging as theirs
 
-    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in (ours, theirs)]
-    for library, _, _ in before:
-        library.set_verbosity_error()
-        if not bars:
-            library.disable_progress_bar()
-    try:
+    with contextlib.ExitStack() as before:
+        for library in (ours, theirs):
+            before.callback(library.set_verbosity, library.get_verbosity())
+            library.set_verbosity_error()
+            if not bars and library.is_progress_bar_enabled():
+                before.callback(library.enable_progress_bar)
+                library.disable_progress_bar()
         yield
-    finally:
-        for library, verbosity, bar in before:
-            library.set_verbosity(verbosity)
-            if bar:
-                library.enable_progress_bar()
 
 
 def _prepare(pipe: StableDiffusionPipeline, location: Path | str) -> None:
@@ -341,14 +332,15 @@ def random_pipeline(architecture: str | Path, *, dtype: torch.dtype = torch.floa
 
 def _folder(architecture: str | Path) -> Path:
     """Return the folder of an architecture."""
-    for folder in (ARCHITECTURES / str(architecture), paths.resolve(architecture)):
-        if (folder / "unet.json").is_file():
-            return folder
-    known = ", ".join(sorted(path.parent.name for path in ARCHITECTURES.glob("*/unet.json")))
-    files = ", ".join(f"{part}.json" for part in PARTS)
-    raise PipelineError(
-        f"there is no architecture {str(architecture)!r}; known: {known}; or give a folder with {files}"
-    )
+    places = (ARCHITECTURES / str(architecture), paths.resolve(architecture))
+    found = next((place for place in places if (place / "unet.json").is_file()), None)
+    if found is None:
+        known = ", ".join(sorted(path.parent.name for path in ARCHITECTURES.glob("*/unet.json")))
+        files = ", ".join(f"{part}.json" for part in PARTS)
+        raise PipelineError(
+            f"there is no architecture {str(architecture)!r}; known: {known}; or give a folder with {files}"
+        )
+    return found
 
 
 def _config(path: Path) -> dict[str, Any]:

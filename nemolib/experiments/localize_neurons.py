@@ -3,28 +3,147 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from nemolib.first_step import first_step
+from nemolib import paper, paths, plots
+from nemolib.exhibits import Claim, NotEnough, exhibit, median_mad, must, of_kinds, rounding, too_few
+from nemolib.first_step import ALGORITHMS, first_step
+from nemolib.holdout import z_scores
+from nemolib.layers import value_activations
 from nemolib.localization import localization_table
 from nemolib.mitigation import DeactivatedNeurons, Mitigation
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.prompts import MEMORIZED
-from nemolib.settings import DetectionSettings, Protocol, SimilaritySettings
+from nemolib.refinement import RefinementTest
+from nemolib.selection import SelectionStep
+from nemolib.settings import DetectionSettings, Protocol, SearchSettings, SimilaritySettings
 from nemolib.similarity import memorization_score
-from nemolib.store import Grid
+from nemolib.store import Grid, read_table
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import StableDiffusionPipeline
 
     from nemolib.run import Run
 
 NOTEBOOK = "03_localize_neurons"
+
+
+def memorized(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of VM and TM prompts."""
+    return table[table["kind"].isin(MEMORIZED)]
+
+
+def neuron_sets(table: pd.DataFrame, column: str = "neurons") -> list[NeuronSet]:
+    """Return the neuron set of each row of a table of localizations: column ``neurons`` or ``initial``."""
+    return [NeuronSet.from_json(text) for text in table[column]]
+
+
+def by_prompt(table: pd.DataFrame, column: str = "neurons") -> dict[str, NeuronSet]:
+    """Return the neuron set of each prompt of a table of localizations."""
+    return dict(zip(table["prompt"], neuron_sets(table, column), strict=True))
+
+
+def each_kind(describe: Callable[[str], object]) -> str:
+    """Return what is said of VM and of TM prompts, such as ``"VM 4 ± 3, TM 21 ± 18"``."""
+    return ", ".join(f"{kind.upper()} {describe(kind)}" for kind in MEMORIZED)
+
+
+# 1. One prompt by hand
+
+
+def search_steps(steps: Sequence[SelectionStep], threshold: float) -> pd.DataFrame:
+    """Return the steps of an initial selection as a table: columns theta, k, neurons (number), score, threshold."""
+    rows = [(step.theta, step.k, len(step.neurons), step.score, threshold) for step in steps]
+    return pd.DataFrame(rows, columns=["theta", "k", "neurons", "score", "threshold"])
+
+
+def search_tests(entries: Sequence[Sequence[int]], tests: Sequence[RefinementTest]) -> pd.DataFrame:
+    """Return the tests of a refinement as a table.
+
+    Args:
+        entries: For each layer the candidates that it started from.
+        tests: Its tests in order.
+
+    Returns:
+        Columns test (from 1), layer (from 1, as in the paper), neuron (missing where a whole layer or a group was
+        tested), score (with it reactivated), removed (it is not needed) and left (neurons that stay deactivated after
+        the test).
+    """
+    left, rows = [list(layer) for layer in entries], []
+    for number, test in enumerate(tests, start=1):
+        if test.removed and test.group:
+            # A group takes all entries of its neurons, a test of one neuron a single one.
+            gone = set(test.group)
+            left = [[neuron for neuron in layer if (i, neuron) not in gone] for i, layer in enumerate(left)]
+        elif test.removed and test.neuron is None:
+            left[test.layer] = []
+        elif test.removed:
+            left[test.layer].remove(test.neuron)
+        rows.append((number, test.layer + 1, test.neuron, test.score, test.removed, sum(map(len, map(set, left)))))
+    table = pd.DataFrame(rows, columns=["test", "layer", "neuron", "score", "removed", "left"])
+    return table.astype({"neuron": "Int64"})
+
+
+def prompt_z_scores(z: Sequence[torch.Tensor]) -> pd.DataFrame:
+    """Return the z-scores [neuron] of the layers for one prompt as a table: layer (from 1, as in the paper), neuron, z."""
+    parts = [
+        pd.DataFrame({"layer": layer, "neuron": range(len(values)), "z": values.double().cpu().numpy()})
+        for layer, values in enumerate(z, start=1)
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def read_search(search_steps: pd.DataFrame, search_tests: pd.DataFrame) -> Iterator[Claim]:
+    """Yield where the search for one prompt ended."""
+    end, tests = search_steps.iloc[-1], f"{search_tests['left'].iloc[-1]} after {len(search_tests)} tests"
+    found = f"{end['neurons']} neurons at theta = {end['theta']:g}, score {end['score']:.2f}; {tests}"
+    yield Claim(f"the search for “{end['prompt']}”", found)
+
+
+@exhibit("Alg. 3 and 4", "the search for one prompt",
+    "Score and number of deactivated neurons: left while the threshold of the z-score falls, right test by test of the "
+    "refinement; orange marks are neurons that must stay deactivated. The dotted line is the score to stay below.",
+    read=read_search)  # fmt: skip
+def search(search_steps: pd.DataFrame, search_tests: pd.DataFrame) -> Figure:
+    steps, tests, threshold = search_steps, search_tests, float(search_steps["threshold"].iloc[0])
+    with plots.panels(2, 2, aspect=0.5, sharex="col", width_ratios=(1, 2)) as (figure, axes):
+        (score, tested), (count, left) = axes
+        score.plot(steps["theta"], steps["score"], "o-", color="black")
+        count.plot(steps["theta"], steps["neurons"], "s-", color="black")
+        removed, kept = tests[tests["removed"]], tests[~tests["removed"]]
+        color = plots.ROLES["vm"].color
+        tested.plot(
+            removed["test"], removed["score"], "o", color="0.6", markersize=2.5, label="not needed: reactivated"
+        )
+        tested.plot(kept["test"], kept["score"], "v", color=color, markersize=2.5, label="needed: stays off")
+        left.step(tests["test"], tests["left"], where="post", color="black")
+        # Where the initial selection did not reach the threshold, its own score takes the threshold's place.
+        for place, line in ((score, threshold), (tested, max(threshold, steps["score"].iloc[-1]))):
+            place.axhline(line, color="black", linestyle=":", linewidth=0.8)
+        note = {"xycoords": ("axes fraction", "data"), "va": "bottom", "fontsize": plots.TICK_SIZE}
+        score.annotate(r"threshold $\tau$", (0.03, threshold), **note)
+        score.set(title="initial selection", ylabel="score", ylim=(0, 1.05))
+        tested.set(title="refinement", ylim=(0, 1.05))
+        count.set(xlabel=r"threshold $\theta$ of the z-score", ylabel="neurons off", ylim=(0, None))
+        left.set(xlabel="test (layers first, then neurons)", ylim=(0, None))
+        count.invert_xaxis()
+        count.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2.5, 5, 10]))
+        for axis in (count.yaxis, left.xaxis, left.yaxis):
+            axis.set_major_locator(MaxNLocator(5, integer=True))
+        figure.legend(*tested.get_legend_handles_labels(), loc="outside lower right", ncols=2)
+    return figure
+
+
+# 2. All prompts
 
 
 def searched_prompts(run: Run) -> pd.DataFrame:
@@ -53,22 +172,238 @@ def without_seconds(table: pd.DataFrame) -> pd.DataFrame:
     return table[[name for name in table if not name.startswith("seconds_")]]
 
 
-def neuron_sets(table: pd.DataFrame, column: str = "neurons") -> list[NeuronSet]:
-    """Return the neuron set of each row of a table of localizations: column ``neurons`` or ``initial``."""
-    return [NeuronSet.from_json(text) for text in table[column]]
+def search_claims(run: Run, found: pd.DataFrame) -> Iterator[Claim]:
+    """Yield what must hold of localizations, whatever the search finds."""
+    searched = found[found["memorized"]]
+    pairs = zip(neuron_sets(searched), neuron_sets(searched, "initial"), strict=True)
+    yield must("every refined set lies within its initial selection", all(not kept - first for kept, first in pairs))
+    yield must(
+        "refinement never ends above the threshold it was given",
+        (searched["refined_score"] - searched["initial_score"].clip(lower=run.threshold)).max(),
+        at_most=rounding(run.pipe.unet.dtype),
+        reason="a score that is evaluated twice may differ in the last digits",
+        missing=too_few(len(searched), "searched prompt", needed=1),
+    )
+    outside = found.loc[~found["memorized"], "neuron_count"].sum()
+    yield must("prompts that fail the gate have no neurons", int(outside), equals=0)
 
 
-def by_prompt(table: pd.DataFrame, column: str = "neurons") -> dict[str, NeuronSet]:
-    """Return the neuron set of each prompt of a table of localizations."""
-    return dict(zip(table["prompt"], neuron_sets(table, column), strict=True))
+def counts_table(found: pd.DataFrame) -> pd.DataFrame:
+    """Return how many neurons the search found, by kind of prompt.
+
+    Returns:
+        One row per kind, columns kind, prompts, searched (a seed passed the gate), reached (the initial selection
+        brought the score to the threshold), without_neurons, initial and neurons (median and median absolute deviation,
+        over prompts with neurons for the unmemorized, as in the paper), single (exactly one neuron), at_most_5,
+        at_least_50 (shares of all prompts).
+    """
+    rows = []
+    for kind, part in found.groupby("kind", sort=False):
+        counts, numbers = part["neuron_count"], part[["memorized", "reached"]].sum()
+        counted = part[counts > 0] if kind == "unmemorized" else part
+        texts = [median_mad(counted[name], digits=1) for name in ("initial_count", "neuron_count")]
+        shares = (counts == 1).mean(), counts.between(1, 5).mean(), (counts >= 50).mean()
+        rows.append((kind, len(part), *numbers, (counts == 0).sum(), *texts, *shares))
+    columns = ["kind", "prompts", "searched", "reached", "without_neurons", "initial", "neurons"]
+    return pd.DataFrame(rows, columns=[*columns, "single", "at_most_5", "at_least_50"])
 
 
-def memorized(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of VM and TM prompts."""
-    return table[table["kind"].isin(MEMORIZED)]
+def read_counts(neuron_counts: pd.DataFrame) -> Iterator[Claim]:
+    """Yield how often the search reached the threshold, and whether unmemorized prompts have no neurons."""
+    rows = of_kinds(neuron_counts, "neuron_counts", *MEMORIZED)
+    reached = each_kind(lambda kind: "{reached} of {prompts}".format(**rows[kind].iloc[0]))
+    yield Claim("searches whose initial selection brought the score to the threshold", reached)
+    clean = neuron_counts.set_index("kind")[["without_neurons", "prompts"]].T.get("unmemorized")
+    if clean is not None:
+        (without, prompts), rule = clean, "at least 80 % have none; it depends on where the threshold lies"
+        theirs = f"{paper.reported('unmemorized.without_neurons')} of {paper.reported('prompts.unmemorized')}"
+        ours, share = f"{without} of {prompts} ({without / prompts:.0%})", without / prompts
+        yield Claim("unmemorized prompts without neurons", ours, theirs, bool(share >= 0.8), rule)
 
 
-def shared_neurons(table: pd.DataFrame) -> pd.DataFrame:
+@exhibit("Sec. 4, Table 4", "neurons found, by kind of prompt",
+    "Median and median absolute deviation over prompts (unmemorized: over those with neurons). Reached: the initial "
+    "selection brought the score to the threshold.", read=read_counts)  # fmt: skip
+def neuron_counts(neuron_counts: pd.DataFrame) -> pd.DataFrame:
+    of_kinds(neuron_counts, "neuron_counts", *MEMORIZED)
+    names = {"kind": "prompts", "prompts": "number", "without_neurons": "without neurons", "reached": "reached"}
+    shown = neuron_counts[[*names, "initial", "neurons"]].rename(columns=names | {"neurons": "refined"})
+    refined = {kind: f"neurons.{kind}" for kind in MEMORIZED} | {"unmemorized": "unmemorized.neurons"}
+    shown["refined (paper)"] = [str(paper.reported(refined[kind])) for kind in shown["prompts"]]
+    initial = [paper.reported(f"neurons.{kind}.initial") if kind in MEMORIZED else "" for kind in shown["prompts"]]
+    shown.insert(5, "initial (paper)", [str(value) for value in initial])
+    return shown.replace({"prompts": {kind: kind.upper() for kind in MEMORIZED}})
+
+
+def counts_figure(table: pd.DataFrame, stages: Mapping[str, str], *, bins: int = 12) -> Figure:
+    """Return histograms over VM and TM prompts of columns that count neurons, each a panel with its title."""
+    size = {"fraction": 0.5, "aspect": 0.75} if len(stages) == 1 else {"aspect": 0.4, "sharey": True}
+    with plots.panels(1, len(stages), squeeze=False, **size) as (figure, axes):
+        for place, (column, title) in zip(axes[0], stages.items(), strict=True):
+            xlabel = "neurons per prompt" if title else "memorization neurons per prompt"
+            edges = plots.count_edges(memorized(table)[column], bins)
+            plots.histogram(place, table, column, edges=edges, xlabel=xlabel, title=title)
+        plots.legend_below(figure, columns=2)
+    return figure
+
+
+STAGES = {"initial_count": "initial selection", "neuron_count": "after refinement"}
+"""Columns of Fig. 7, and what they are."""
+
+
+def read_4a(localization: pd.DataFrame) -> Iterator[Claim]:
+    """Yield how many neurons VM and TM prompts have."""
+    parts = of_kinds(localization, "localization", *MEMORIZED)
+    counts = {kind: part["neuron_count"] for kind, part in parts.items()}
+    ours = each_kind(lambda kind: median_mad(counts[kind], digits=1))
+    theirs = each_kind(lambda kind: paper.reported(f"neurons.{kind}"))
+    rule = "compared: VM prompts need no more than TM prompts (medians); how many depends on the model"
+    yield Claim("neurons per prompt", ours, theirs, bool(counts["vm"].median() <= counts["tm"].median()), rule)
+    ours = each_kind(lambda kind: f"{counts[kind].between(1, 5).mean():.0%}")
+    theirs = each_kind(lambda kind: f"{paper.reported(f'neurons.{kind}.share_up_to_5').value:.0%}")
+    yield Claim("prompts with at most 5 neurons", ours, theirs)
+    ours = each_kind(lambda kind: f"{(counts[kind] == 1).sum()} of {len(counts[kind])}")
+    theirs = f"VM {paper.reported('neurons.vm.single')} of {paper.reported('prompts.vm')}"
+    yield Claim("prompts with a single neuron", ours, theirs)
+
+
+@exhibit("Figure 4a", "memorization neurons per prompt",
+    "Histogram over prompts; vertical lines are medians.", read=read_4a)  # fmt: skip
+def figure_4a(localization: pd.DataFrame) -> Figure:
+    of_kinds(localization, "localization", *MEMORIZED)
+    return counts_figure(localization, {"neuron_count": ""})
+
+
+def read_7(localization: pd.DataFrame) -> Iterator[Claim]:
+    """Yield how many neurons the initial selection has, and refinement leaves."""
+    parts = of_kinds(localization, "localization", *MEMORIZED)
+    fewer = all(part["neuron_count"].median() < part["initial_count"].median() for part in parts.values())
+    for (column, stage), end in zip(STAGES.items(), (".initial", ""), strict=True):
+        ours = each_kind(lambda kind, column=column: median_mad(parts[kind][column], digits=1))
+        theirs = each_kind(lambda kind, end=end: paper.reported(f"neurons.{kind}{end}"))
+        rule = {"holds": fewer, "rule": "compared: refinement leaves fewer"} if not end else {}
+        yield Claim(f"neurons, {stage}", ours, theirs, **rule)
+
+
+@exhibit("Figure 7", "neurons of the initial selection and after refinement",
+    "Histograms over prompts; vertical lines are medians.", read=read_7)  # fmt: skip
+def figure_7(localization: pd.DataFrame) -> Figure:
+    of_kinds(localization, "localization", *MEMORIZED)
+    return counts_figure(localization, STAGES)
+
+
+def layer_means(found: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean number of neurons per prompt by kind (VM, TM: rows) and value layer from 1 (columns).
+
+    Raises:
+        NotEnough: There are no prompts of a kind, or none has neurons.
+    """
+    parts = of_kinds(found[found["neuron_count"] > 0], "localization", *MEMORIZED)
+    means = {kind: np.sum([item.counts for item in neuron_sets(part)], axis=0) / (found["kind"] == kind).sum()
+             for kind, part in parts.items()}  # fmt: skip
+    return pd.DataFrame(means, index=range(1, len(means["vm"]) + 1)).T
+
+
+def read_4b(localization: pd.DataFrame) -> Iterator[Claim]:
+    """Yield in which value layers the neurons of VM and of TM prompts lie."""
+    means = layer_means(localization)
+    first = means[[1, 2]].sum(axis=1) / means.sum(axis=1)
+    ours, holds = each_kind(lambda kind: f"{first[kind]:.0%}"), bool(first["vm"] >= first["tm"])
+    theirs = "VM mostly in the first layers, TM deeper; heights of the bars are not known"
+    rule = "compared: share of the first down block, VM at least TM"
+    yield Claim("share of the neurons in value layers 1 and 2", ours, theirs, holds, rule)
+    yield Claim("value layer with most neurons", each_kind(lambda kind: means.loc[kind].idxmax()))
+
+
+@exhibit("Figure 4b", "memorization neurons per value layer",
+    "Mean number per prompt. Layers 1 and 2 lie in the first down block, 7 in the mid block.", read=read_4b)  # fmt: skip
+def figure_4b(localization: pd.DataFrame) -> Figure:
+    means = layer_means(localization).rename_axis(index="kind", columns="layer").stack().rename("mean").reset_index()
+    with plots.panels(fraction=0.5, aspect=0.75) as (figure, axes):
+        plots.bars(axes, means, "layer", "mean")
+        axes.set(xlabel="value layer", ylabel="neurons per prompt (mean)")
+        plots.legend_above(axes)
+    return figure
+
+
+def neuron_z_scores(run: Run, found: pd.DataFrame) -> pd.DataFrame:
+    """Return the z-score of each neuron that was found: columns kind, prompt, layer and neuron (from 0), z."""
+    normal, rows = run.statistics, []
+    for kind, prompt, neurons in zip(found["kind"], found["prompt"], neuron_sets(found), strict=True):
+        if neurons:
+            activations = value_activations(run.pipe.unet, embed(run.pipe, [prompt]))
+            z = z_scores(normal, [values.cpu() for values in activations])
+            rows += [(kind, prompt, layer, neuron, float(z[layer][0, neuron])) for layer, neuron in neurons]
+    return pd.DataFrame(rows, columns=["kind", "prompt", "layer", "neuron", "z"])
+
+
+def read_neuron_z(neuron_z: pd.DataFrame) -> Iterator[Claim]:
+    """Yield how many neurons are unusual for their prompt."""
+    shares = neuron_z["z"].abs().gt(3).groupby(neuron_z["kind"], sort=False).mean()
+    yield Claim("neurons with |z| > 3", ", ".join(f"{kind.upper()} {share:.0%}" for kind, share in shares.items()))
+
+
+@exhibit("", "z-scores of the memorization neurons",
+    "A point is a neuron of a prompt; those within the grey band were chosen for their large activation alone.",
+    read=read_neuron_z)  # fmt: skip
+def neuron_z(neuron_z: pd.DataFrame) -> Figure:
+    table, theta = memorized(neuron_z), SearchSettings().theta_min
+    if table.empty:
+        raise NotEnough("table 'neuron_z' has no rows with kind 'vm' or 'tm'")
+    with plots.panels(fraction=0.6, aspect=0.65) as (figure, axes):
+        plots.points(axes, table.assign(layer=table["layer"] + 1), "layer", "z")
+        axes.axhspan(-theta, theta, color="0.9", zorder=0)
+        axes.set(xlabel="value layer", ylabel="z-score of the neuron")
+        plots.legend_above(axes)
+    return figure
+
+
+def cost_table(found: pd.DataFrame) -> pd.DataFrame:
+    """Return what the search cost by algorithm, for memorized prompts that were searched, beside the paper.
+
+    Source: Table 2 (its numbers are means of seconds, as far as its sums say; here too).
+
+    Args:
+        found: Localizations with seconds.
+
+    Returns:
+        One row per kind and algorithm (A1 to A4, total), columns kind, algorithm, prompts, seconds (mean), evaluations
+        (mean number of UNet sample-evaluations), seconds_paper (on a GPU).
+    """
+    rows = []
+    for kind, part in memorized(found[found["memorized"]]).groupby("kind", sort=False):
+        for name in (*ALGORITHMS, "total"):
+            chosen = ALGORITHMS if name == "total" else (name,)
+            columns = [[f"{unit}_{item}" for item in chosen] for unit in ("seconds", "evaluations")]
+            rows.append((kind, name, len(part), *(part[names].sum(axis=1).mean() for names in columns)))
+    table = pd.DataFrame(rows, columns=["kind", "algorithm", "prompts", "seconds", "evaluations"])
+    return table.merge(paper.table("table_2"), on=["kind", "algorithm"], suffixes=("", "_paper"))
+
+
+def read_table_2(search_cost: pd.DataFrame) -> Iterator[Claim]:
+    """Yield whether the refinement takes most of the time."""
+    of_kinds(search_cost, "search_cost", *MEMORIZED)
+    means = search_cost.set_index(["algorithm", "kind"])[["seconds", "seconds_paper"]]
+    shares = (means.loc["A4"] / means.loc["total"]).map("{:.0%}".format)
+    ours, theirs = (each_kind(shares[name].get) for name in means)
+    holds = bool((means.loc["A4", "seconds"] > 0.5 * means.loc["total", "seconds"]).all())
+    rule = "compared: it takes more than half; seconds are those of this machine"
+    yield Claim("share of the refinement (A4) in the seconds", ours, f"{theirs} (derived from Table 2)", holds, rule)
+
+
+@exhibit("Table 2", "what the search costs",
+    "Mean per prompt. A UNet evaluation is one latent once through the UNet, two with guidance.", read=read_table_2)  # fmt: skip
+def table_2(search_cost: pd.DataFrame) -> pd.DataFrame:
+    shown: dict[str, pd.Series] = {}
+    for kind, part in of_kinds(search_cost, "search_cost", *MEMORIZED).items():
+        name, part = kind.upper(), part.set_index("algorithm")
+        shown[f"{name} seconds"] = part["seconds"].map("{:.2f}".format)
+        shown[f"{name} seconds (paper, GPU)"] = part["seconds_paper"].map("{:.2f}".format)
+        shown[f"{name} UNet evaluations"] = part["evaluations"].map("{:.0f}".format)
+    return pd.DataFrame(shown).reset_index()
+
+
+def shared_neurons(found: pd.DataFrame) -> pd.DataFrame:
     """Return the neurons that at least two memorized prompts share, those of most prompts first.
 
     Returns:
@@ -76,7 +411,7 @@ def shared_neurons(table: pd.DataFrame) -> pd.DataFrame:
         the captions, with their number) and captions (separated by semicolons).
     """
     owners: dict[tuple[int, int], list[str]] = {}
-    for prompt, neurons in by_prompt(memorized(table)).items():
+    for prompt, neurons in by_prompt(memorized(found)).items():
         for pair in neurons:
             owners.setdefault(pair, []).append(prompt)
     rows = [
@@ -94,12 +429,54 @@ def _common_words(captions: Sequence[str]) -> str:
     return ", ".join(f"{word} ({number})" for word, number in repeated)
 
 
-def deactivation(run: Run, table: pd.DataFrame, kinds: Sequence[str] = MEMORIZED) -> pd.DataFrame:
+def neuron_overlap(found: pd.DataFrame) -> pd.DataFrame:
+    """Return how far the neuron sets of two memorized prompts overlap, for every pair of prompts with neurons.
+
+    Returns:
+        Columns first, second (captions), common_words (number of words that both captions have), shared (neurons in
+        both sets) and overlap (Jaccard index: shared neurons as a share of the neurons in either set).
+    """
+    sets = [(prompt, neurons) for prompt, neurons in by_prompt(memorized(found)).items() if neurons]
+    rows = []
+    for (one, mine), (other, theirs) in combinations(sets, 2):
+        words, shared = set(one.split()) & set(other.split()), len(mine & theirs)
+        rows.append((one, other, len(words), shared, shared / len(mine | theirs)))
+    table = pd.DataFrame(rows, columns=["first", "second", "common_words", "shared", "overlap"])
+    # Without a pair of prompts the columns would have no type.
+    return table.astype({"common_words": "int64", "shared": "int64", "overlap": "float64"})
+
+
+def read_shared(neuron_overlap: pd.DataFrame) -> Iterator[Claim]:
+    """Yield whether families of captions share neurons."""
+    family = neuron_overlap["common_words"] >= 2
+    text, known = "neurons shared by captions with two common words, and by others", family.any() and not family.all()
+    theirs = (
+        f"neurons 25 and 221 of value layer 1 belong to {paper.reported('shared.vm_share').value:.0%} of the VM prompts"
+    )
+    if not known:
+        yield Claim(text, "there are not both kinds of pairs", theirs)
+        return
+    inside, others = (neuron_overlap.loc[chosen, "overlap"].mean() for chosen in (family, ~family))
+    ours = f"{inside:.0%} and {others:.0%} (means over pairs)"
+    yield Claim(text, ours, theirs, bool(inside > others), "compared: families share more")
+
+
+@exhibit("Figures 10-12 (as a table)", "neurons that several prompts share",
+    "Number of prompts that have the neuron in their refined set, and the words that their captions have in common.",
+    read=read_shared)  # fmt: skip
+def show_shared_neurons(shared_neurons: pd.DataFrame) -> pd.DataFrame:
+    return shared_neurons.head(12)[["layer", "neuron", "prompts", "words"]]
+
+
+# 3. Without its neurons
+
+
+def deactivation(run: Run, found: pd.DataFrame, kinds: Sequence[str] = MEMORIZED) -> pd.DataFrame:
     """Return what deactivating its neurons does to each prompt.
 
     Args:
         run: The run.
-        table: Localizations.
+        found: Localizations.
         kinds: Kinds of prompts; each has a planted image, or there is nothing to compare with.
 
     Returns:
@@ -112,28 +489,16 @@ def deactivation(run: Run, table: pd.DataFrame, kinds: Sequence[str] = MEMORIZED
     Raises:
         ProfileError: The profile has no encoder for copy detection.
     """
-    chosen = table[table["kind"].isin(kinds)].reset_index(drop=True)
+    chosen = found[found["kind"].isin(kinds)].reset_index(drop=True)
     rows, own = run.prompts(*kinds).set_index("caption").loc[chosen["prompt"]].reset_index(), by_prompt(chosen)
-    profile = run.profile
-    scores = run.compute(
-        scoring,
-        list(own.items()),
-        label="scores with deactivated neurons",
-        detection=profile.detection,
-        similarity=profile.similarity,
-        protocol=profile.protocol,
-    )
+    settings = {name: getattr(run.profile, name) for name in ("detection", "similarity", "protocol")}
+    scores = run.compute(scoring, list(own.items()), label="scores with deactivated neurons", **settings)
     before = run.measure(rows, columns=("sscd_orig", "d_sscd"))
     after = run.measure(rows, DeactivatedNeurons(own), columns=("sscd_orig", "sscd_gen", "d_sscd"))
-    return chosen[["kind", "prompt", "neuron_count", "reached"]].assign(
-        score_before=chosen["unblocked_score"],
-        score_after=scores,
-        copy_before=before["sscd_orig"],
-        copy_after=after["sscd_orig"],
-        same_seed=after["sscd_gen"],
-        seeds_before=before["d_sscd"],
-        seeds_after=after["d_sscd"],
-    )
+    change = chosen[["kind", "prompt", "neuron_count", "reached"]]
+    change = change.assign(score_before=chosen["unblocked_score"], score_after=scores)
+    change = change.assign(copy_before=before["sscd_orig"], copy_after=after["sscd_orig"], same_seed=after["sscd_gen"])
+    return change.assign(seeds_before=before["d_sscd"], seeds_after=after["d_sscd"])
 
 
 def scoring(
@@ -149,15 +514,6 @@ def scoring(
     return score
 
 
-def stay_memorized(change: pd.DataFrame, share: float = 0.5) -> pd.DataFrame:
-    """Return the prompts that keep more than a share of their similarity to the planted image, the most similar first.
-
-    Source: Fig. 9 (highly memorized prompts); the paper shows images and no criterion.
-    """
-    keeps = change["copy_after"] > share * change["copy_before"]
-    return change[keeps].sort_values("copy_after", ascending=False, ignore_index=True)
-
-
 def example_prompts(change: pd.DataFrame, kind: str, number: int) -> list[str]:
     """Return examples of a kind, spread evenly over how far copy similarity drops: neither the best nor the worst alone."""
     part = change[(change["kind"] == kind) & (change["neuron_count"] > 0)]
@@ -171,3 +527,171 @@ def with_and_without(run: Run, prompts: Sequence[str], mitigation: Mitigation) -
     halves = [run.images(prompts, item) for item in (None, mitigation)]
     seeds = [f"seed {number}" for number in range(halves[0].shape[1])]
     return Grid(np.concatenate(halves, axis=1), tuple(prompts), tuple(2 * seeds))
+
+
+def read_3(figure_3: Grid, deactivation: pd.DataFrame) -> Iterator[Claim]:
+    """Yield how far the prompts that are shown lose their planted image."""
+    chosen = deactivation.set_index("prompt").loc[list(figure_3.rows)]
+    counts, (before, after) = chosen["neuron_count"], chosen[["copy_before", "copy_after"]].median()
+    ours = f"{before:.2f} to {after:.2f} with {counts.min()} to {counts.max()} neurons off"
+    rule = "it falls to less than half; the number of neurons depends on the model's size and training"
+    theirs = "1 to 4 neurons in the boxes of the figure"
+    yield Claim("similarity of these prompts to the planted image", ours, theirs, bool(after < 0.5 * before), rule)
+
+
+@exhibit("Figure 3", "images with and without the neurons of their prompt",
+    "Left with all neurons active, right the same seeds with the memorization neurons of the prompt deactivated; the box "
+    "says how many. The prompts are spread evenly over how much copy similarity falls.", read=read_3)  # fmt: skip
+def figure_3(figure_3: Grid, deactivation: pd.DataFrame) -> Figure:
+    counts = deactivation.set_index("prompt").loc[list(figure_3.rows), "neuron_count"]
+    return plots.image_grid(figure_3, counts=counts.tolist(), halves=("all neurons active", "neurons deactivated"))
+
+
+def change_table(change: pd.DataFrame) -> pd.DataFrame:
+    """Return scores and similarities before and after deactivation by kind: median ± MAD as text, and prompts."""
+    columns = [f"{name}_{when}" for name in ("score", "copy", "seeds") for when in ("before", "after")]
+    groups = change.groupby("kind", sort=False)
+    return pd.concat([groups.size().rename("prompts"), groups[[*columns, "same_seed"]].agg(median_mad)], axis=1)
+
+
+def read_scores(deactivation: pd.DataFrame, search_steps: pd.DataFrame) -> Iterator[Claim]:
+    """Yield what becomes of scores and images without the neurons."""
+    of_kinds(deactivation, "deactivation", *MEMORIZED, column="copy_after")
+    middle, sizes = deactivation.groupby("kind").median(numeric_only=True), deactivation["kind"].value_counts()
+
+    def change(name: str) -> str:
+        pairs = middle[[f"{name}_before", f"{name}_after"]].map("{:.2f}".format).agg(" to ".join, axis=1)
+        return each_kind(pairs.get)
+
+    falls = middle["score_after"] - middle["score_before"]
+    for kind in MEMORIZED:
+        few = too_few(sizes[kind], f"{kind.upper()} prompt", needed=5)
+        text, why = f"{kind.upper()}: the median score falls without the neurons", "what the search is for"
+        yield must(text, falls[kind], at_most=0, reason=why, missing=few)
+    holds = bool((falls < 0).all())
+    yield Claim("memorization score (medians)", change("score"), "", holds, "compared: the score falls")
+    both = ("all neurons active", "NeMo")
+    theirs = each_kind(lambda kind: " to ".join(paper.median(name, kind, "sscd_orig") for name in both))
+    scale = "another descriptor: not on one scale"
+    yield Claim("similarity to the planted image (medians)", change("copy"), theirs, rule=scale)
+    above = deactivation["score_after"] > search_steps["threshold"].iloc[0]
+    rule = "it says whether seeds agree, not on what: see the similarity of two images of a prompt"
+    yield Claim("prompts whose score stays above the threshold", f"{above.sum()} of {len(above)}", rule=rule)
+    unknown = deactivation["seeds_before"].isna().all()
+    diverse = "not known with one image per prompt" if unknown else change("seeds")
+    yield Claim("similarity of two images of a prompt (medians)", diverse)
+
+
+@exhibit("", "score and copy similarity before and after deactivation",
+    "A point is a prompt; below the dotted line it is less memorized without its neurons. Dashed: the memorization threshold.",
+    read=read_scores)  # fmt: skip
+def scores_before_after(deactivation: pd.DataFrame, search_steps: pd.DataFrame) -> Figure:
+    of_kinds(deactivation, "deactivation", *MEMORIZED, column="copy_after")
+    with plots.panels(1, 2, aspect=0.5) as (figure, axes):
+        for place, name in zip(axes, ("score", "copy"), strict=True):
+            plots.before_after(place, deactivation, name)
+        axes[0].set_title("memorization score")
+        axes[1].set_title("similarity to the planted image")
+        plots.threshold(axes[0], float(search_steps["threshold"].iloc[0]), horizontal=True)
+        axes[0].legend(loc="upper left")
+    return figure
+
+
+def stay_memorized(change: pd.DataFrame, share: float = 0.5) -> pd.DataFrame:
+    """Return the prompts that keep more than a share of their similarity to the planted image, the most similar first.
+
+    Source: Fig. 9 (highly memorized prompts); the paper shows images and no criterion.
+    """
+    keeps = change["copy_after"] > share * change["copy_before"]
+    return change[keeps].sort_values("copy_after", ascending=False, ignore_index=True)
+
+
+def read_staying(deactivation: pd.DataFrame) -> Iterator[Claim]:
+    """Yield how many prompts stay memorized."""
+    counts = stay_memorized(deactivation)["neuron_count"]
+    extent = f", with {counts.min()} to {counts.max()} neurons" if len(counts) else ""
+    ours, text = f"{len(counts)} of {len(deactivation)}{extent}", "prompts that keep more than half of their similarity"
+    theirs = "rare; ten examples with 101 to 379 neurons, whose images stay"
+    yield Claim(f"{text} to the planted image", ours, theirs, rule="the paper does not say how many")
+
+
+@exhibit("Figure 9 (as a table)", "prompts that stay most similar to their planted image",
+    "Memorization score and copy similarity before and after deactivation, the highest copy similarity after it first.",
+    read=read_staying)  # fmt: skip
+def highly_memorized(deactivation: pd.DataFrame) -> pd.DataFrame:
+    if deactivation["copy_after"].isna().all():
+        raise NotEnough("table 'deactivation' has no values of copy_after")
+    rest = stay_memorized(deactivation, share=0.0).head(10)
+    columns = [f"{name}_{when}" for name in ("score", "copy") for when in ("before", "after")]
+    shown = rest[["prompt", "kind", "neuron_count"]].join(rest[columns].map("{:.2f}".format))
+    shown = shown.assign(kind=rest["kind"].str.upper()).rename(columns={"neuron_count": "neurons"})
+    return shown.rename(columns=lambda name: name.replace("_", " "))
+
+
+# 4. A model whose memorization is spread out
+
+PLAIN_COLUMNS = ("model", "kind", "quantity", "value")
+"""Columns of the table about the model that was trained without sparse values."""
+
+MODELS = {
+    "sparse": plots.Role("sparse values (shipped)", "0.2", "", "-", ""),
+    "plain": plots.Role("plain training", "0.7", "", "-", "////"),
+}
+"""How the two models look."""
+
+PLAIN_QUANTITIES = {
+    "density": "density of\nvalues",
+    "largest_z": "largest |z|\nof a layer",
+    "initial_count": "neurons,\ninitial",
+    "neuron_count": "neurons,\nrefined",
+    "reached_share": "searches that\nreached $\\tau$",
+    "copy_similarity": "copy similarity,\nneurons active",
+    "copy_similarity_deactivated": "copy similarity,\nneurons off",
+}
+"""What is compared, in the order of the panels, and their titles."""
+
+
+def plain_table(run: Run) -> pd.DataFrame:
+    """Return what is known of the model that was trained without sparse values, beside the shipped one.
+
+    The table lies beside the profile's model: ``plain_model.csv``, written by `make train`.
+
+    Returns:
+        Columns model (sparse or plain), kind, quantity, value; without rows if the profile's model has no such table.
+
+    Raises:
+        StoreError: A column is missing.
+    """
+    path = paths.resolve(run.profile.model).parent / "plain_model.csv"
+    return read_table(path, columns=PLAIN_COLUMNS) if path.is_file() else pd.DataFrame(columns=list(PLAIN_COLUMNS))
+
+
+def read_plain(plain_model: pd.DataFrame) -> Iterator[Claim]:
+    """Yield how the two models differ for VM prompts."""
+    verbatim = plain_model[plain_model["kind"] == "vm"].groupby(["quantity", "model"])["value"].median()
+    for name in ("largest_z", "neuron_count", "copy_similarity_deactivated"):
+        if name in verbatim.index:
+            ours = f"{verbatim[name]['sparse']:.2g} (sparse), {verbatim[name]['plain']:.2g} (plain)"
+            yield Claim(f"VM: {PLAIN_QUANTITIES[name]}".replace("\n", " "), ours)
+
+
+@exhibit("", "where memorization sits in a model trained without sparse values",
+    "Same data and schedule; the shipped model was trained with a term that makes value activations sparse.",
+    read=read_plain)  # fmt: skip
+def plain_model(plain_model: pd.DataFrame) -> Figure:
+    names = [name for name in PLAIN_QUANTITIES if name in set(plain_model["quantity"])]
+    if not names:
+        raise NotEnough(f"table 'plain_model' has none of the quantities {', '.join(PLAIN_QUANTITIES)}")
+    shown = {"vm": "VM", "tm": "TM", "unmemorized": "unmem."}
+    values = plain_model.groupby(["quantity", "kind", "model"])["value"].median().unstack("kind")
+    with plots.panels(2, 4, aspect=0.6) as (figure, axes):
+        for place, name in zip(axes.flat, names, strict=False):
+            rows = values.loc[name].reindex(columns=list(shown)).dropna(axis=1).rename(columns=shown)
+            plots.bars(place, rows.stack().rename("value").reset_index(), "kind", "value", hue="model", looks=MODELS)
+            place.set(xlabel="", ylabel="")
+            place.set_title(PLAIN_QUANTITIES[name], fontsize=plots.TICK_SIZE)
+            place.tick_params(axis="x", length=0)
+        for place in axes.flat[len(names) :]:
+            place.set_axis_off()
+        axes[1, 3].legend(*axes[0, 0].get_legend_handles_labels(), loc="center")
+    return figure

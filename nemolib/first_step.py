@@ -328,7 +328,9 @@ def observing(
 
 
 @torch.no_grad()
-def guidance_norms(pipe: StableDiffusionPipeline, prompt: str, *, steps: int = 1) -> np.ndarray:
+def guidance_norms(
+    pipe: StableDiffusionPipeline, prompt: str, *, steps: int = 1, settings: DetectionSettings | None = None
+) -> np.ndarray:
     """Return how far text moves the noise prediction in the first denoising steps; Wen's score is the mean of these.
 
     Source: Wen et al. (ICLR 2024): the norm of eps(x_t, prompt) - eps(x_t, empty prompt), mean over steps and seeds.
@@ -337,6 +339,7 @@ def guidance_norms(pipe: StableDiffusionPipeline, prompt: str, *, steps: int = 1
         pipe: A StableDiffusionPipeline.
         prompt: The prompt.
         steps: How many denoising steps are looked at.
+        settings: Seed, samples and steps of the schedule.
 
     Returns:
         Norms [step, seed], float64, at least 0.
@@ -344,7 +347,7 @@ def guidance_norms(pipe: StableDiffusionPipeline, prompt: str, *, steps: int = 1
     Raises:
         ValueError: There are fewer than one step or more than the schedule has.
     """
-    settings = settings_of(pipe).detection
+    settings = settings or settings_of(pipe).detection
     if not 1 <= steps <= settings.steps:
         raise ValueError(f"steps is {steps}; it must be between 1 and the {settings.steps} steps of the schedule")
     scheduler, embeddings = _ddim(pipe.scheduler, settings.steps), embed(pipe, ["", prompt])

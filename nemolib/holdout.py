@@ -22,7 +22,7 @@ from nemolib.batching import batches, check_prompts, progress_bar
 from nemolib.first_step import first_step
 from nemolib.layers import value_activations, value_layer_hash, value_layers, widths
 from nemolib.pipeline import embed
-from nemolib.settings import Protocol, load_protocol, protocol_of, settings_of
+from nemolib.settings import DetectionSettings, Protocol, SimilaritySettings, load_protocol, protocol_of, settings_of
 from nemolib.similarity import pair_similarities
 from nemolib.store import write_atomic
 
@@ -236,12 +236,14 @@ def holdout_scores(
     pipe: StableDiffusionPipeline,
     prompts: Sequence[str],
     *,
+    settings: DetectionSettings | None = None,
+    similarity: SimilaritySettings | None = None,
     protocol: str | Protocol | None = None,
     progress: bool = True,
 ) -> np.ndarray:
     """Return the similarity of every pair of seeds of prompts: what the memorization threshold is made from.
 
-    Settings are those of the profile that the pipeline was loaded from, else those of the paper.
+    What is not given is that of the profile that the pipeline was loaded from, else that of the paper.
 
     Source: Sec. 3.1; authors' code, 2_compute_ssim.py.
     Deviates: uses the guidance of the settings, where the code computes the threshold with 7 and detects with 0.
@@ -249,7 +251,9 @@ def holdout_scores(
     Args:
         pipe: A StableDiffusionPipeline.
         prompts: The prompts, at least one.
-        protocol: `released` or `paper`, or a protocol of your own; None means that of the pipeline's profile.
+        settings: Seed, samples, steps and guidance.
+        similarity: Window and exponents.
+        protocol: `released` or `paper`, or a protocol of your own.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -259,11 +263,14 @@ def holdout_scores(
         ValueError: No prompts were given.
     """
     prompts, protocol = check_prompts(prompts), protocol_of(pipe, protocol)
-    step, settings = first_step(pipe, protocol=protocol), settings_of(pipe).similarity
+    step, similarity = (
+        first_step(pipe, settings=settings, protocol=protocol),
+        similarity or settings_of(pipe).similarity,
+    )
     rows = []
     with progress_bar(len(prompts), "noise differences", enabled=progress) as bar:
         for prompt in prompts:
-            pairs = pair_similarities(step(embed(pipe, [prompt])), settings=settings, protocol=protocol)
+            pairs = pair_similarities(step(embed(pipe, [prompt])), settings=similarity, protocol=protocol)
             rows.append(pairs.double().cpu().numpy())
             bar.update()
     return np.stack(rows)

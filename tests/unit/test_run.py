@@ -163,7 +163,7 @@ def test_images_are_the_generated_ones_and_kept(run, nothing_new):
 
 def test_features_are_the_encoders_and_kept(run, monkeypatch):
     found = run.features("copy", VM)
-    descriptor = CopyDescriptor.load(run.profile.encoders.copy.path)
+    descriptor = CopyDescriptor.load(run.profile.encoders.copy)
     made = run.images(VM)
     direct = descriptor.describe(made.reshape(-1, *made.shape[2:])).unflatten(0, made.shape[:2])
     assert np.allclose(found, direct, atol=1e-6)

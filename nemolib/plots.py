@@ -118,6 +118,8 @@ def panels(
     with mpl.rc_context(neurips(fraction, aspect=aspect)):
         figure = Figure()
         yield figure, figure.subplots(rows, columns, **grid)
+        # The first layout of axes of equal aspect cuts titles; the next one, when the figure is written, has room for them.
+        figure.draw_without_rendering()
 
 
 def of_kinds(table: pd.DataFrame, kinds: Sequence[str]) -> dict[str, pd.DataFrame]:

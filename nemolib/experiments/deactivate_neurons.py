@@ -389,7 +389,7 @@ def _reader(place: int) -> Callable[[pd.DataFrame], Iterator[Claim]]:
         (layer, neuron), part = parts[place]
         before, single, every = part[["copy_before", "copy_single", "copy_all"]].median()
         yield Claim(
-            f"neuron {neuron} of value layer {layer}, {len(part)} prompts: copy similarity",
+            f"copy similarity of {len(part)} prompts that share neuron {neuron} of value layer {layer}",
             f"{before:.2f}, without this neuron {single:.2f}, without all neurons of the prompt {every:.2f} (medians)",
             f"two neurons of value layer 1 belong to {paper.reported('shared.vm_share').value:.0%} of the VM prompts, by "
             "families of captions",
@@ -465,6 +465,14 @@ def figure_9(figure_9: Grid) -> Figure:
 # Unmemorized prompts
 
 
+def with_and_without_all(run: Run, prompts: Sequence[str], neurons: NeuronSet) -> Grid:
+    """Return images of the first four seeds with all neurons active, and beside them without a neuron set."""
+    grid = with_and_without(run, prompts, DeactivatedNeurons(neurons))
+    seeds = len(grid.columns) // 2
+    first = [column for column in range(2 * seeds) if column % seeds < 4]
+    return Grid(grid.images[:, first], grid.rows, tuple(grid.columns[column] for column in first))
+
+
 def all_neurons(found: pd.DataFrame) -> NeuronSet:
     """Return the memorization neurons of all memorized prompts together."""
     return reduce(or_, by_prompt(memorized(found)).values())
@@ -511,14 +519,16 @@ def read_unharmed(unmemorized_images: pd.DataFrame) -> Iterator[Claim]:
     middle = unmemorized_images.median(numeric_only=True)
     before, one, every = (middle[f"a_clip_{name}"] for name in ("before", "one", "all"))
     yield Claim(
-        "A_CLIP",
+        "A_CLIP of unmemorized prompts",
         f"{before:.2f}; {one:.2f} without the {middle['neurons_one']:g} neurons of one memorized prompt, {every:.2f} without the "
         f"{middle['neurons_all']:g} of all (medians)",
         "image quality hardly changes while neurons are few (Fig. 5a; heights of the curves are not known)",
         bool(before - one <= 0.1 * before),
         "the alignment loses at most a tenth without the neurons of one memorized prompt",
     )
-    yield Claim("D_SSCD, the same", _numbers(*(middle[f"d_sscd_{name}"] for name in ("before", "one", "all"))))
+    yield Claim(
+        "their D_SSCD, the same three", _numbers(*(middle[f"d_sscd_{name}"] for name in ("before", "one", "all")))
+    )
 
 
 @exhibit(
@@ -536,11 +546,12 @@ def unmemorized_unharmed(unmemorized_images: pd.DataFrame) -> Figure:
     with panels(1, len(drawn), fraction=0.8, aspect=0.6, squeeze=False) as (figure, ((*axes,),)):
         for place, name in zip(axes, drawn, strict=True):
             values = unmemorized_images[[f"{name}_{end}" for end in ("before", *looks)]]
-            ends = [values.min(axis=None), values.max(axis=None)]
-            place.plot(ends, ends, color="black", linestyle=":", linewidth=0.8)
+            low, high = values.min(axis=None), values.max(axis=None)
+            limits = np.array([low, high]) + 0.05 * max(high - low, 0.02) * np.array([-1, 1])
+            place.plot(limits, limits, color="black", linestyle=":", linewidth=0.8)
             for end, look in looks.items():
                 place.plot(values[f"{name}_before"], values[f"{name}_{end}"], **look.line_style(linestyle=""))
-            place.set(aspect="equal", title=plots.METRICS[name], xlabel=NONE)
+            place.set(xlim=limits, ylim=limits, aspect="equal", title=plots.METRICS[name], xlabel=NONE)
         axes[0].set_ylabel("neurons deactivated")
         legend_below(figure, columns=1)
     return figure

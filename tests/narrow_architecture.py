@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from nemolib.architectures import FOLDER, PARTS
+from nemolib.pipeline import ARCHITECTURES, PARTS
 
 WIDTHS = (16, 16, 32, 32, 32, 32, 32)
 """Neurons of the value layers."""
@@ -26,7 +26,7 @@ def save_narrow_architecture(folder: Path, *, side: int = 16) -> Path:
     """Write the files of a narrow architecture with latents of a side; what is not changed is the real one's."""
     sides = {"unet": {"sample_size": side}, "vae": {"sample_size": 8 * side}}
     for part in PARTS:
-        config = json.loads((FOLDER / "sd14" / f"{part}.json").read_text())
+        config = json.loads((ARCHITECTURES / "sd14" / f"{part}.json").read_text())
         changed = config | _CHANGES[part] | sides.get(part, {})
         (folder / f"{part}.json").write_text(json.dumps(changed))
     return folder

@@ -1,19 +1,16 @@
 import warnings
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from nemolib import batching
-from nemolib.batching import batch_limit, fitting_size, free_memory, shrinking
-from nemolib.detection import guidance_norms
-from nemolib.first_step import first_step
+from nemolib.batching import shrinking
+from nemolib.blocked_score import BlockReuse
+from nemolib.first_step import first_step, guidance_norms
 from nemolib.generation import generate
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
-from nemolib.reuse import BlockReuse
 from nemolib.settings import DetectionSettings, GenerationSettings
 from tests.random_pipeline import random_pipeline
 
@@ -62,7 +59,6 @@ def test_with_enough_memory_batches_have_their_size():
     memory, owner = Memory(10), nn.Identity()
     assert collect(memory, list(range(7)), 3, owner) == [item * 10 for item in range(7)]
     assert memory.sizes == [3, 3, 1]
-    assert batch_limit(owner, "test") is None
 
 
 def test_a_full_memory_halves_the_batch_and_goes_on_with_it():
@@ -70,7 +66,6 @@ def test_a_full_memory_halves_the_batch_and_goes_on_with_it():
     with pytest.warns(UserWarning, match=r"test: out of memory with (8|4) at once; going on with (4|2)"):
         assert collect(memory, list(range(10)), 8, owner) == [item * 10 for item in range(10)]
     assert memory.sizes == [8, 4, 2, 2, 2, 2, 2]
-    assert batch_limit(owner, "test") == 2
 
 
 def test_the_smaller_size_is_kept_for_the_model_and_the_use():
@@ -82,8 +77,10 @@ def test_the_smaller_size_is_kept_for_the_model_and_the_use():
         warnings.simplefilter("error")
         collect(memory, list(range(4)), 4, owner)
     assert memory.sizes == [2, 2]
-    assert batch_limit(owner, "another use") is None
-    assert batch_limit(nn.Identity(), "test") is None
+    large = Memory(4)
+    for other, use in [(owner, "another use"), (nn.Identity(), "test")]:
+        list(shrinking(large, list(range(4)), size=4, owner=other, use=use))
+    assert large.sizes == [4, 4]
 
 
 def test_what_was_done_is_not_done_again():
@@ -101,7 +98,12 @@ def test_what_was_done_is_not_done_again():
 
 
 @pytest.mark.parametrize(
-    "words", ["MPS backend out of memory (9 GB)", "DefaultCPUAllocator: can't allocate memory: 4 bytes"]
+    "words",
+    [
+        "MPS backend out of memory (9 GB)",
+        "DefaultCPUAllocator: can't allocate memory: 4 bytes",
+        "CUDA error: out of memory",
+    ],
 )
 def test_backends_without_an_exception_of_their_own(words):
     def function(batch):
@@ -182,22 +184,3 @@ def test_reuse_of_blocks_stays_right_when_a_pass_is_split(pipe):
         found = [passing(item) for item in sets[1:]]
     for ours, theirs in zip(found, expected[1:], strict=True):
         assert torch.allclose(ours, theirs, atol=1e-4)
-
-
-def test_on_a_cpu_all_samples_go_at_once(pipe):
-    assert free_memory(torch.device("cpu")) is None
-    assert fitting_size(pipe.unet, 7) == 7
-
-
-def test_the_free_memory_of_a_device_bounds_the_batch(pipe, monkeypatch):
-    one = batching.MAPS_PER_SAMPLE * 16 * 16 * 8 * 4
-    for free, passes, expected in [(3 * one, 1, 3), (3 * one, 2, 1), (100 * one, 1, 7), (0, 1, 1)]:
-        monkeypatch.setattr(batching, "free_memory", lambda device, free=free: free)
-        assert fitting_size(pipe.unet, 7, passes=passes) == expected
-
-
-def test_free_memory_of_a_gpu_counts_what_the_allocator_keeps(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 9000))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
-    assert free_memory(SimpleNamespace(type="cuda")) == 1200

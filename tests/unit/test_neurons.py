@@ -49,8 +49,8 @@ def test_printed_form():
     assert str(NeuronSet.empty(7)) == "0 neurons"
 
 
-def test_full_empty_and_without_layer():
-    full = NeuronSet.full(WIDTHS)
+def test_empty_and_without_layer():
+    full = NeuronSet(tuple(map(range, WIDTHS)))
     assert full.counts == WIDTHS
     assert full.without_layer(2).counts == (4, 4, 0)
     assert full - full == NeuronSet.empty(3)

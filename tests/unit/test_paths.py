@@ -9,10 +9,8 @@ def test_root_is_the_checkout():
     assert paths.PROFILES == paths.ROOT / "nemolib" / "profiles"
 
 
-def test_folders_of_a_profile():
+def test_the_folder_of_a_profile():
     assert paths.build_dir("tiny") == paths.ROOT / "build" / "tiny"
-    assert paths.tables_dir("tiny") == paths.ROOT / "build" / "tiny" / "tables"
-    assert paths.figures_dir("tiny") == paths.ROOT / "figures" / "tiny"
 
 
 def test_relative_paths_start_at_the_root_and_absolute_ones_stay(tmp_path):

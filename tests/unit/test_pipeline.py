@@ -1,13 +1,14 @@
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler
 
-from nemolib import pipeline
-from nemolib.pipeline import embed, load_pipeline, profile_of
-from nemolib.profiles import load_profile
-from tests.random_pipeline import TOKENS, WIDTHS, random_pipeline
+from nemolib import pipeline, settings
+from nemolib.pipeline import embed, load_pipeline
+from nemolib.settings import PAPER, RELEASED, load_profile, profile_of, protocol_of, settings_of
+from tests.random_pipeline import TOKENS, random_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,6 @@ def test_a_folder_gives_a_frozen_pipeline(pipe):
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         assert not part.training
         assert not any(parameter.requires_grad for parameter in part.parameters())
-    assert profile_of(pipe) is None
 
 
 def test_a_pipeline_makes_images(pipe):
@@ -33,10 +33,22 @@ def test_a_pipeline_makes_images(pipe):
 def test_a_profile_gives_model_dtype_and_device(random_model_folder):
     profile = dataclasses.replace(load_profile("tiny"), model=str(random_model_folder), dtype="bfloat16")
     pipe = load_pipeline(profile)
-    assert profile_of(pipe) is profile
     assert pipe.unet.dtype == torch.bfloat16
     assert load_pipeline(profile, dtype="float32").unet.dtype == torch.float32
     assert load_pipeline(profile, dtype=torch.float16).unet.dtype == torch.float16
+
+
+def test_settings_are_those_of_the_profile_else_those_of_the_paper(pipe, random_model_folder):
+    profile = dataclasses.replace(load_profile("tiny"), model=str(random_model_folder))
+    tiny = load_pipeline(profile)
+    assert profile_of(tiny) is settings_of(tiny) is profile
+    assert protocol_of(tiny) is PAPER
+    assert profile_of(pipe) is None
+    assert settings_of(pipe).detection == settings.DetectionSettings()
+    assert protocol_of(pipe) is RELEASED
+    assert protocol_of(pipe, "paper") is PAPER
+    with pytest.raises(ValueError, match="unknown protocol ''"):
+        protocol_of(pipe, "")
 
 
 def test_a_profile_may_be_a_file(random_model_folder, tmp_path):
@@ -75,14 +87,9 @@ def test_wrong_prompts_are_named(pipe, wrong):
 def test_profiles_do_not_keep_pipelines_alive(random_model_folder):
     profile = dataclasses.replace(load_profile("tiny"), model=str(random_model_folder))
     pipe = load_pipeline(profile)
-    before = len(pipeline._PROFILES)
+    before = len(settings._PROFILES)
     del pipe
-    assert len(pipeline._PROFILES) == before - 1
-
-
-def test_the_random_pipeline_has_seven_value_layers(pipe):
-    found = [m.out_features for n, m in pipe.unet.named_modules() if n.endswith("attn2.to_v") and "up_" not in n]
-    assert tuple(found) == WIDTHS
+    assert len(settings._PROFILES) == before - 1
 
 
 def test_loading_says_nothing_and_leaves_the_verbosity_as_it_was(random_model_folder, capfd):
@@ -114,8 +121,16 @@ def test_the_type_auto_follows_the_device(random_model_folder):
 @pytest.mark.parametrize(("free", "slicing"), [(None, ""), (2**40, "images"), (2**30, "images attention")])
 def test_little_memory_is_spared(free, slicing, monkeypatch):
     pipe, done = random_pipeline(), []
-    monkeypatch.setattr(pipeline, "free_memory", lambda device: free)
+    monkeypatch.setattr(pipeline, "_free_memory", lambda device: free)
     monkeypatch.setattr(pipe.vae, "enable_slicing", lambda: done.append("images"))
     monkeypatch.setattr(pipe, "enable_attention_slicing", lambda: done.append("attention"))
     pipeline._spare_memory(pipe)
     assert " ".join(done) == slicing
+
+
+def test_free_memory_of_a_gpu_counts_what_the_allocator_keeps(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 9000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    assert pipeline._free_memory(SimpleNamespace(type="cuda")) == 1200
+    assert pipeline._free_memory(torch.device("cpu")) is None

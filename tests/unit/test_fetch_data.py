@@ -226,7 +226,7 @@ def test_a_model_is_fetched_at_its_revision_without_pickles(monkeypatch, tmp_pat
             (tmp_path / name).touch()
         return str(tmp_path)
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setattr("tools.fetch_data.snapshot_download", snapshot)
     assert fetch_model("owner/name", "abc", "pipeline") == tmp_path
     assert (asked["repository"], asked["revision"]) == ("owner/name", "abc")
     patterns = asked["allow_patterns"]
@@ -236,7 +236,7 @@ def test_a_model_is_fetched_at_its_revision_without_pickles(monkeypatch, tmp_pat
 
 def test_a_revision_without_safetensors_is_an_error(monkeypatch, tmp_path):
     (tmp_path / "config.json").touch()
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repository, **options: str(tmp_path))
+    monkeypatch.setattr("tools.fetch_data.snapshot_download", lambda repository, **options: str(tmp_path))
     with pytest.raises(
         DownloadError, match=r"model.safetensors, preprocessor_config.json missing in .*give a revision"
     ):
@@ -258,7 +258,7 @@ def test_a_model_behind_a_licence(monkeypatch):
         response = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
         raise GatedRepoError("403 Client Error: access is restricted", response=response)
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setattr("tools.fetch_data.snapshot_download", snapshot)
     with pytest.raises(DownloadError, match=r"https://huggingface\.co/owner/name; accept its licence.*HF_TOKEN"):
         fetch_model("owner/name", None, "pipeline")
 

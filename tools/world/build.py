@@ -110,8 +110,7 @@ def assemble(work: Path, folder: Path, *, unet_name: str = "unet") -> None:
     for part, more in {"text_encoder": {"dtype": "float32"}, "unet": {}, "vae": {}}.items():
         config = folder / part / "config.json"
         content = json.loads(config.read_text()) | more
-        if part != "text_encoder":
-            content.pop("_name_or_path", None)  # a folder of this machine, which diffusers notes
+        content.pop("_name_or_path", None)  # a folder of this machine, which diffusers notes
         config.write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -13,11 +13,10 @@ What was found is said in one way: `read` yields claims, with the paper's number
 from __future__ import annotations
 
 import inspect
-import io
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,7 @@ from matplotlib.figure import Figure
 
 from nemolib import paper, paths, plots
 from nemolib.provenance import code_hash, sidecar
-from nemolib.store import Grid, StoreError, write_atomic
+from nemolib.store import Grid, write_atomic
 
 if TYPE_CHECKING:
     from nemolib.run import Run

@@ -33,16 +33,14 @@ def content_hash(value: Any) -> str:
     mapping or a set does not matter.
 
     Args:
-        value: None, bool, int, float, text, bytes, a Path (content of the file, or names and contents of all files of
-            the folder), a tensor or an array (dtype, shape, bytes), a table, a dataclass, or a mapping, sequence or set
-            of these.
+        value: None, bool, int, float, text, bytes, a tensor or an array (dtype, shape, bytes), a table, a dataclass, or a
+            mapping, sequence or set of these.
 
     Returns:
         SHA-256 as 64 hexadecimal digits.
 
     Raises:
         TypeError: A value of another type.
-        FileNotFoundError: A Path that does not exist.
     """
     digest = hashlib.sha256()
     for piece in _pieces(value):
@@ -59,8 +57,6 @@ def _pieces(value: Any) -> Iterable[bytes | memoryview]:
         yield (str(value) if plain is str else plain.__repr__(value)).encode()
     elif isinstance(value, bytes):
         yield from (b"bytes", value)
-    elif isinstance(value, Path):
-        yield from _path_pieces(value)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield from (b"dataclass", type(value).__name__.encode())
         # What has no part in equality, such as the size of a batch, has none in the content.
@@ -77,20 +73,6 @@ def _pieces(value: Any) -> Iterable[bytes | memoryview]:
         yield from (bytes.fromhex(content_hash(item)) for item in value)
     else:
         yield from _array_pieces(value)
-
-
-def _path_pieces(path: Path) -> Iterable[bytes]:
-    """Yield the content of a file, or the names and contents of the files of a folder, hidden ones excepted."""
-    if path.is_file():
-        yield from (b"file", path.read_bytes())
-        return
-    if not path.is_dir():
-        raise FileNotFoundError(f"cannot hash {path}: there is no such file or folder")
-    yield b"folder"
-    for file in sorted(path.rglob("*")):
-        relative = file.relative_to(path)
-        if file.is_file() and not any(part.startswith(".") for part in relative.parts):
-            yield from (relative.as_posix().encode(), hashlib.sha256(file.read_bytes()).digest())
 
 
 def _array_pieces(value: Any) -> Iterable[bytes | memoryview]:

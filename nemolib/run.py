@@ -367,12 +367,14 @@ class Run:
             FileNotFoundError: Its files are missing.
             EncoderError: Its files are not what they should be.
         """
-        return self._clip.images if role == "alignment" else self._image_encoder(role)
-
-    def _image_encoder(self, role: Role) -> Encoder:
         if role not in self._encoders:
             chosen = {"profile": self.profile, "device": self.pipe.device}
-            self._encoders[role] = copy_encoder(**chosen) if role == "copy" else quality_encoder(**chosen, role=role)
+            if role == "alignment":
+                self._encoders[role] = self._clip.images
+            else:
+                self._encoders[role] = (
+                    copy_encoder(**chosen) if role == "copy" else quality_encoder(**chosen, role=role)
+                )
         return self._encoders[role]
 
     @cached_property

@@ -116,8 +116,12 @@ def map_prompts(
         bar = stack.enter_context(progress_bar(number + finished, label, enabled=progress and number > 0))
         bar.update(finished)
         client = stack.enter_context(cluster(pipe)) if batches else None
-        compute = _here if client is None else _there
-        for place, outcomes in compute(task, batches, pipe, common, label, client):
+        if client is None:
+            function = task(pipe, **common) if batches else None
+            found = ((place, _outcomes(function, batch)) for place, batch in enumerate(batches))
+        else:
+            found = _there(task, batches, pipe, common, label, client)
+        for place, outcomes in found:
             for key, outcome in outcomes:
                 bar.update()
                 if isinstance(outcome, Failure):
@@ -246,19 +250,12 @@ Outcomes = Iterator[tuple[int, list[tuple[str, Any]]]]
 """The place of each batch, and the keys of its items with their results or failures."""
 
 
-def _here(task: Task, batches: Sequence[Batch], pipe: Any, common: Mapping[str, Any], *_: Any) -> Outcomes:
-    if batches:
-        function = task(pipe, **common)
-        yield from ((place, _outcomes(function, batch)) for place, batch in enumerate(batches))
-
-
 def _there(
     task: Task, batches: Sequence[Batch], pipe: Any, common: Mapping[str, Any], label: str, client: Client
 ) -> Outcomes:
     """Yield what workers compute, as they finish it."""
     from distributed import as_completed
 
-    _check_untouched(pipe)
     work = _Work(uuid.uuid4().hex, profile_of(pipe), _identity(pipe, task), task, dict(common))
     name = f"{label.replace(' ', '-')}-{work.name}"
     waiting = {}
@@ -325,32 +322,26 @@ class _Work:
 def _on_worker(work: _Work) -> list[tuple[str, Any]]:
     """Return the outcomes of a batch; one at a time in each process, since a pipeline serves one at a time."""
     with _LOCK:
-        return _outcomes(_LOADED.function(work), work.batch)
-
-
-class _Loaded:
-    """What a worker keeps from batch to batch: the pipeline that was asked for last, and the function of a task."""
-
-    def __init__(self) -> None:
-        self._profile: Profile | None = None
-        self._pipe: StableDiffusionPipeline | None = None
-        self._name, self._function = "", None
-
-    def function(self, work: _Work) -> Callable[[Sequence[Any]], Sequence[Any]]:
-        """Return the function of a task, made for the pipeline of its profile."""
-        if self._name != work.name:
-            self._function, self._name = None, ""
-            if self._profile != work.profile:
-                # The one before is given up first: two may be too large.
-                self._pipe, self._profile = None, None
-                self._pipe, self._profile = load_pipeline(work.profile, device=_device(work.profile)), work.profile
-            _check_same(work.identity, _identity(self._pipe, work.task))
-            self._function, self._name = work.task(self._pipe, **work.common), work.name
-        return self._function
+        return _outcomes(_function(work), work.batch)
 
 
 _LOCK = threading.Lock()
-_LOADED = _Loaded()
+_LOADED: dict[str, Any] = {}
+"""What a worker keeps from batch to batch: the pipeline that was asked for last, and the function of a task."""
+
+
+def _function(work: _Work) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """Return the function of a task, made for the pipeline of its profile."""
+    if _LOADED.get("name") != work.name:
+        _LOADED.pop("name", None)
+        if _LOADED.get("profile") != work.profile:
+            # The one before is given up first: two may be too large.
+            _LOADED.clear()
+            _LOADED.update(pipe=load_pipeline(work.profile, device=_device(work.profile)), profile=work.profile)
+        pipe = _LOADED["pipe"]
+        _check_same(work.identity, _identity(pipe, work.task))
+        _LOADED.update(function=work.task(pipe, **work.common), name=work.name)
+    return _LOADED["function"]
 
 
 def _device(profile: Profile) -> str | None:
@@ -378,15 +369,4 @@ def _check_same(here: Mapping[str, str], there: Mapping[str, str]) -> None:
             f"a worker has another {'; '.join(other)}. Workers load the model of the profile as it is: do not change "
             "its weights here, give all machines the same files and versions, and set dtype in the profile where some "
             "have a GPU and others have none (auto: float16 with CUDA, else float32); restart workers after a change"
-        )
-
-
-def _check_untouched(pipe: StableDiffusionPipeline) -> None:
-    """Raise WorkersError while a context changes what the UNet computes; the workers' would not be changed."""
-    hooked = any(module._forward_hooks for module in pipe.unet.modules())
-    own = all(type(processor).__module__.startswith("diffusers.") for processor in pipe.unet.attn_processors.values())
-    if hooked or not own:
-        raise WorkersError(
-            "the UNet has hooks or attention of another kind, which workers would not have; leave the context that "
-            f"deactivates neurons or scales attention, or set {VARIABLE}=off"
         )

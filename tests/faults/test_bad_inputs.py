@@ -8,8 +8,8 @@ import shutil
 
 import pandas as pd
 import pytest
-
 from nemolib.files import write_atomic
+
 from nemolib.pipeline import PipelineError, load_pipeline
 from nemolib.profiles import load_profile
 from nemolib.prompts import PromptTableError, load_prompts

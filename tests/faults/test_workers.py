@@ -243,9 +243,9 @@ def test_a_changed_model_is_refused(profile, two):
         results(other)
 
 
-def test_a_model_with_hooks_is_refused(pipe, two):
-    with deactivate(pipe, NeuronSet.of([(0, 0)], layers=7)), pytest.raises(WorkersError, match="the UNet has hooks"):
-        results(pipe)
+def test_a_model_with_hooks_is_refused(run, two):
+    with deactivate(run.pipe, NeuronSet.of([(0, 0)], layers=7)), pytest.raises(ValueError, match="layers have hooks"):
+        localizations(run)
 
 
 def test_a_worker_that_cannot_begin(pipe, two):

@@ -59,18 +59,6 @@ def test_what_counts(one, other, same):
     assert (content_hash(one) == content_hash(other)) is same
 
 
-def test_files_and_folders_hash_by_content(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "x.txt").write_text("one")
-    before = content_hash(tmp_path / "a")
-    (tmp_path / "a" / ".hidden").write_text("not counted")
-    assert content_hash(tmp_path / "a") == before
-    (tmp_path / "a" / "x.txt").write_text("two")
-    assert content_hash(tmp_path / "a") != before
-    with pytest.raises(FileNotFoundError, match="none"):
-        content_hash(tmp_path / "none")
-
-
 @pytest.mark.parametrize("value", [{"key": object()}, np.array([object()])])
 def test_what_cannot_be_hashed_is_an_error(value):
     with pytest.raises(TypeError, match="cannot hash a value of type"):

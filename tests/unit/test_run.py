@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
-from nemolib import paths, run as runs
+from nemolib import paths
+from nemolib import run as runs
 from nemolib.encoders import CopyDescriptor
 from nemolib.first_step import NORMS, guidance_norms, pairs_measure
 from nemolib.generation import generate

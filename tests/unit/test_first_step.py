@@ -1,19 +1,34 @@
-import dataclasses
+import copy
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler
 
 from nemolib import seeding
-from nemolib.evaluations import Evaluations
-from nemolib.first_step import FirstStep, first_step, noise_differences, normalize, timestep_of
+from nemolib.first_step import (
+    NORMS,
+    Evaluations,
+    FirstStep,
+    first_step,
+    guidance_norm,
+    guidance_norms,
+    noise_differences,
+    normalize,
+    observing,
+    pairs_measure,
+    timestep_of,
+)
+from nemolib.holdout import holdout_scores
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
-from nemolib.protocols import RELEASED
-from nemolib.settings import DetectionSettings
+from nemolib.settings import PAPER, RELEASED, DetectionSettings, SimilaritySettings
+from tests.random_pipeline import WIDTHS
 
 SETTINGS = DetectionSettings(samples=3)
 GUIDED = DetectionSettings(samples=3, guidance=7.0)
+SIMILARITY = SimilaritySettings(kernel_size=3, sigma=0.5)
 NEURONS = NeuronSet(((0, 1), (), (2,), (), (), (5,), ()))
 
 
@@ -21,32 +36,22 @@ NEURONS = NeuronSet(((0, 1), (), (2,), (), (), (5,), ()))
 def passes(random_pipe):
     """Return a list of (batch size, timestep) that grows with every UNet pass."""
     seen = []
+    with random_pipe.unet.register_forward_pre_hook(lambda module, args: seen.append((len(args[0]), int(args[1])))):
+        yield seen
 
-    def record(module, args, kwargs):
-        seen.append((len(args[0]), int(args[1])))
 
-    handle = random_pipe.unet.register_forward_pre_hook(record, with_kwargs=True)
-    yield seen
-    handle.remove()
+# Noise differences
 
 
 @pytest.mark.parametrize(("protocol", "timestep"), [("released", 961), ("paper", 981)])
-def test_one_pass_at_the_timestep_of_the_protocol(random_pipe, passes, protocol, timestep):
-    evaluations = Evaluations()
-    differences = noise_differences(
-        random_pipe, "a", settings=SETTINGS, protocol=protocol, evaluations=evaluations
-    )  # fmt: skip
-    assert passes == [(3, timestep)]
-    assert evaluations.total == 3
+@pytest.mark.parametrize(("settings", "cost"), [(SETTINGS, 1), (GUIDED, 2)])
+def test_one_pass_at_the_timestep_of_the_protocol(random_pipe, passes, protocol, timestep, settings, cost):
+    differences = noise_differences(random_pipe, "a", settings=settings, protocol=protocol)
     assert differences.shape == (3, 4, 16, 16)
-
-
-def test_guidance_costs_two_evaluations_per_sample(random_pipe, passes):
-    evaluations = Evaluations()
-    step = first_step(random_pipe, settings=GUIDED)
-    step(embed(random_pipe, ["a"]), seeds=[2], evaluations=evaluations)
-    assert passes == [(2, 961)]
-    assert evaluations.total == 2 == step.cost
+    step = first_step(random_pipe, settings=settings, protocol=protocol)
+    step(embed(random_pipe, ["a"]), seeds=[2])
+    assert passes == [(3 * cost, timestep), (cost, timestep)]
+    assert step.cost == cost
 
 
 def test_raw_differences_are_noise_minus_latents(random_pipe):
@@ -62,7 +67,7 @@ def test_raw_differences_are_noise_minus_latents(random_pipe):
 @pytest.mark.parametrize(("protocol", "swapped"), [("released", True), ("paper", False)])
 def test_order_of_the_guidance_halves(random_pipe, protocol, swapped):
     step = first_step(random_pipe, settings=GUIDED, protocol=protocol)
-    plain = dataclasses.replace(step, guidance=0.0)
+    plain = replace(step, guidance=0.0)
     text, empty = (plain.raw(embed(random_pipe, [prompt])) + plain.latents for prompt in ("a", ""))
     noise = text + 7 * (empty - text) if swapped else empty + 7 * (text - empty)
     expected = noise - step.latents
@@ -70,23 +75,14 @@ def test_order_of_the_guidance_halves(random_pipe, protocol, swapped):
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, GUIDED])
-def test_a_part_of_the_seeds_gives_the_same_numbers(random_pipe, settings):
-    step = first_step(random_pipe, settings=settings)
-    embedding = embed(random_pipe, ["a"])
-    torch.testing.assert_close(step(embedding, seeds=[2, 0]), step(embedding)[[2, 0]], atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("settings", [SETTINGS, GUIDED])
-def test_several_neuron_sets_in_one_batch(random_pipe, passes, settings):
+def test_some_seeds_and_several_neuron_sets_in_one_batch(random_pipe, passes, settings):
     step, embedding = first_step(random_pipe, settings=settings), embed(random_pipe, ["a"])
-    sets = [NEURONS, NeuronSet.empty(7), NeuronSet.full((8, 8, 16, 16, 16, 16, 16))]
-    evaluations = Evaluations()
-    together = step.many(embedding, neurons=sets, seeds=[0, 2], evaluations=evaluations)
+    sets = [NEURONS, NeuronSet.empty(7), NeuronSet(tuple(map(range, WIDTHS)))]
+    together = step.many(embedding, neurons=sets, seeds=[2, 0])
     assert together.shape == (3, 2, 4, 16, 16)
-    assert len(passes) == 1
-    assert evaluations.total == 3 * 2 * step.cost
+    assert [samples for samples, _ in passes] == [3 * 2 * step.cost]
     for maps, neurons in zip(together, sets, strict=True):
-        torch.testing.assert_close(maps, step(embedding, neurons=neurons, seeds=[0, 2]), atol=1e-4, rtol=0)
+        torch.testing.assert_close(maps, step(embedding, neurons=neurons)[[2, 0]], atol=1e-4, rtol=0)
     assert (together[0] - together[1]).abs().max() > 1e-4
 
 
@@ -114,16 +110,11 @@ def test_timesteps_are_those_of_ddim_for_any_scheduler():
         assert timestep_of(kind(**config), steps=50, index=1) == 961
     with pytest.raises(ValueError, match="timestep index 50 is outside a schedule of 50 steps"):
         timestep_of(DDIMScheduler(), steps=50, index=50)
-
-
-def test_a_model_that_does_not_predict_the_noise():
     with pytest.raises(ValueError, match="the model predicts 'v_prediction'"):
         timestep_of(DDIMScheduler(prediction_type="v_prediction"), steps=50, index=0)
 
 
 def test_half_precision_models_return_float32(random_pipe):
-    import copy
-
     unet = copy.deepcopy(random_pipe.unet).to(torch.bfloat16)
     step = FirstStep(unet, 961, seeding.latents((4, 16, 16), samples=2, seed=1))
     differences = step(embed(random_pipe, ["a"]))
@@ -132,27 +123,90 @@ def test_half_precision_models_return_float32(random_pipe):
     assert (differences - full).abs().max() < 0.1
 
 
-@pytest.mark.parametrize(
-    ("seeds", "message"), [([], "no seeds were given"), ([0, 3], "latents are 0 to 2"), ([-1], "latents are 0 to 2")]
-)
-def test_impossible_seeds(random_pipe, seeds, message):
-    with pytest.raises(ValueError, match=message):
-        noise_differences(random_pipe, "a", settings=SETTINGS, seeds=seeds)
-
-
-def test_impossible_first_step(random_pipe):
-    latents = seeding.latents((4, 16, 16), samples=2, seed=1)
+def test_impossible_first_steps(random_pipe):
+    latents, text = seeding.latents((4, 16, 16), samples=3, seed=1), embed(random_pipe, ["a", "b"])
     with pytest.raises(ValueError, match="needs the embedding of the empty prompt"):
         FirstStep(random_pipe.unet, 961, latents, guidance=7.0)
     with pytest.raises(ValueError, match=r"expected \[seed, channel, height, width\]"):
         FirstStep(random_pipe.unet, 961, latents[0])
+    step = FirstStep(random_pipe.unet, 961, latents)
     with pytest.raises(ValueError, match="expected that of one prompt"):
-        FirstStep(random_pipe.unet, 961, latents)(embed(random_pipe, ["a", "b"]))
+        step(text)
+    with pytest.raises(ValueError, match="no neuron set was given"):
+        step.many(text[:1], neurons=[])
+    for seeds, message in (([], "no seeds were given"), ([0, 3], "latents are 0 to 2"), ([-1], "latents are 0 to 2")):
+        with pytest.raises(ValueError, match=message):
+            step(text[:1], seeds=seeds)
 
 
-def test_own_latents_and_own_protocol(random_pipe):
-    latents = seeding.latents((4, 16, 16), samples=2, seed=99)
-    protocol = dataclasses.replace(RELEASED, timestep_index=0)
-    step = first_step(random_pipe, settings=SETTINGS, protocol=protocol, latents=latents)
-    assert torch.equal(step.latents, latents)
-    assert step.timestep == 981
+def test_evaluations_and_seconds_by_algorithm():
+    counted = Evaluations()
+    counted.add(3)
+    with counted.stage("A4"):
+        counted.add(5)
+    assert counted.total == 8
+    taken = counted.take()
+    assert taken["evaluations"] == {"A1": 3, "A2": 0, "A3": 0, "A4": 5}
+    assert taken["seconds"]["A4"] > 0 == taken["seconds"]["A1"]
+    assert counted.total == sum(counted.take()["seconds"].values()) == 0
+
+
+# Measures of the first step
+
+
+@pytest.fixture
+def observe(random_pipe):
+    return observing(random_pipe, detection=replace(SETTINGS, guidance=0.0), similarity=SIMILARITY)
+
+
+@pytest.mark.parametrize("protocol", [RELEASED, PAPER])
+@pytest.mark.parametrize("guidance", [0.0, 7.0])
+def test_pairs_are_those_of_the_holdout_scores(random_pipe, observe, protocol, guidance):
+    shared = {"settings": replace(SETTINGS, guidance=guidance), "similarity": SIMILARITY, "progress": False}
+    direct = holdout_scores(random_pipe, ["red fox"], protocol=protocol, **shared)
+    assert observe([("red fox", pairs_measure(protocol, guidance))])[0] == pytest.approx(direct[0], abs=1e-4)
+
+
+def test_every_prediction_is_made_once(observe, passes):
+    measures = [NORMS] + [
+        pairs_measure(protocol, guidance) for protocol in (RELEASED, PAPER) for guidance in (0.0, 7.0)
+    ]
+    together = observe([("red fox", measure) for measure in measures])
+    assert sorted(passes) == [(3, 961)] * 2 + [(3, 981)] * 2  # timesteps, prompt and empty prompt
+    observe([("red owl", measures[-1])])
+    assert len(passes) == 5
+    assert together == [observe([("red fox", measure)])[0] for measure in measures]
+
+
+def test_measures_of_protocols_that_measure_the_same_are_equal():
+    assert pairs_measure(RELEASED, 0) == pairs_measure(replace(RELEASED, swap_guidance=False, name="other"), 0.0)
+    assert pairs_measure(RELEASED, 7) != pairs_measure(replace(RELEASED, swap_guidance=False), 7)
+    assert len({pairs_measure(protocol, 0) for protocol in (RELEASED, PAPER)} | {NORMS}) == 3
+
+
+def test_wens_score_of_the_first_steps(random_pipe, observe, passes):
+    norms = guidance_norms(random_pipe, "red fox", steps=3, settings=SETTINGS)
+    assert norms.shape == (3, 3)
+    assert (norms >= 0).all()
+    assert [samples for samples, _ in passes] == [6, 6, 6]
+    assert norms[0] == pytest.approx(observe([("red fox", NORMS)])[0], rel=1e-3)
+    step = first_step(random_pipe, settings=SETTINGS, protocol="paper")
+    by_hand = (step.raw(embed(random_pipe, ["red fox"])) - step.raw(embed(random_pipe, [""]))).flatten(1).norm(dim=1)
+    assert norms[0] == pytest.approx(by_hand.numpy(), rel=1e-3)
+    assert not np.allclose(norms[0], norms[1])
+    for steps in (0, 51):
+        with pytest.raises(ValueError, match=f"steps is {steps}; it must be between 1 and the 50"):
+            guidance_norms(random_pipe, "red fox", steps=steps, settings=SETTINGS)
+
+
+def test_the_norm_as_a_function_of_embeddings_has_gradients(random_pipe):
+    norm_of = guidance_norm(random_pipe, samples=3, seed=1, steps=50, index=0)
+    text = embed(random_pipe, ["red fox", ""]).clone().requires_grad_()
+    norms = norm_of(text)
+    assert norms.shape == (2, 3)
+    assert norms[0].detach().numpy() == pytest.approx(
+        guidance_norms(random_pipe, "red fox", settings=SETTINGS)[0], rel=1e-3
+    )
+    assert norms[1].max() < 1e-4
+    (gradient,) = torch.autograd.grad(norms[0].mean(), [text])
+    assert gradient[0].abs().max() > 0 == gradient[1].abs().max()

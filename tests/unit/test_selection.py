@@ -28,7 +28,7 @@ def test_top_k_is_ordered_by_activation_and_may_repeat():
 
 def test_top_k_ends_at_the_width():
     candidates = out_of_distribution(Z, ACTIVATIONS, theta=math.inf, top_k=100)
-    assert candidates.neurons == NeuronSet.full((4, 2))
+    assert candidates.neurons == NeuronSet((range(4), range(2)))
 
 
 def test_impossible_selection():

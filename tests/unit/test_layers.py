@@ -1,0 +1,294 @@
+import copy
+
+import pytest
+import torch
+
+from nemolib.layers import (
+    collect_activations,
+    collect_outputs,
+    cross_attention_layers,
+    deactivate,
+    down_convolutions,
+    scale_neurons,
+    scale_outputs,
+    spread,
+    value_activations,
+    value_layer_hash,
+    value_layers,
+    widths,
+)
+from nemolib.neurons import NeuronSet
+from nemolib.pipeline import embed
+from tests.random_pipeline import WIDTHS, random_unet
+
+FIRST = NeuronSet(((0, 2), (), (5,), (), (), (), (1,)))
+SECOND = NeuronSet(((), (1,), (), (), (3,), (), (0,)))
+LATENTS = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+VALUE = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"
+KEY = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+CONVOLUTION = "down_blocks.1.resnets.0.conv2"
+
+
+def hooks_of(pipe):
+    return sum(len(module._forward_hooks) for module in pipe.unet.modules())
+
+
+def noise(pipe, latents=LATENTS, prompts=("a", "b c")):
+    with torch.no_grad():
+        return pipe.unet(latents, 961, embed(pipe, prompts)).sample
+
+
+def values(pipe, prompts=("a", "b c")):
+    """Return the output of every value layer for prompts."""
+    embeddings = embed(pipe, prompts)
+    with torch.no_grad():
+        return [layer.module(embeddings) for layer in value_layers(pipe.unet)]
+
+
+# Which layers there are
+
+
+def test_order_and_names_of_the_value_layers(random_pipe):
+    layers = value_layers(random_pipe.unet)
+    assert [layer.index for layer in layers] == list(range(7))
+    blocks = [f"down_blocks.{place}" for place in (0, 0, 1, 1, 2, 2)] + ["mid_block"]
+    assert [layer.name.split(".attentions")[0] for layer in layers] == blocks
+    assert widths(random_pipe.unet) == WIDTHS
+    assert all(random_pipe.unet.get_submodule(layer.name) is layer.module for layer in layers)
+
+
+def test_layers_that_are_replaced_are_noticed():
+    unet = random_unet()
+    before = value_layers(unet)
+    assert value_layers(unet) is before
+    parent = unet.get_submodule(before[2].name.rpartition(".")[0])
+    parent.to_v = torch.nn.Linear(parent.to_v.in_features, 5)
+    after = value_layers(unet)
+    assert after[2].module is parent.to_v
+    assert after[2].width == 5
+    unet.mid_block = None
+    assert len(value_layers(unet)) == 6
+
+
+def test_layers_are_numbered_as_an_image_passes_them():
+    """In a UNet with cross-attention in its up blocks, as Stable Diffusion's: 16 blocks, of which 7 are searched."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel()
+    for part in ("value", "key"):
+        layers = cross_attention_layers(unet, part)
+        assert [layer.number for layer in layers] == list(range(1, 17))
+        assert [layer.block for layer in layers] == ["down"] * 6 + ["mid"] + ["up"] * 9
+        assert {(layer.part, layer.name[-5:]) for layer in layers} == {(part, ".to_" + part[0])}
+    assert [layer.name for layer in cross_attention_layers(unet, "value")[:7]] == [x.name for x in value_layers(unet)]
+    convolutions = down_convolutions(unet)
+    assert [layer.number for layer in convolutions] == list(range(1, 17))
+    assert [layer.name for layer in convolutions[:3]] == [
+        f"down_blocks.0.resnets.{place}" for place in ("0.conv1", "0.conv2", "1.conv1")
+    ]
+
+
+def test_models_without_such_layers():
+    blind = random_unet(cross_attention=False)
+    with pytest.raises(ValueError, match="UNet2DConditionModel has no cross-attention value layers"):
+        value_layers(blind)
+    with pytest.raises(ValueError, match="has no value layers of cross-attention"):
+        cross_attention_layers(blind, "value")
+    with pytest.raises(ValueError, match="unknown part 'query'; known: value, key"):
+        cross_attention_layers(blind, "query")
+    with pytest.raises(ValueError, match="has no convolutions"):
+        down_convolutions(torch.nn.Linear(1, 1))
+
+
+def test_layers_are_spread_from_the_first_to_the_last(random_pipe):
+    layers = down_convolutions(random_pipe.unet)
+    assert spread(layers, 12) == spread(layers, 99) == layers
+    assert [layer.number for layer in spread(layers, 4)] == [1, 5, 8, 12]
+    assert [layer.number for layer in spread(layers, 1)] == [1]
+    with pytest.raises(ValueError, match="at most 0 layers"):
+        spread(layers, 0)
+
+
+# What is read
+
+
+def test_activations_are_token_means_of_absolute_values(random_pipe):
+    embeddings = embed(random_pipe, ["a", "b c"])
+    activations = value_activations(random_pipe.unet, embeddings)
+    assert [tuple(layer.shape) for layer in activations] == [(2, width) for width in WIDTHS]
+    weight = value_layers(random_pipe.unet)[3].module.weight
+    torch.testing.assert_close(activations[3], (embeddings @ weight.T).abs().mean(dim=1))
+    with pytest.raises(ValueError, match=r"shape \(12, 16\); expected \[prompt, token, feature\]"):
+        value_activations(random_pipe.unet, torch.zeros(12, 16))
+
+
+def test_hash_tells_models_apart_but_not_precisions(random_pipe):
+    unet = copy.deepcopy(random_pipe.unet)
+    assert value_layer_hash(unet) == value_layer_hash(random_pipe.unet)
+    assert value_layer_hash(unet.half()) == value_layer_hash(random_pipe.unet)
+    with torch.no_grad():
+        value_layers(unet)[6].module.weight[0, 0] += 1
+    assert value_layer_hash(unet) != value_layer_hash(random_pipe.unet)
+
+
+def test_outputs_are_collected_pass_by_pass(random_pipe):
+    block = "down_blocks.0.attentions.0"
+    names = [block, f"{block}.transformer_blocks.0.attn2"]
+    with collect_outputs(random_pipe.unet, names) as found, collect_activations(random_pipe.unet) as collected:
+        noise(random_pipe)
+        noise(random_pipe, LATENTS.flip(0))
+    assert [len(outputs) for outputs in collected] == [2] * 7
+    assert all(torch.equal(outputs[0], plain) for outputs, plain in zip(collected, values(random_pipe), strict=True))
+    # Of a module that returns several tensors the first.
+    assert [tuple(found[name][0].shape) for name in names] == [(2, 8, 16, 16), (2, 256, 8)]
+    assert not torch.equal(*found[block])
+
+
+# What is changed
+
+
+@pytest.mark.parametrize("factor", [0.0, -0.5, 1.0])
+def test_values_are_scaled_and_others_stay(random_pipe, factor):
+    plain = values(random_pipe)
+    with scale_neurons(random_pipe.unet, FIRST, factor=factor):
+        scaled = values(random_pipe)
+    for layer, (before, after) in enumerate(zip(plain, scaled, strict=True)):
+        chosen = list(FIRST.layers[layer])
+        others = [neuron for neuron in range(WIDTHS[layer]) if neuron not in chosen]
+        assert torch.equal(after[..., chosen], before[..., chosen] * factor)
+        assert torch.equal(after[..., others], before[..., others])
+
+
+def test_deactivation_changes_the_noise_and_ends(random_pipe):
+    plain = noise(random_pipe)
+    with deactivate(random_pipe, FIRST) as pipe:
+        assert pipe is random_pipe
+        assert (noise(pipe) - plain).abs().max() > 1e-4
+    assert torch.equal(noise(random_pipe), plain)
+    assert hooks_of(random_pipe) == 0
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+def test_one_set_per_sample_in_both_halves_of_guidance(random_pipe, halves):
+    latents, prompts = LATENTS.repeat(halves, 1, 1, 1), ("", "", "a", "b c")[-2 * halves :]
+    with scale_neurons(random_pipe.unet, [FIRST, SECOND]):
+        both = noise(random_pipe, latents, prompts)
+    for row, neurons in enumerate((FIRST, SECOND) * halves):
+        with scale_neurons(random_pipe.unet, neurons):
+            torch.testing.assert_close(both[row], noise(random_pipe, latents, prompts)[row], atol=1e-5, rtol=0)
+
+
+def test_outputs_of_the_layer_are_not_changed_in_place(random_pipe):
+    layer, seen = value_layers(random_pipe.unet)[0].module, []
+    with (
+        layer.register_forward_hook(lambda module, args, output: seen.append(output)),
+        scale_neurons(random_pipe.unet, FIRST),
+    ):
+        values(random_pipe)
+    assert (seen[0][..., 0] != 0).any()
+
+
+def test_contexts_nest_and_leave_the_hooks_of_others(random_pipe):
+    layer = value_layers(random_pipe.unet)[0].module
+    with layer.register_forward_hook(lambda module, args, output: None):
+        with scale_neurons(random_pipe.unet, FIRST):
+            with scale_neurons(random_pipe.unet, SECOND):
+                nested = values(random_pipe)
+            assert hooks_of(random_pipe) == 1 + sum(count > 0 for count in FIRST.counts)
+        assert hooks_of(random_pipe) == 1
+    with scale_neurons(random_pipe.unet, FIRST | SECOND):
+        joint = values(random_pipe)
+    assert all(torch.equal(a, b) for a, b in zip(nested, joint, strict=True))
+
+
+def test_values_of_zero_are_all_neurons_deactivated(random_pipe):
+    for place in (0, 6):
+        whole = NeuronSet.of([(place, neuron) for neuron in range(WIDTHS[place])], layers=7)
+        with scale_outputs(random_pipe.unet, {value_layers(random_pipe.unet)[place].name: torch.zeros(1, 1, 1)}):
+            zeroed = noise(random_pipe)
+        with scale_neurons(random_pipe.unet, whole):
+            assert torch.equal(noise(random_pipe), zeroed)
+        assert not torch.equal(noise(random_pipe), zeroed)
+
+
+def test_keys_of_zero_give_every_token_the_same_attention(random_pipe):
+    attention = random_pipe.unet.get_submodule(KEY.removesuffix(".to_k"))
+    generator = torch.Generator().manual_seed(0)
+    positions, text = torch.randn(1, 4, 16, generator=generator), torch.randn(1, 5, 16, generator=generator)
+    with torch.no_grad(), scale_outputs(random_pipe.unet, {KEY: torch.zeros(1, 1, 1)}):
+        found = attention(positions, text)
+    with torch.no_grad():
+        uniform = attention.to_out[0](attention.to_v(text).mean(dim=1, keepdim=True)).expand_as(found)
+    torch.testing.assert_close(found, uniform, atol=1e-5, rtol=1e-5)
+
+
+def test_channels_of_zero_and_no_others(random_pipe):
+    scales = torch.ones(1, 16, 1, 1)
+    scales[:, [0, 3]] = 0
+    with (
+        scale_outputs(random_pipe.unet, {CONVOLUTION: scales}),
+        collect_outputs(random_pipe.unet, [CONVOLUTION]) as found,
+    ):
+        noise(random_pipe)
+    silent = (found[CONVOLUTION][0] == 0).all(dim=3).all(dim=2).all(dim=0)
+    assert silent.nonzero().flatten().tolist() == [0, 3]
+
+
+# The model stays as it was
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize(
+    ("context", "hooks"),
+    [
+        (lambda pipe: deactivate(pipe, FIRST), 3),
+        (lambda pipe: scale_neurons(pipe.unet, [FIRST, SECOND]), 5),
+        (lambda pipe: scale_outputs(pipe.unet, {KEY: torch.zeros(1, 1, 1)}), 1),
+        (lambda pipe: collect_activations(pipe.unet), 7),
+        (lambda pipe: collect_outputs(pipe.unet, [VALUE, KEY]), 2),
+    ],
+)
+def test_no_hook_is_left_whatever_happens(random_pipe, error, context, hooks):
+    def fail():
+        assert hooks_of(random_pipe) == hooks
+        raise error
+
+    with pytest.raises(error), context(random_pipe):
+        fail()
+    assert hooks_of(random_pipe) == 0
+
+
+def test_no_hook_is_left_when_the_model_is_interrupted_in_a_pass(random_pipe, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(random_pipe.unet.mid_block, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt), deactivate(random_pipe, FIRST):
+        random_pipe("a", num_inference_steps=2, output_type="latent")
+    assert hooks_of(random_pipe) == 0
+
+
+@pytest.mark.parametrize(
+    ("context", "error", "words"),
+    [
+        (lambda unet: scale_neurons(unet, NeuronSet(((0,), (), (), (), (), (), (99,)))), ValueError, "neuron 99 of layer 6"),
+        (lambda unet: scale_neurons(unet, NeuronSet.empty(2)), ValueError, "has 2 layers, the model has 7"),
+        (lambda unet: scale_neurons(unet, []), ValueError, "no neuron set was given"),
+        (lambda unet: scale_neurons(unet, [(0, 1)]), TypeError, "expected a NeuronSet or a list of them"),
+        (lambda unet: collect_outputs(unet, [VALUE, "nowhere"]), ValueError, "has no module 'nowhere'"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_leaves_no_hook(random_pipe, context, error, words):
+    with pytest.raises(error, match=words), context(random_pipe.unet):
+        pytest.fail("the context was entered")
+    assert hooks_of(random_pipe) == 0
+
+
+def test_a_batch_that_is_no_multiple_of_the_sets(random_pipe):
+    with (
+        pytest.raises(ValueError, match="3 neuron sets were given for a batch of 2"),
+        scale_neurons(random_pipe.unet, [FIRST, SECOND, FIRST]),
+    ):
+        noise(random_pipe)
+    assert hooks_of(random_pipe) == 0

@@ -1,10 +1,50 @@
 import dataclasses
+import pickle
 
 import pytest
+import yaml
 
-from nemolib.evaluations import Evaluations
-from nemolib.protocols import PAPER, PROTOCOLS, RELEASED, Protocol, load_protocol
-from nemolib.settings import DetectionSettings, GenerationSettings, SearchSettings, SimilaritySettings
+from nemolib.settings import (
+    PAPER,
+    PROTOCOLS,
+    RELEASED,
+    DetectionSettings,
+    EncoderSettings,
+    GenerationSettings,
+    MitigationSettings,
+    Profile,
+    ProfileError,
+    PromptTables,
+    Protocol,
+    RandomNeuronSettings,
+    RenSettings,
+    SearchSettings,
+    SimilaritySettings,
+    SomepalliSettings,
+    WenSettings,
+    known_profiles,
+    load_profile,
+    load_protocol,
+    search_settings,
+)
+
+PROMPTS = {"memorized": "m.csv", "unmemorized": "u.csv", "holdout": "h.csv"}
+LEAST = {"model": "some/model", "prompts": PROMPTS}
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Return what makes a profile of changes to the least that a file must say."""
+
+    def load(change, least=LEAST):
+        path = tmp_path / "mine.yaml"
+        path.write_text(yaml.safe_dump(least | change))
+        return load_profile(path)
+
+    return load
+
+
+# --- Settings -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -24,33 +64,69 @@ from nemolib.settings import DetectionSettings, GenerationSettings, SearchSettin
         (SearchSettings, "theta_start", 0.5),
         (SearchSettings, "k_max", -1),
         (SearchSettings, "k_start", True),
+        (SearchSettings, "k_start", 1281),
         (SearchSettings, "method", "quick"),
         (GenerationSettings, "samples", 0),
         (GenerationSettings, "batch_size", "8"),
         (GenerationSettings, "side", 0),
         (GenerationSettings, "side", 100),
+        (WenSettings, "target", -0.1),
+        (WenSettings, "multiplier", -11.0),
+        (WenSettings, "step", 50),
+        (RenSettings, "mask", "all"),
+        (SomepalliSettings, "numbers", (1, 0)),
+        (RandomNeuronSettings, "repeats", 0),
+        (Protocol, "timestep_index", -1),
+        (Protocol, "similarity", "mse"),
+        (Protocol, "threshold_pairs", "median"),
+        (Protocol, "swap_guidance", 1),
     ],
 )
 def test_impossible_settings_name_key_and_value(kind, key, value):
-    with pytest.raises(ValueError, match=rf"{kind.__name__}\.{key} is .*must be"):
-        kind(**{key: value})
+    given = {"name": "mine"} if kind is Protocol else {}
+    with pytest.raises(ValueError, match=rf"(?s)error for {kind.__name__}\n.*\b{key}\b") as error:
+        kind(**given, **{key: value})
+    wrong = value[-1] if isinstance(value, tuple) and value else value
+    assert str(wrong) in str(error.value)
 
 
-def test_settings_are_frozen_and_hashable():
+def test_an_unknown_setting_is_named():
+    with pytest.raises(ValueError, match="samplse"):
+        DetectionSettings(samplse=3)
+    with pytest.raises(ValueError, match="similarity"):
+        dataclasses.replace(RELEASED, similarity="mse")
+
+
+def test_settings_are_frozen_hashable_and_travel():
     settings = SimilaritySettings(betas=[0.5, 0.5])
     assert settings.betas == (0.5, 0.5)
     assert hash(settings) == hash(SimilaritySettings(betas=(0.5, 0.5)))
+    assert pickle.loads(pickle.dumps(settings)) == settings
+    assert MitigationSettings().wen == WenSettings()
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.sigma = 2.0
 
 
+def test_the_size_of_a_batch_has_no_part_in_what_settings_are_equal():
+    assert GenerationSettings(batch_size=3) == GenerationSettings()
+    assert GenerationSettings(samples=3) != GenerationSettings()
+
+
+def test_search_settings_by_method():
+    default = SearchSettings(theta_min=2.0)
+    assert search_settings(None, default) is default
+    assert search_settings("sequential", default) == dataclasses.replace(default, method="sequential")
+    assert search_settings(SearchSettings(), default) == SearchSettings()
+    with pytest.raises(ValueError, match="'fast' or 'sequential'"):
+        search_settings("quick", default)
+
+
+# --- Protocols ----------------------------------------------------------------------------------------------------------
+
+
 def test_protocols_differ_in_every_switch():
-    differing = {
-        field.name
-        for field in dataclasses.fields(Protocol)
-        if getattr(RELEASED, field.name) != getattr(PAPER, field.name)
-    }
-    assert differing == {field.name for field in dataclasses.fields(Protocol)}
+    switches = [field.name for field in dataclasses.fields(Protocol)]
+    assert all(getattr(RELEASED, name) != getattr(PAPER, name) for name in switches)
 
 
 def test_load_protocol():
@@ -61,28 +137,133 @@ def test_load_protocol():
         load_protocol("papper")
 
 
-@pytest.mark.parametrize("switch", [{"timestep_index": -1}, {"similarity": "mse"}, {"threshold_pairs": "median"}])
-def test_impossible_switch(switch):
-    with pytest.raises(ValueError, match=f"Protocol.{next(iter(switch))}"):
-        dataclasses.replace(RELEASED, **switch)
+# --- Profiles -----------------------------------------------------------------------------------------------------------
 
 
-def test_evaluations_are_counted_by_stage():
-    evaluations = Evaluations()
-    evaluations.add(2)
-    with evaluations.stage("A3"):
-        evaluations.add(5)
-        evaluations.add(1)
-    assert evaluations.samples == {"A1": 0, "A2": 0, "A3": 6, "A4": 0}
-    assert evaluations.total == 8
-    assert evaluations.seconds["A3"] > 0 == evaluations.seconds["A1"]
+def test_the_default_profile_runs_on_the_cpu():
+    tiny = load_profile("tiny")
+    assert (tiny.name, tiny.device, tiny.dtype) == ("tiny", "cpu", "float32")
+    assert tiny.protocol is PAPER  # its small latents do not suit the release's multi-scale similarity
 
 
-def test_stages_end_on_an_exception_and_do_not_nest():
-    evaluations = Evaluations()
-    with pytest.raises(RuntimeError, match="boom"), evaluations.stage("A1"):
-        raise RuntimeError("boom")
-    with evaluations.stage("A2"), pytest.raises(ValueError, match="'A4' begins inside stage 'A2'"):
-        evaluations.stage("A4").__enter__()
-    with pytest.raises(ValueError, match="unknown stage 'A5'; known stages: A1, A2, A3, A4"):
-        evaluations.stage("A5").__enter__()
+@pytest.mark.parametrize("name", known_profiles())
+def test_every_profile_loads_and_travels(name):
+    profile = load_profile(name)
+    assert profile.name == name
+    assert pickle.loads(pickle.dumps(profile)) == profile
+    assert hash(profile) == hash(load_profile(name))
+    assert load_profile(profile) is profile
+
+
+def test_tiny_full_differs_from_tiny_only_in_size():
+    tiny, full = load_profile("tiny"), load_profile("tiny-full")
+    sizes = ("name", "groups", "extent", "holdout_size", "threshold_prompts", "generation")
+    assert dataclasses.replace(tiny, **{key: getattr(full, key) for key in sizes}) == full
+    assert full.groups is None
+    assert set(dataclasses.asdict(full.limits).values()) == {None}
+
+
+def test_what_is_not_given_has_the_defaults(load):
+    assert load({}) == Profile(name="mine", model="some/model", prompts=PromptTables(**PROMPTS))
+    assert load({"name": "x"}).name == "x"
+    assert load({"protocol": "released"}).protocol is RELEASED
+
+
+def test_a_file_anywhere_can_extend_a_known_profile(load):
+    mine = load({"extends": "tiny", "generation": {"samples": 2}, "similarity": {"betas": [1, 2]}}, least={})
+    tiny = load_profile("tiny")
+    assert mine.name == "mine"
+    assert mine.generation == dataclasses.replace(tiny.generation, samples=2)
+    assert mine.similarity.betas == (1.0, 2.0)
+    assert mine.search == tiny.search
+
+
+def test_another_encoder_inherits_nothing(load):
+    changes = {"copy": {"kind": "sscd", "path": "sscd.pt"}, "alignment": {"name": "mine"}, "clip_quality": None}
+    mine, tiny = load({"extends": "tiny", "encoders": changes}, least={}).encoders, load_profile("tiny").encoders
+    assert mine.copy == EncoderSettings("sscd", "sscd.pt")
+    assert mine.alignment == dataclasses.replace(tiny.alignment, name="mine")
+    assert mine.quality == tiny.quality
+    assert mine.clip_quality is None
+
+
+def _encoder(**keys):
+    return {"encoders": {"copy": {"kind": "sscd", "path": "x"} | keys}}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"sampels": 3}, ["unknown key sampels = 3", "allowed", "detection"]),
+        ({"detection": {"sample": 3}}, ["unknown key detection.sample = 3", "guidance, samples, seed, steps"]),
+        ({"detection": 3}, ["'detection'", "got 3", "guidance, samples, seed, steps"]),
+        ({"detection": {"samples": "ten"}}, ["'detection.samples' is 'ten'", "integer"]),
+        ({"detection": {"samples": True}}, ["'detection.samples' is True", "integer"]),
+        ({"detection": {"samples": 2.5}}, ["'detection.samples' is 2.5", "integer"]),
+        ({"detection": {"samples": 1}}, ["'detection.samples' is 1", "greater than or equal to 2"]),
+        ({"detection": {"guidance": float("nan")}}, ["'detection.guidance' is nan", "finite"]),
+        ({"similarity": {"betas": []}}, ["'similarity.betas' is []", "at least 1"]),
+        ({"similarity": {"betas": [0.3, "x"]}}, ["'similarity.betas.1' is 'x'", "number"]),
+        ({"similarity": {"kernel_size": 10}}, ["'similarity.kernel_size'", "10", "odd"]),
+        ({"search": {"theta_step": 0}}, ["'search.theta_step' is 0", "greater than 0"]),
+        ({"search": {"theta_start": 0.5}}, ["'search'", "theta_start is 0.5", "at least theta_min (1)"]),
+        ({"mitigation": {"wen": {"step": 50}}}, ["'mitigation.wen'", "step is 50", "below steps (50)"]),
+        ({"dtype": "float8"}, ["'dtype' is 'float8'", "'float32', 'float16' or 'bfloat16'"]),
+        ({"device": "gpu"}, ["'device' is 'gpu'", "'auto', 'cpu', 'cuda' or 'mps'"]),
+        ({"protocol": "mine"}, ["'protocol'", "'mine'", "released, paper"]),
+        ({"protocol": ["paper"]}, ["'protocol'", "['paper']", "released, paper"]),
+        ({"groups": 3}, ["'groups' is 3", "string"]),
+        ({"limits": {"vm": -1}}, ["'limits.vm' is -1", "greater than or equal to 0"]),
+        ({"holdout_size": 1}, ["'holdout_size' is 1", "greater than or equal to 2"]),
+        ({"thresholds": {"value": 1.5}}, ["'thresholds.value' is 1.5", "less than or equal to 1"]),
+        ({"thresholds": {"value": float("nan")}}, ["'thresholds.value' is nan"]),
+        ({"prompts": {"memorized": "m.csv"}}, ["'prompts.holdout' is missing", "'prompts.unmemorized' is missing"]),
+        ({"model": None}, ["'model' is None", "string"]),
+        ({"solutions": "yes"}, ["'solutions' is 'yes'", "boolean"]),
+        (_encoder(kind="dino"), ["'encoders.copy.kind' is 'dino'", "'descriptor', 'sscd', 'clip' or 'inception'"]),
+        (_encoder(kind="clip"), ["'encoders'", "copy has kind 'clip'", "descriptor, sscd"]),
+        (_encoder(path=None), ["'encoders.copy.path' is None", "string"]),
+        ({"encoders": {"copy": {"kind": "sscd"}}}, ["'encoders.copy.path' is missing", "kind, name, path"]),
+        ({"encoders": {"copy": "sscd"}}, ["'encoders.copy'", "'sscd'", "kind, name, path"]),
+        ({"encoders": {"sscd": None}}, ["unknown key encoders.sscd = None", "alignment, clip_quality, copy, quality"]),
+        (_encoder(sha256="abc"), ["'encoders.copy.sha256' is 'abc'", "[0-9a-fA-F]{64}"]),
+        (_encoder(revision="a"), ["'encoders.copy'", "revision is 'a'", "'sscd'", "only clip"]),
+    ],
+)
+def test_a_bad_value_is_named_with_its_key_and_what_is_allowed(load, change, words):
+    with pytest.raises(ProfileError) as error:
+        load(change)
+    for word in ["mine.yaml: ", *words]:
+        assert word in str(error.value)
+
+
+def test_all_that_is_wrong_is_named_at_once(load):
+    with pytest.raises(ProfileError, match="(?=.*x = 1)(?=.*'dtype' is 3)(?=.*detection.sample = 3)(?=.*'model' is 2)"):
+        load({"x": 1, "dtype": 3, "detection": {"sample": 3}, "model": 2})
+
+
+def test_an_unknown_profile_lists_the_known_ones():
+    with pytest.raises(ProfileError, match="unknown profile 'tny'.*tiny, tiny-full"):
+        load_profile("tny")
+    # A name is no way out of the folder of profiles.
+    with pytest.raises(ProfileError, match="unknown profile"):
+        load_profile("../profiles/tiny")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: [", "not readable as YAML"),
+        ("- model", "expected keys and values"),
+        ("extends: nothing", "unknown profile 'nothing'"),
+        ("extends: other.yaml", "other.yaml' does not exist"),
+        ("extends: broken.yaml", "extends this profile again"),
+        (None, "broken.yaml' does not exist"),
+    ],
+)
+def test_a_broken_or_missing_file_is_named(tmp_path, text, words):
+    path = tmp_path / "broken.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ProfileError, match=words):
+        load_profile(path)

@@ -173,9 +173,10 @@ def holdout_distribution(holdout_pairs: pd.DataFrame, thresholds: pd.DataFrame) 
     pairs, largest = holdout_pairs["similarity"], holdout_pairs.groupby("prompt")["similarity"].max()
     edges, look = np.linspace(pairs.min(), pairs.max(), 61), plots.ROLES["holdout"]
     with plots.panels(fraction=0.7) as (figure, axes):
-        bars = {"stat": "proportion", "element": "step", "ax": axes}
-        sns.histplot(pairs, bins=edges, color=look.color, alpha=0.35, hatch=look.hatch, label="all pairs", **bars)
-        sns.histplot(largest, bins=edges[::2], fill=False, color="#E69F00", label="largest pair", **bars)
+        shares = {"stat": "proportion", "element": "step", "color": look.color, "alpha": 0.35, "hatch": look.hatch}
+        sns.histplot(pairs, bins=edges, label="all pairs", ax=axes, **shares)
+        share = np.full(len(largest), 1 / len(largest))
+        axes.hist(largest, edges[::2], weights=share, histtype="step", color="#E69F00", label="largest pair")
         for line, row in zip(((0, (1, 2)), "--", "-", "-."), thresholds.itertuples(), strict=True):
             axes.axvline(row.ours, color="black", linestyle=line, linewidth=1, label=row.setting)
         axes.set(xlabel="similarity of two seeds of a holdout prompt", ylabel="share")

@@ -1,0 +1,482 @@
+"""Notebook 02: the memorization score as a detector, z-scores of value neurons, copies, and the duplication ladder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from nemolib import metrics, paper, plots
+from nemolib.exhibits import Claim, exhibit, median_mad, must, of_kinds, too_few
+from nemolib.first_step import NORMS, noise_differences, pairs_measure
+from nemolib.holdout import z_scores
+from nemolib.layers import value_activations
+from nemolib.pipeline import embed
+from nemolib.run import has_image
+from nemolib.settings import PAPER, RELEASED
+from nemolib.store import Grid
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from nemolib.run import Run
+
+NOTEBOOK = "02_memorization_score"
+
+TESTED = ("vm", "tm", "ladder", "unmemorized")
+"""Kinds of prompts that are tested, in the order of the tables."""
+
+KINDS = {"vm": "VM", "tm": "TM", "unmemorized": "unmemorized"}
+"""Kinds of prompts that are compared, and what claims call them."""
+
+SCORES = {
+    "score_paper": ("SSIM (paper)", "#000000", "-"),
+    "score_released": ("MS-SSIM (released)", "#CC79A7", "-."),
+    "wen": ("Wen et al., one step", "#56B4E9", "--"),
+}
+"""Label, colour and line of the scores that are compared as detectors."""
+
+COPIES = {"copy_similarity": "sscd_orig", "copy_max": "sscd_orig_max", "seed_similarity": "d_sscd"}
+"""Columns of `copies`, and what `nemolib.run.Run.measure` calls them."""
+
+RUNGS = {"copy_similarity": "copy similarity", "score": "memorization score"}
+"""What grows along the duplication ladder."""
+
+BOUND = "bound of the tiny world, set before training"
+
+
+# What memorization looks like
+
+
+def examples(run: Run) -> pd.DataFrame:
+    """Return the first three prompts of each kind that is compared."""
+    return run.prompts(*KINDS).groupby("kind", sort=False).head(3)
+
+
+def sample_grid(run: Run, rows: pd.DataFrame) -> Grid:
+    """Return the planted image of each prompt, white where there is none, and the generated ones beside it.
+
+    Returns:
+        Images [prompt, 1 + seed, height, width, 3], uint8; captions and "planted", "seed 0", ... are the labels.
+    """
+    made, known = run.images(rows["caption"].tolist()), has_image(rows)
+    planted = np.full((len(rows), 1, *made.shape[2:]), 255, dtype=np.uint8)
+    if known.any():
+        planted[known, 0] = run.planted_images(rows[known], size=made.shape[2:4])
+    seeds = [f"seed {seed}" for seed in range(made.shape[1])]
+    return Grid(np.concatenate([planted, made], axis=1), tuple(rows["caption"]), ("planted", *seeds))
+
+
+def noise_grid(run: Run, rows: pd.DataFrame) -> Grid:
+    """Return the noise differences of prompts as colours: the first three channels as red, green and blue.
+
+    Source: Fig. 13.
+
+    Returns:
+        Images [prompt, seed, height, width, 3] of at most six seeds, uint8; captions and "seed 0", ... are the labels.
+    """
+    found = [noise_differences(run.pipe, caption)[:6, :3].cpu().numpy() for caption in rows["caption"]]
+    colours = (np.moveaxis(np.stack(found).astype(np.float64), 2, -1) * 255).round().astype(np.uint8)
+    return Grid(colours, tuple(rows["caption"]), tuple(f"seed {seed}" for seed in range(colours.shape[1])))
+
+
+def by_kind(parts: Mapping[str, pd.DataFrame], column: str, describe: Callable[[pd.Series], str]) -> str:
+    """Return what is said of a column for each kind, such as ``"VM 0.9, TM 0.8, unmemorized 0.3"``."""
+    return ", ".join(f"{KINDS[kind]} {describe(part[column])}" for kind, part in parts.items())
+
+
+def read_samples(copies: pd.DataFrame) -> Iterator[Claim]:
+    """Yield how alike the images of a prompt are, and whether the world memorizes what it was built to memorize."""
+    parts = of_kinds(copies, "copies", *KINDS)
+    yield Claim(
+        "similarity of two seeds (median ± MAD)",
+        by_kind(parts, "seed_similarity", lambda part: median_mad(part) or "unknown (one seed)"),
+        "0.99 for VM and 0.17 for TM prompts (D_SSCD, Table 1)",
+        rule="another descriptor: only the order can be compared",
+    )
+    copied, alike = parts["vm"]["copy_similarity"].dropna(), parts["unmemorized"]["seed_similarity"].dropna()
+    few = too_few(len(copied), "VM prompt with its image", needed=10)
+    yield must("VM images are replayed", copied.median(), at_least=0.8, reason=BOUND, missing=few)
+    few = too_few(len(alike), "unmemorized prompt with two images", needed=10)
+    yield must("unmemorized seeds differ", alike.median(), at_most=0.5, reason=BOUND, missing=few)
+
+
+@exhibit(
+    "", "planted and generated images",
+    "First column: the planted image, none for unmemorized prompts; then images of different seeds. From above: VM, TM and unmemorized "
+    "prompts, the same number of each.", read=read_samples,
+)  # fmt: skip
+def show_samples(samples: Grid) -> Figure:
+    return plots.image_grid(samples)
+
+
+def read_13(noise_differences: Grid) -> Iterator[Claim]:
+    """Yield what is shown; whether it looks alike is for the eye."""
+    shown = f"{len(noise_differences.rows)} prompts, {len(noise_differences.columns)} seeds"
+    yield Claim("shown", shown, "noise differences of memorized prompts look alike, those of others do not")
+
+
+@exhibit(
+    "Figure 13", "noise differences",
+    "Noise differences of the first denoising step, min-max scaled; three of the four latent channels as red, green and blue. From above: "
+    "VM, TM and unmemorized prompts, the same number of each.", read=read_13,
+)  # fmt: skip
+def figure_13(noise_differences: Grid) -> Figure:
+    return plots.image_grid(noise_differences)
+
+
+# The score, and how good it is as a detector
+
+
+def scores(run: Run) -> pd.DataFrame:
+    """Return the memorization scores of the tested prompts.
+
+    Source: Sec. 3.1, App. B.4; Wen et al. (ICLR 2024).
+
+    Returns:
+        Columns caption, kind, group, copies, image; score (largest pair of seeds by the profile's protocol: the memorization score) and mean_pair
+        (mean of its pairs); score_released and score_paper (the same by these protocols, with the profile's guidance);
+        wen (norm of the difference that the text makes to the noise prediction in the first step, mean over seeds).
+    """
+    table, guidance = run.prompts(*TESTED), run.profile.detection.guidance
+    measures = [pairs_measure(protocol, guidance) for protocol in (run.profile.protocol, RELEASED, PAPER)]
+    found = run.observe(table["caption"].tolist(), [*measures, NORMS])
+    ours, released, theirs, norms = zip(*found, strict=True)
+    return table.assign(
+        score=[max(pairs) for pairs in ours],
+        mean_pair=[np.mean(pairs) for pairs in ours],
+        score_released=[max(pairs) for pairs in released],
+        score_paper=[max(pairs) for pairs in theirs],
+        wen=[np.mean(seeds) for seeds in norms],
+    )
+
+
+def detection(scores: pd.DataFrame) -> pd.DataFrame:
+    """Return how well the scores tell memorized from unmemorized prompts, with reported numbers beside.
+
+    Source: App. B.4; Wen's score with one denoising step and 4 seeds as reported by Jeon et al. (ICML 2025).
+
+    Args:
+        scores: The table of `scores`.
+
+    Returns:
+        Columns score, memorized ("vm + tm", "vm" or "tm"), prompts, auroc with the ends of its 95 % bootstrap interval
+        auroc_low and auroc_high, tpr_at_1_fpr, accuracy (the best balanced one), threshold (that has it), paper_auroc,
+        paper_tpr_at_1_fpr, paper_accuracy and confidence; missing where nothing is known.
+
+    Raises:
+        ValueError: There is no prompt of a kind.
+    """
+    names = {name: f"paper_{name}" for name in ("auroc", "tpr_at_1_fpr", "accuracy")}
+    reported = paper.table("detection")
+    reported = reported[(reported["score"] == "ssim") | (reported["setting"] == "4 seeds, 1 step")]
+    reported = reported.set_index(["score", "memorized"])[[*names, "confidence"]].rename(columns=names)
+    rows = []
+    for score in SCORES:
+        clean = scores.loc[scores["kind"] == "unmemorized", score]
+        for kinds in (("vm", "tm"), ("vm",), ("tm",)):
+            pair = scores.loc[scores["kind"].isin(kinds), score], clean
+            low, high = metrics.interval(metrics.auroc, *pair, resamples=200)
+            quality = metrics.auroc(*pair), low, high, metrics.tpr_at_fpr(*pair), *metrics.best_accuracy(*pair)
+            rows.append((score, " + ".join(kinds), len(pair[0]), *quality))
+    columns = ["score", "memorized", "prompts", "auroc", "auroc_low", "auroc_high", "tpr_at_1_fpr", "accuracy"]
+    table = pd.DataFrame(rows, columns=[*columns, "threshold"])
+    ssim = table["score"].where(table["score"] == "wen", "ssim")
+    return table.join(reported, on=[ssim, "memorized"])
+
+
+def read_2a(scores: pd.DataFrame, thresholds: pd.DataFrame) -> Iterator[Claim]:
+    """Yield the scores of each kind, and how many are above the threshold."""
+    parts, tau = of_kinds(scores, "scores", *KINDS, column="score"), thresholds["tau"].iloc[0]
+    vm, tm, clean = (part["score"].median() for part in parts.values())
+    mean, sd = paper.reported("threshold.mean"), paper.reported("threshold.sd")
+    yield Claim(
+        "memorization score (median ± MAD)",
+        by_kind(parts, "score", median_mad),
+        f"unmemorized {mean} ± {sd} (mean, standard deviation of holdout prompts)",
+        bool(vm > tm > clean),
+        "compared: the order of the medians, VM above TM above unmemorized",
+    )
+    above = by_kind(parts, "score", lambda part: f"{(part > tau).mean():.0%}")
+    yield Claim("prompts above the threshold", f"tau = {tau:.3f}: {above}", f"tau = {paper.reported('threshold')}")
+
+
+@exhibit(
+    "Figure 2a", "memorization scores",
+    "Share of the prompts of a kind by memorization score; a short line below the axis is a prompt. Dashed: the memorization threshold.",
+    read=read_2a,
+)  # fmt: skip
+def figure_2a(scores: pd.DataFrame, thresholds: pd.DataFrame) -> Figure:
+    known = pd.concat(of_kinds(scores, "scores", *KINDS, column="score").values())
+    edges = np.linspace(known["score"].min(), known["score"].max(), 25)
+    with plots.panels(fraction=0.6) as (figure, axes):
+        label = "memorization score (similarity of two seeds)"
+        plots.histogram(axes, known, "score", kinds=tuple(reversed(KINDS)), edges=edges, shares=True, xlabel=label)
+        plots.threshold(axes, thresholds["tau"].iloc[0])
+        axes.set_ylim(bottom=0)
+        plots.legend_above(axes)
+    return figure
+
+
+def read_detection(detection: pd.DataFrame, scores: pd.DataFrame) -> Iterator[Claim]:
+    """Yield how well one denoising step separates, beside reported numbers."""
+    rows, parts = detection.set_index(["score", "memorized"]), of_kinds(scores, "scores", *KINDS, column="score")
+    both, vm, tm = (rows.loc[("score_paper", kind)] for kind in ("vm + tm", "vm", "tm"))
+    wen = rows.loc[("wen", "vm + tm")]
+    yield Claim(
+        "AUROC of the score, and its TPR@1%FPR",
+        f"{both['auroc']:.3f} (VM {vm['auroc']:.3f}, TM {tm['auroc']:.3f}), {both['tpr_at_1_fpr']:.3f}",
+        f"{both['paper_auroc']:.2f} (VM {vm['paper_auroc']:.4f}), {both['paper_tpr_at_1_fpr']:.3f}",
+        bool(both["auroc"] >= 0.9 and vm["auroc"] >= both["auroc"] - 0.005),
+        "agrees if one step separates well (AUROC at least 0.9) and VM at least as well as all",
+    )
+    theirs = f"{wen['paper_auroc']:.3f} (secondary)"
+    yield Claim("AUROC of Wen's score", f"{wen['auroc']:.3f}", theirs, rule="another world; 4 seeds there")
+    clean = parts["unmemorized"]["score"]
+    for kind, least, known in (("vm", 0.98, vm["paper_auroc"]), ("tm", 0.90, "")):
+        score = parts[kind]["score"]
+        few = too_few(min(len(score), len(clean)), f"{KINDS[kind]} and unmemorized prompt", needed=10)
+        text, found = f"AUROC of {KINDS[kind]}, score of the profile's protocol", metrics.auroc(score, clean)
+        yield must(text, found, at_least=least, paper=known, reason=BOUND, missing=few)
+
+
+@exhibit(
+    "App. B.4", "the score as a detector",
+    "Reported: Stable Diffusion v1-4, 500 memorized and 500 unmemorized prompts; SSIM by the paper, Wen's score with one step and 4 seeds by "
+    "Jeon et al. (ICML 2025). Accuracy: ours balanced, at the best threshold; the paper's at 0.5.",
+    read=read_detection,
+)  # fmt: skip
+def detection_table(detection: pd.DataFrame) -> pd.DataFrame:
+    labels = detection["score"].map({score: label for score, (label, *_) in SCORES.items()})
+    shown = pd.DataFrame({"score": labels, "memorized": detection["memorized"]})
+    for name, column in (("AUROC", "auroc"), ("TPR@1%FPR", "tpr_at_1_fpr"), ("accuracy", "accuracy")):
+        for title, values in ((name, detection[column]), (f"{name} (reported)", detection[f"paper_{column}"])):
+            shown[title] = ["" if pd.isna(value) else f"{value:.3f}" for value in values]
+    return shown.assign(confidence=detection["confidence"].fillna(""))
+
+
+@exhibit(
+    "", "ROC curves of the scores",
+    "VM and TM prompts together against unmemorized ones. Dashed line: false positive rate 1 %.",
+)  # fmt: skip
+def detection_roc(scores: pd.DataFrame) -> Figure:
+    from sklearn.metrics import roc_curve
+
+    known = pd.concat(of_kinds(scores, "scores", *KINDS).values())
+    clean = known["kind"] == "unmemorized"
+    smallest = 1 / (2 * clean.sum())
+    with plots.panels(fraction=0.5, aspect=0.9) as (figure, axes):
+        axes.axvline(0.01, color=plots.GREY, linewidth=plots.LINE, linestyle="--")
+        for score, (label, color, line) in SCORES.items():
+            false, true, _ = roc_curve(~clean, known[score])
+            style = {"color": color, "linestyle": line, "label": label, "alpha": 0.9}
+            axes.step(np.maximum(false, smallest), true, where="post", **style)
+        axes.set(xscale="log", xlim=(smallest, 1), ylim=(0, 1.02))
+        axes.set(xlabel="false positive rate (log scale)", ylabel="true positive rate")
+        axes.legend(loc="lower right")
+    return figure
+
+
+# Which neurons stand out
+
+
+def absolute_z(run: Run, captions: list[str]) -> list[np.ndarray]:
+    """Return for each value layer the absolute z-scores [prompt, neuron] of prompts, float64.
+
+    Source: Sec. 3.2.
+    """
+    activations = value_activations(run.pipe.unet, embed(run.pipe, captions))
+    return [z.abs().double().numpy() for z in z_scores(run.statistics, [values.cpu() for values in activations])]
+
+
+def z_by_neuron(run: Run) -> pd.DataFrame:
+    """Return each neuron's largest absolute z-score over the prompts of a kind.
+
+    The largest of many is larger than the largest of few, so each kind has as many prompts as there are both VM and
+    unmemorized ones.
+
+    Source: Sec. 3.2, Fig. 2b.
+
+    Returns:
+        Columns kind, layer (from 1, as in the paper), neuron (from 0), largest_z and caption (of the prompt that has
+        it), one row for each kind and neuron.
+    """
+    table, parts = run.prompts(*KINDS), []
+    table = table.groupby("kind").head(table["kind"].value_counts()[["vm", "unmemorized"]].min())
+    absolute, captions = absolute_z(run, table["caption"].tolist()), table["caption"].to_numpy()
+    for kind in KINDS:
+        rows = (table["kind"] == kind).to_numpy()
+        for layer, z in enumerate(absolute, start=1):
+            chosen = z[rows]
+            columns = {"kind": kind, "layer": layer, "neuron": np.arange(z.shape[1]), "largest_z": chosen.max(axis=0)}
+            parts.append(pd.DataFrame(columns | {"caption": captions[rows][chosen.argmax(axis=0)]}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def z_by_prompt(run: Run) -> pd.DataFrame:
+    """Return the largest absolute z-score in each value layer for every tested prompt.
+
+    Source: Sec. 3.2.
+
+    Returns:
+        Columns caption, kind, layer (from 1, as in the paper), neuron (from 0) and largest_z, one row for each prompt
+        and layer.
+    """
+    table = run.prompts(*TESTED)
+    parts = [
+        table[["caption", "kind"]].assign(layer=layer, neuron=z.argmax(axis=1), largest_z=z.max(axis=1))
+        for layer, z in enumerate(absolute_z(run, table["caption"].tolist()), start=1)
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def read_2b(z_by_neuron: pd.DataFrame) -> Iterator[Claim]:
+    """Yield whether memorized prompts reach larger z-scores in value layer 1."""
+    parts = of_kinds(z_by_neuron[z_by_neuron["layer"] == 1], "z_by_neuron", "vm", "unmemorized")
+    vm, clean = (part["largest_z"] for part in parts.values())
+    beyond = f"beyond 5: {(vm > 5).sum()} and {(clean > 5).sum()} of {len(vm)} neurons"
+    yield Claim(
+        "largest |z| in value layer 1",
+        f"VM up to {vm.max():.1f}, unmemorized up to {clean.max():.1f}; {beyond}",
+        "memorized prompts reach larger z-scores than unmemorized ones; values are not known",
+        bool(vm.max() > clean.max()),
+        "compared: the largest |z| of the layer, as many unmemorized as VM prompts",
+    )
+
+
+@exhibit(
+    "Figure 2b", "z-scores in value layer 1",
+    "Largest absolute z-score of each neuron over the VM prompts and over as many unmemorized ones.", read=read_2b,
+)  # fmt: skip
+def figure_2b(z_by_neuron: pd.DataFrame) -> Figure:
+    parts = of_kinds(z_by_neuron[z_by_neuron["layer"] == 1], "z_by_neuron", "unmemorized", "vm")
+    with plots.panels(fraction=0.6) as (figure, axes):
+        for kind, rows in parts.items():
+            look = plots.ROLES[kind]
+            axes.vlines(rows["neuron"], 0, rows["largest_z"], color=look.color, linewidth=0.4, alpha=0.5)
+            axes.plot(rows["neuron"], rows["largest_z"], **look.line_style(linestyle=""))
+        axes.set(xlabel="neuron of value layer 1", ylabel=r"largest $|z|$ (standard deviations)")
+        axes.set_ylim(bottom=0)
+        plots.legend_above(axes)
+    return figure
+
+
+def read_z_by_layer(z_by_prompt: pd.DataFrame) -> Iterator[Claim]:
+    """Yield whether activations of memorized prompts are out of distribution."""
+    parts = of_kinds(z_by_prompt, "z_by_prompt", *KINDS)
+    vm, tm, clean = (part["largest_z"].median() for part in parts.values())
+    yield Claim(
+        "largest |z| of a prompt in a layer (median)",
+        by_kind(parts, "largest_z", lambda part: f"{part.median():.1f}"),
+        "memorized prompts have out-of-distribution activations (Sec. 3.2)",
+        bool(min(vm, tm) > clean),
+        "compared: both kinds of memorized prompts above unmemorized ones; aim of the tiny world: VM at least 5",
+    )
+    first = of_kinds(z_by_prompt[z_by_prompt["layer"] == 1], "z_by_prompt", *KINDS)
+    ours = by_kind(first, "largest_z", lambda part: f"{part.median():.1f}")
+    yield Claim("the same in value layer 1", ours, rule="aim of the tiny world: VM at least 5, unmemorized at most 3.5")
+
+
+@exhibit(
+    "", "largest z-score of a prompt in each value layer",
+    "Median over prompts; bars from the first to the third quartile.", read=read_z_by_layer,
+)  # fmt: skip
+def z_by_layer(z_by_prompt: pd.DataFrame) -> Figure:
+    parts = of_kinds(z_by_prompt, "z_by_prompt", *reversed(KINDS))
+    with plots.panels(fraction=0.6) as (figure, axes):
+        # Beside each other, so that bars of one layer do not hide each other.
+        for shift, (kind, rows) in zip((-0.15, 0, 0.15), parts.items(), strict=True):
+            ends = rows.groupby("layer")["largest_z"].quantile([0.25, 0.5, 0.75]).unstack()
+            bars = ends[0.5] - ends[0.25], ends[0.75] - ends[0.5]
+            axes.errorbar(ends.index + shift, ends[0.5], yerr=bars, **plots.ROLES[kind].line_style())
+        axes.set_xticks(sorted(z_by_prompt["layer"].unique()))
+        axes.set(xlabel="value layer", ylabel=r"largest $|z|$ (standard deviations)")
+        axes.set_ylim(bottom=0)
+        plots.legend_above(axes)
+    return figure
+
+
+# Copies, and how many it takes
+
+
+def copies(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
+    """Return how similar the generated images of prompts are to the planted image and to each other.
+
+    Source: Sec. 4 (SSCD_orig, D_SSCD), with the profile's encoder for copy detection.
+
+    Args:
+        run: The run.
+        rows: Rows of a prompt table, or none; where ``image`` is empty there is nothing to copy.
+
+    Returns:
+        The rows with the columns copy_similarity (cosine of a generated and the planted image, median over seeds; missing
+        without a planted image), copy_max (largest of the seeds) and seed_similarity (cosine of two generated images,
+        median over pairs of seeds).
+
+    Raises:
+        ProfileError: The profile has no encoder for copy detection.
+    """
+    if rows.empty:
+        return rows.assign(**dict.fromkeys(COPIES, np.empty(0)))
+    found = run.measure(rows, columns=tuple(COPIES.values()))
+    return rows.assign(**{name: found[measured] for name, measured in COPIES.items()})
+
+
+def read_6(copies: pd.DataFrame) -> Iterator[Claim]:
+    """Yield how many prompts of each kind have a copy by the paper's rule."""
+    parts = of_kinds(copies, "copies", "vm", "tm", column="copy_max")
+    shares = by_kind(parts, "copy_max", lambda part: f"{metrics.memorization_rate(part):.0%}")
+    medians = by_kind(parts, "copy_max", lambda part: f"{part.median():.2f}")
+    yield Claim(
+        "prompts with a copy above 0.7",
+        f"{shares}; medians {medians}",
+        "all VM, no TM prompt, since that is how they are told apart (SSCD)",
+        rule="here the kinds are known from planting, and the similarity is that of another descriptor",
+    )
+
+
+@exhibit(
+    "Figure 6", "verbatim and template memorization by copy similarity",
+    "Largest copy similarity between a prompt's generated images and its planted image. Dashed: the paper's cut between TM and VM.",
+    read=read_6,
+)  # fmt: skip
+def figure_6(copies: pd.DataFrame) -> Figure:
+    known, cut = pd.concat(of_kinds(copies, "copies", "tm", "vm", column="copy_max").values()), metrics.MEMORIZED_ABOVE
+    edges = np.linspace(min(0.0, known["copy_max"].min()), 1, 25)
+    with plots.panels(fraction=0.6) as (figure, axes):
+        label = "copy similarity (largest of the seeds)"
+        plots.histogram(axes, known, "copy_max", kinds=("tm", "vm"), edges=edges, shares=True, xlabel=label)
+        axes.axvline(cut, color="black", linestyle="--", linewidth=1, label=f"cut at {cut:g}")
+        plots.legend_above(axes)
+    return figure
+
+
+def read_ladder(ladder: pd.DataFrame) -> Iterator[Claim]:
+    """Yield how memorization grows with the number of copies."""
+    known = of_kinds(ladder, "ladder", "ladder", column="copy_similarity")["ladder"]
+    medians = known.groupby("copies")[list(RUNGS)].median()
+    rank = known[["copies", *RUNGS]].corr(method="spearman")["copies"]
+    for column, text in RUNGS.items():
+        first, last = medians[column].iloc[[0, -1]]
+        ours = f"{first:.2f} to {last:.2f}, rank correlation {rank[column]:.2f}"
+        yield Claim(f"{text} from {medians.index[0]} to {medians.index[-1]} copies (median)", ours)
+    few, reason = too_few(len(known), "ladder prompt", needed=10), "rank correlation, few captions"
+    yield must("more copies, more alike", rank["copy_similarity"], at_least=0.3, reason=reason, missing=few)
+
+
+@exhibit(
+    "", "memorization against copies in training",
+    "Copy similarity (left, median over seeds) and memorization score (right). Points: prompts; line: median of a rung.", read=read_ladder,
+)  # fmt: skip
+def duplication_ladder(ladder: pd.DataFrame, thresholds: pd.DataFrame) -> Figure:
+    known, look = of_kinds(ladder, "ladder", "ladder", column="copy_similarity")["ladder"], plots.ROLES["ladder"]
+    with plots.panels(1, 2, aspect=0.38) as (figure, axes):
+        for place, (column, text) in zip(axes, RUNGS.items(), strict=True):
+            plots.rungs(place, known, column, look=look, label="median of a rung")
+            place.set(xlabel="copies in training (regular caption = 1)", ylabel=text)
+        plots.threshold(axes[1], thresholds["tau"].iloc[0], horizontal=True)
+        for place in axes:
+            plots.legend_above(place, columns=3)
+    return figure

@@ -7,20 +7,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemolib.evaluations import Evaluations
 from nemolib.holdout import (
     ActivationStatistics,
     Moments,
     activation_statistics,
     holdout_scores,
-    load_released,
     load_statistics,
     memorization_threshold,
     z_scores,
 )
+from nemolib.layers import STABLE_DIFFUSION_WIDTHS, value_activations, value_layers
 from nemolib.pipeline import embed
 from nemolib.settings import DetectionSettings, SimilaritySettings
-from nemolib.value_layers import STABLE_DIFFUSION_WIDTHS, value_activations, value_layers
 from tests.random_pipeline import WIDTHS, random_unet
 
 SMALL = SimilaritySettings(kernel_size=3, sigma=0.5)
@@ -34,17 +32,8 @@ def test_moments_are_those_of_all_rows_at_once(sizes, offset, seed):
         moments.update(torch.from_numpy(batch))
     together = np.concatenate(rows)
     assert moments.count == len(together)
-    np.testing.assert_allclose(moments.mean(), together.mean(axis=0), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(moments.mean, together.mean(axis=0), rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(moments.std(), together.std(axis=0, ddof=1), rtol=1e-6)
-
-
-def test_moments_of_too_few_rows():
-    moments = Moments()
-    with pytest.raises(ValueError, match="no prompts were given"):
-        moments.mean()
-    moments.update(torch.ones(1, 3))
-    with pytest.raises(ValueError, match="1 prompts were given; a standard deviation needs at least two"):
-        moments.std()
 
 
 def test_statistics_are_those_of_all_prompts_at_once(random_pipe, holdout_prompts, statistics):
@@ -56,26 +45,62 @@ def test_statistics_are_those_of_all_prompts_at_once(random_pipe, holdout_prompt
         torch.testing.assert_close(statistics.std[layer], values.std(dim=0), atol=1e-5, rtol=1e-5)
 
 
-def test_batch_size_does_not_matter(random_pipe, holdout_prompts, statistics):
+def test_batch_size_does_not_matter_and_no_unet_pass_is_needed(random_pipe, holdout_prompts, statistics, monkeypatch):
+    sizes = []
+
+    def counted(pipe, prompts):
+        sizes.append(len(prompts))
+        return embed(pipe, prompts)
+
+    monkeypatch.setattr("nemolib.holdout.embed", counted)
+    monkeypatch.setattr(random_pipe.unet, "forward", lambda *args, **kwargs: pytest.fail("the UNet ran"))
     small = activation_statistics(random_pipe, holdout_prompts, batch_size=5, progress=False)
+    assert sizes == [5, 5, 5, 5, 4]
     for a, b in zip(small.mean + small.std, statistics.mean + statistics.std, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
     with pytest.raises(ValueError, match="batch size is 0"):
         activation_statistics(random_pipe, holdout_prompts, batch_size=0, progress=False)
+    with pytest.raises(ValueError, match="1 prompts were given; a standard deviation needs at least two"):
+        activation_statistics(random_pipe, ["a"], progress=False)
 
 
-def test_no_unet_pass_is_needed(random_pipe, holdout_prompts, monkeypatch):
-    monkeypatch.setattr(random_pipe.unet, "forward", lambda *args, **kwargs: pytest.fail("the UNet ran"))
-    assert activation_statistics(random_pipe, holdout_prompts[:3], progress=False).count == 3
+def test_statistics_of_either_format(tmp_path, statistics):
+    statistics.save(tmp_path / "own.safetensors")
+    torch.save((list(statistics.mean), list(statistics.std)), tmp_path / "released.pt")
+    for name, known in (("own.safetensors", (statistics.count, statistics.model_hash)), ("released.pt", (0, ""))):
+        found = load_statistics(tmp_path / name, widths=WIDTHS)
+        pairs = zip(found.mean + found.std, statistics.mean + statistics.std, strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+        assert (found.count, found.model_hash) == known
+        with pytest.raises(ValueError, match=r"layers of \[8, 8, .*\] neurons, expected \[320, .*\]: another model"):
+            load_statistics(tmp_path / name, widths=STABLE_DIFFUSION_WIDTHS)
+    with pytest.raises(FileNotFoundError, match=r"no activation statistics .*none\.pt; fetch them with `make data`"):
+        load_statistics(tmp_path / "none.pt")
 
 
-def test_save_and_load(statistics, random_pipe, tmp_path):
-    statistics.save(tmp_path / "statistics.safetensors")
-    loaded = ActivationStatistics.load(tmp_path / "statistics.safetensors")
-    assert (loaded.count, loaded.model_hash) == (statistics.count, statistics.model_hash)
-    pairs = zip(loaded.mean + loaded.std, statistics.mean + statistics.std, strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
-    loaded.check(random_pipe.unet)
+class Evil:
+    """Would run code where it is unpickled."""
+
+    def __reduce__(self):
+        return (pytest.fail, ("code was run",))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"a": torch.ones(1)}, "holds no released statistics; expected a pair of lists of tensors"),
+        (([torch.ones(3)], [-torch.ones(3)]), "is negative or not finite"),
+        (([Evil()], []), "[Ww]eights only"),
+        (None, r"file\.pt is not readable: it was cut"),
+    ],
+)
+def test_released_statistics_are_checked(tmp_path, content, words):
+    path = tmp_path / "file.pt"
+    torch.save(content or [torch.ones(9)], path)
+    if content is None:
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=words):
+        load_statistics(path)
 
 
 def test_files_that_hold_no_statistics(tmp_path):
@@ -85,49 +110,7 @@ def test_files_that_hold_no_statistics(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(b"abc")
     for name in ("other.safetensors", "cut.safetensors"):
         with pytest.raises(ValueError, match=f"{name} holds no activation statistics"):
-            ActivationStatistics.load(tmp_path / name)
-    torch.save({"a": torch.ones(1)}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="holds no released statistics"):
-        load_released(tmp_path / "other.pt")
-
-
-def test_nothing_but_tensors_is_unpickled(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return (pytest.fail, ("code was run",))
-
-    torch.save(([Evil()], []), tmp_path / "evil.pt")
-    with pytest.raises(Exception, match="[Ww]eights only"):
-        load_released(tmp_path / "evil.pt")
-
-
-def test_released_statistics_are_checked(tmp_path):
-    path = tmp_path / "released.pt"
-    means, deviations = ([torch.full((width,), value) for width in (3, 5)] for value in (2.0, 0.5))
-    torch.save((means, deviations), path)
-    found = load_released(path, widths=(3, 5))
-    assert found.widths == (3, 5)
-    assert (found.mean[1][0], found.std[0][0], found.count, found.model_hash) == (2.0, 0.5, 0, "")
-    with pytest.raises(ValueError, match=r"layers of \[3, 5\] neurons, expected \[320, 320, 640"):
-        load_released(path, widths=STABLE_DIFFUSION_WIDTHS)
-    torch.save((means, [deviations[0], -deviations[1]]), path)
-    with pytest.raises(ValueError, match="is negative or not finite"):
-        load_released(path)
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"released\.pt is not readable: it was cut"):
-        load_released(path)
-
-
-def test_statistics_of_either_format(tmp_path, statistics):
-    statistics.save(tmp_path / "own.safetensors")
-    torch.save((list(statistics.mean), list(statistics.std)), tmp_path / "released.pt")
-    for name in ("own.safetensors", "released.pt"):
-        found = load_statistics(tmp_path / name, widths=WIDTHS)
-        assert all(torch.equal(a, b) for a, b in zip(found.mean, statistics.mean, strict=True))
-        with pytest.raises(ValueError, match="another model"):
-            load_statistics(tmp_path / name, widths=(3, 5))
-    with pytest.raises(FileNotFoundError, match=r"no activation statistics .*none\.pt; fetch them with `make data`"):
-        load_statistics(tmp_path / "none.pt")
+            load_statistics(tmp_path / name)
 
 
 def test_statistics_of_another_model(statistics, random_pipe):
@@ -161,21 +144,10 @@ def test_z_scores_of_the_holdout_prompts_are_standardized(random_pipe, holdout_p
 
 
 def test_holdout_scores(random_pipe):
-    evaluations = Evaluations()
-    settings = DetectionSettings(samples=3)
-    scores = holdout_scores(
-        random_pipe,
-        ["a", "b"],
-        settings=settings,
-        similarity=SMALL,
-        protocol="paper",
-        evaluations=evaluations,
-        progress=False,
-    )
+    given = {"settings": DetectionSettings(samples=3), "similarity": SMALL, "protocol": "paper", "progress": False}
+    scores = holdout_scores(random_pipe, ["a", "b"], **given)
     assert scores.shape == (2, 3)
-    assert evaluations.total == 6
-    alone = holdout_scores(random_pipe, ["b"], settings=settings, similarity=SMALL, protocol="paper", progress=False)
-    np.testing.assert_allclose(alone[0], scores[1], atol=1e-5)
+    np.testing.assert_allclose(holdout_scores(random_pipe, ["b"], **given)[0], scores[1], atol=1e-5)
 
 
 def test_threshold_over_all_pairs_or_over_the_largest():
@@ -211,15 +183,3 @@ def test_progress_is_shown_if_wanted(random_pipe, capsys):
     assert "activation statistics: 100%" in capsys.readouterr().err
     activation_statistics(random_pipe, ["a", "b", "c"], progress=False)
     assert capsys.readouterr() == ("", "")
-
-
-def test_prompts_are_embedded_a_batch_at_a_time(random_pipe, monkeypatch):
-    sizes = []
-
-    def counted(pipe, prompts):
-        sizes.append(len(prompts))
-        return embed(pipe, prompts)
-
-    monkeypatch.setattr("nemolib.holdout.embed", counted)
-    activation_statistics(random_pipe, list("abcde"), batch_size=2, progress=False)
-    assert sizes == [2, 2, 1]

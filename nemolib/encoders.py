@@ -114,18 +114,6 @@ class TextEncoder(Encoder):
         return list(items)
 
 
-def describe_samples(encoder: ImageEncoder, images: np.ndarray) -> np.ndarray:
-    """Return the features [prompt, seed, feature], float32, of images [prompt, seed, height, width, 3], uint8.
-
-    Raises:
-        ValueError: The images have another shape or type, or there are none.
-    """
-    images = np.asarray(images)
-    if images.ndim != 5:
-        raise ValueError(f"images must be [prompt, seed, height, width, 3], got {list(images.shape)}")
-    return encoder.describe(images.reshape(-1, *images.shape[2:])).unflatten(0, images.shape[:2]).numpy()
-
-
 def to_pixels(images: np.ndarray) -> Tensor:
     """Return uint8 images [image, height, width, 3] as float pixels in [-1, 1], [image, 3, height, width].
 

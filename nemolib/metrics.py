@@ -28,8 +28,8 @@ MEMORIZED_ABOVE = 0.7
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 """Number and size of the subsets of KID in clean-fid."""
 
-_ENDS = (0.025, 0.975)
-"""Quantiles at the ends of a bootstrap interval (95 %)."""
+RESAMPLES, _ENDS = 2000, (0.025, 0.975)
+"""How often prompts are drawn anew for an interval of a median, and the quantiles at the ends of an interval (95 %)."""
 
 
 # Similarities of images and texts
@@ -170,32 +170,27 @@ def median_mad(values: Any) -> tuple[float, float]:
     return float(middle), float(median_over(np.abs(values - middle)))
 
 
-def bootstrap_interval(values: Any, *, resamples: int = 2000) -> tuple[float, float]:
-    """Return the ends of a 95 % bootstrap interval of the median: what other prompts of the kind might have given.
+def bootstrap_interval(values: Any) -> tuple[float, float]:
+    """Return the ends of a 95 % bootstrap interval of the median of values [prompt]; missing values are left out.
 
-    Args:
-        values: Values [prompt]; missing ones are left out.
-        resamples: How often the prompts are drawn anew, with replacement.
+    It says what other prompts of the same kind might have given: they are drawn anew, with replacement.
 
     Raises:
         ValueError: There is no value.
     """
     values = _present(values)
-    draws = np.random.default_rng(0).choice(values, (resamples, len(values)))
+    draws = np.random.default_rng(0).choice(values, (RESAMPLES, len(values)))
     low, high = np.quantile(median_over(draws), _ENDS)
     return float(low), float(high)
 
 
-def summary_table(
-    table: pd.DataFrame, quantities: Sequence[str], *, by: Sequence[str], resamples: int = 2000
-) -> pd.DataFrame:
+def summary_table(table: pd.DataFrame, quantities: Sequence[str], *, by: Sequence[str]) -> pd.DataFrame:
     """Return median, median absolute deviation and interval of several quantities for each group of prompts.
 
     Args:
         table: One row per prompt.
         quantities: Columns to summarize.
         by: Columns that name the group; groups keep the order of the table.
-        resamples: Resamples of `bootstrap_interval`.
 
     Returns:
         Columns of ``by``, quantity, prompts (with a value), median, mad, low, high; the numbers of a group without any
@@ -204,9 +199,8 @@ def summary_table(
     rows = []
     for group, part in table.groupby(list(by), sort=False):
         for name in quantities:
-            values, numbers = part[name].dropna(), (np.nan,) * 4
-            if len(values):
-                numbers = (*median_mad(values), *bootstrap_interval(values, resamples=resamples))
+            values = part[name].dropna()
+            numbers = (*median_mad(values), *bootstrap_interval(values)) if len(values) else (np.nan,) * 4
             rows.append((*group, name, len(values), *numbers))
     return pd.DataFrame(rows, columns=[*by, "quantity", "prompts", "median", "mad", "low", "high"])
 

@@ -26,7 +26,6 @@ from nemolib.encoders import (
     TextEncoder,
     alignment_encoder,
     copy_encoder,
-    describe_samples,
     quality_encoder,
     to_pixels,
 )
@@ -167,15 +166,6 @@ def test_features_do_not_depend_on_the_batch_size(monkeypatch):
 def test_what_is_no_image_or_no_list_of_texts_is_refused(encoder, items, words):
     with pytest.raises(ValueError, match=words):
         encoder.describe(items)
-
-
-def test_samples_keep_their_places():
-    images = pictures(6).reshape(2, 3, 64, 64, 3)
-    features = describe_samples(MeanColour(), images)
-    assert features.shape == (2, 3, 3)
-    assert np.array_equal(features[1, 2], MeanColour().describe(images[1, 2:])[0].numpy())
-    with pytest.raises(ValueError, match=r"must be \[prompt, seed"):
-        describe_samples(MeanColour(), images[0])
 
 
 def test_pixels():

@@ -105,19 +105,19 @@ def test_memorization_rate_counts_what_is_above():
 
 def test_the_bootstrap_interval_is_scipys():
     values = np.random.default_rng(0).gamma(2, size=60)
-    found = metrics.bootstrap_interval(values, resamples=20_000)
+    found = metrics.bootstrap_interval(values)
     other = scipy.stats.bootstrap(
         (values,), np.median, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1)
     ).confidence_interval
     # Both are of random draws; the quantiles of a median jump between neighbouring values.
-    assert found == pytest.approx(tuple(other), abs=0.05)
-    assert found == metrics.bootstrap_interval(values, resamples=20_000)
+    assert found == pytest.approx(tuple(other), abs=0.1)
+    assert found == metrics.bootstrap_interval(values)
     assert metrics.bootstrap_interval([3.0] * 5) == (3, 3)
 
 
 def test_summary_table():
     table = pd.DataFrame({"kind": ["vm", "vm", "tm", "vm"], "a": [0.1, 0.2, 0.5, 0.9], "b": [1.0, np.nan, np.nan, 3.0]})
-    found = metrics.summary_table(table, ["a", "b"], by=["kind"], resamples=10).set_index(["kind", "quantity"])
+    found = metrics.summary_table(table, ["a", "b"], by=["kind"]).set_index(["kind", "quantity"])
     assert found.index.tolist() == [("vm", "a"), ("vm", "b"), ("tm", "a"), ("tm", "b")]
     assert found["prompts"].tolist() == [3, 2, 1, 0]
     assert found.loc[("vm", "a"), ["median", "mad"]].tolist() == pytest.approx([0.2, 0.1])

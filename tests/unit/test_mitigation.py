@@ -17,7 +17,6 @@ from nemolib.mitigation import (
     AttentionScaling,
     DeactivatedNeurons,
     EmbeddingAdjustment,
-    Mitigation,
     RandomTokens,
     ScaledAttention,
     SwitchedOffLayers,
@@ -91,7 +90,6 @@ def test_images_change_and_do_not_depend_on_the_batch(random_pipe, plain, mitiga
     for batch_size in (1, 3):
         other = dataclasses.replace(SETTINGS, batch_size=batch_size)
         for row, prompt in enumerate(PROMPTS):
-            assert same(images(random_pipe, [prompt], other, mitigation)[0], together[row])
             assert same(images(random_pipe, [prompt], other, mitigation.of(prompt))[0], together[row])
     assert same(images(random_pipe), plain)
 
@@ -169,11 +167,6 @@ def test_pipelines_and_prompts_that_cannot_be_handled(random_pipe, mitigation):
         pass
     with pytest.raises(TypeError, match="one prompt was given"), mitigation.applied(random_pipe, "a"):
         pass
-
-
-def test_the_interface_cannot_be_used_alone():
-    with pytest.raises(TypeError, match="abstract"):
-        Mitigation()
 
 
 # Neurons and layers
@@ -355,25 +348,21 @@ def test_it_works_where_gradients_are_off(random_pipe, context):
     assert torch.equal(inputs["prompt_embeds"][0], expected.embedding)
 
 
-@pytest.mark.parametrize("required", [True, False])
-def test_parameters_keep_their_flags_and_get_no_gradients(required):
-    pipe = random_pipeline()
-    pipe.unet.requires_grad_(required).eval()
-    pipe.text_encoder.requires_grad_(not required).eval()
-    before = state(pipe)
-    EmbeddingAdjustment(SLOW).adjust(pipe, "b c")
-    assert state(pipe) == before
-
-
-def test_a_random_state_of_the_caller_neither_counts_nor_changes(random_pipe):
+def test_a_random_state_of_the_caller_neither_counts_nor_changes_nor_do_flags_of_parameters(random_pipe):
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = EmbeddingAdjustment(SLOW).adjust(random_pipe, "b c").embedding
     assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(2)
-    assert torch.equal(EmbeddingAdjustment(SLOW).adjust(random_pipe, "b c").embedding, first)
     other = dataclasses.replace(SLOW, seed=SLOW.seed + 1)
     assert not torch.equal(EmbeddingAdjustment(other).adjust(random_pipe, "b c").embedding, first)
+    random_pipe.unet.requires_grad_(True)
+    try:
+        torch.manual_seed(2)
+        flags = state(random_pipe)
+        assert torch.equal(EmbeddingAdjustment(SLOW).adjust(random_pipe, "b c").embedding, first)
+        assert state(random_pipe) == flags
+    finally:
+        random_pipe.unet.requires_grad_(False)
 
 
 def test_each_prompt_is_adjusted_once_per_batch(random_pipe, monkeypatch):
@@ -458,17 +447,6 @@ def test_attention_by_hand(guided):
         changed = [c1, allowed[sample - samples + 2].tolist()] if sample >= samples - 2 else [1.0, [True] * 5]
         expected = by_hand(attn, image[sample], text[sample], *changed)
         torch.testing.assert_close(output[sample], expected, atol=1e-5, rtol=0)
-
-
-def test_more_weight_for_the_begin_token():
-    """With a positive logit of the begin token, a larger scale moves the output towards its value."""
-    attn = attention_layer(heads=1)
-    text = features(1, 3, 4, seed=1)
-    image = torch.linalg.lstsq(attn.to_q.weight, attn.to_k(text)[0, 0][:, None]).solution.T[None]
-    target = attn.to_out[0](attn.to_v(text)[0, 0])
-    every = torch.ones(1, 3, dtype=torch.bool)
-    distances = [(ScaledAttention(c1, every)(attn, image, text)[0, 0] - target).norm() for c1 in (1.0, 1.25, 2.0, 50.0)]
-    assert distances == sorted(distances, reverse=True)
 
 
 @pytest.mark.parametrize("guidance", [0.0, 3.0])

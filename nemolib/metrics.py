@@ -332,7 +332,7 @@ def best_accuracy(memorized: Any, unmemorized: Any) -> tuple[float, float]:
 
 
 def interval(
-    metric: Callable[[np.ndarray, np.ndarray], float], memorized: Any, unmemorized: Any, *, resamples: int = 500
+    metric: Callable[[np.ndarray, np.ndarray], float], memorized: Any, unmemorized: Any, *, resamples: int
 ) -> tuple[float, float]:
     """Return the ends of a 95 % bootstrap interval of `auroc` or the like: both kinds are drawn anew each time."""
     generator = np.random.default_rng(0)

@@ -1,286 +1,275 @@
+"""All exhibits, drawn and read from the tables that a longer run of the tiny world left in the repository."""
+
 import hashlib
-import json
-import re
-from dataclasses import replace
-from html.parser import HTMLParser
+import importlib
+import inspect
+import math
+from collections import Counter
 
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from nemolib import exhibits, index, paper, paths, tables
-from nemolib.exhibits import EXHIBITS, NOT_MADE, VERDICTS, CannotDrawError, Exhibit, MissingResultError, Reading, base
-from nemolib.profiles import load_profile
+from nemolib import exhibits, paper, paths
+from nemolib.exhibits import Claim, ClaimError, NotDrawn, NotEnough, Rendered, check, must, too_few
+from nemolib.settings import load_profile
+from nemolib.store import Grid, read_table
+
+KEPT = paths.DATA / "tiny" / "results_full"
+
+ALL = exhibits.exhibits()
+
+MODULES = ("holdout_threshold", "memorization_score", "localize_neurons", "overview", "deactivate_neurons", "ablations",
+           "side_effects", "published_run")  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def folders(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "BUILD", tmp_path / "build")
-    monkeypatch.setattr(paths, "FIGURES", tmp_path / "figures")
+def turns():
+    """Return for each claim a change of a source that turns it, as the tests of the modules list them."""
+    for module in MODULES:
+        yield from importlib.import_module(f"tests.unit.test_{module}").TURNS
 
 
-def draw_line(sources):
-    figure = Figure()
-    figure.subplots().plot(sources["numbers"]["x"])
-    return figure
+def pictures(rows, columns):
+    images = np.random.default_rng(0).integers(0, 255, (len(rows), len(columns), 8, 8, 3), dtype=np.uint8)
+    return Grid(images, tuple(rows), tuple(columns))
 
 
-FIGURE = Exhibit(
-    "figure_x",
-    "Fig. 99",
-    "a line",
-    "03_localize_neurons",
-    "A caption with <signs> & such.",
-    draw_line,
-    lambda sources: Reading(f"it ends at {sources['numbers']['x'].iloc[-1]}", "at 4", "differs", "one more"),
-    tables=("numbers",),
-)
-TABLE = Exhibit(
-    "table_x",
-    "",
-    "the numbers",
-    "03_localize_neurons",
-    "As they are.",
-    lambda sources: sources["numbers"],
-    lambda sources: Reading("three"),
-    tables=("numbers",),
-    grids=("pictures",),
-)
+def kept(name):
+    """Return a table of the longer run, or what stands for those that are not kept: large tables and images."""
+    path = KEPT / f"{name}.csv"
+    if path.is_file():
+        return read_table(path)
+    if name == "holdout_pairs":
+        values = np.random.default_rng(0).uniform(0.2, 0.5, 40 * 45)
+        return pd.DataFrame({"prompt": np.repeat(np.arange(40), 45), "similarity": values})
+    if name == "published_run":
+        found = kept("localization")
+        return found[found["kind"].isin(["vm", "tm"])]
+    seeds = ["seed 0", "seed 1"]
+    followed = kept("overview")["prompt"].iloc[0]
+    scores = kept("scores")
+    other = scores.loc[scores["kind"] == "unmemorized", "caption"].iloc[0]
+    memorized = kept("deactivation")["prompt"].tolist()[:2]
+    grids = {
+        "overview_images": pictures([followed], 2 * seeds),
+        "noise_differences": pictures([followed, other], seeds),
+        "samples": pictures([followed, other], ["planted", *seeds]),
+        "figure_9": pictures(memorized, ["planted", *seeds]),
+        "mitigation_images": pictures(memorized, ["planted", "all neurons active", "NeMo"]),
+        "unmemorized_grid": pictures([other], 2 * seeds),
+    }
+    grids |= {f"figure_{number}": pictures(memorized, 2 * seeds) for number in (3, 10, 11, 12)}
+    grids |= {f"figure_{number}": pictures(memorized, ["none", "1", "2"]) for number in (18, 19, 20)}
+    if name in grids:
+        return grids[name]
+    raise FileNotFoundError(name)
+
+
+def sources(item):
+    functions = [item.draw, *([item.read] if item.read else [])]
+    return sorted({name for function in functions for name in inspect.signature(function).parameters})
+
+
+@pytest.fixture(scope="module", params=ALL, ids=lambda item: item.name)
+def item(request):
+    return request.param
+
+
+def test_it_is_drawn_and_says_what_it_shows(item):
+    drawn = exhibits.render(item, None, load=kept, write=False)
+    assert isinstance(drawn, Rendered), drawn.reason
+    if isinstance(drawn.content, Figure):
+        assert drawn.content.get_figwidth() <= 5.5 + 1e-9
+        # An empty figure has no artists.
+        assert any(axes.has_data() or axes.texts for axes in drawn.content.axes)
+    else:
+        assert len(drawn.content)
+        assert not drawn.content.columns.duplicated().any()
+    assert all(isinstance(claim, Claim) and claim.text for claim in drawn.claims)
+    assert item.caption.endswith(".")
+    assert item.notebook.startswith(tuple("0123456789"))
+
+
+def test_each_source_cut_to_nothing_leaves_it_out_with_a_reason(item):
+    for name in sources(item):
+
+        def cut(asked, name=name):
+            value = kept(asked)
+            if asked != name:
+                return value
+            return value.iloc[:0] if isinstance(value, pd.DataFrame) else Grid(value.images[:0], (), value.columns)
+
+        drawn = exhibits.render(item, None, load=cut, write=False)
+        assert isinstance(drawn, NotDrawn), name
+        assert name in drawn.reason
+
+
+def test_the_papers_exhibits_come_first_in_its_order_and_none_is_missing():
+    names = [item.name for item in ALL]
+    assert names[: len(paper.PLACES)] == list(paper.PLACES)
+    assert max(Counter(names).values()) == 1
+    assert set(paper.table("figures")["label"]) == set(paper.FIGURES_AND_TABLES)
+
+
+def decided():
+    """Return the exhibit and the text of each claim that is decided by numbers."""
+    return {(item.name, claim.text) for item in ALL for claim in exhibits.claims(item, kept) if claim.holds is not None}
+
+
+def test_every_claim_has_a_change_that_turns_it():
+    assert decided() <= {(name, text) for name, _, _, text in turns()}
+
+
+@pytest.mark.parametrize("turn", list(turns()), ids=lambda turn: f"{turn[0]}: {turn[3]}"[:60])
+def test_a_change_turns_a_claim(turn):
+    name, source, change, text = turn
+    (item,) = [item for item in ALL if item.name == name]
+    before = {claim.text: claim for claim in exhibits.claims(item, kept)}
+    after = {
+        claim.text: claim
+        for claim in exhibits.claims(item, lambda asked: change(kept(asked).copy()) if asked == source else kept(asked))
+    }
+    assert text in before, list(before)
+    assert after[text].holds is (not before[text].holds)
+
+
+# What an exhibit is
+
+
+class FakeRun:
+    """What exhibits need of a run."""
+
+    def __init__(self, **tables):
+        self.profile, self.tables = load_profile("tiny"), tables
+        self.pipe = type("Pipe", (), {"device": type("Device", (), {"type": "cpu"})})
+
+    def load(self, name):
+        if name not in self.tables:
+            raise FileNotFoundError(f"there is no table or image grid {name!r}")
+        return self.tables[name]
+
+
+NOTEBOOK = "03_localize_neurons"
+
+
+def read_numbers(numbers):
+    last = numbers["x"].iloc[-1]
+    yield Claim("it ends at 4", str(last), "4", bool(last == 4), "equal")
+    yield must("it rises", last - numbers["x"].iloc[0], at_least=0)
 
 
 @pytest.fixture
-def sources():
-    tables.save_table(pd.DataFrame({"x": [1, 3, 5]}), "numbers", profile="tiny")
-    tables.save_grid(np.zeros((1, 1, 2, 2), np.uint8), "pictures", rows=["a"], columns=["b"], profile="tiny")
+def own(monkeypatch):
+    """Return two exhibits of our own, the only ones that are known."""
+    monkeypatch.setattr(exhibits, "_EXHIBITS", {})
+    monkeypatch.setattr(exhibits, "MODULES", ())
+
+    @exhibits.exhibit("Fig. 99", "a line", "A caption with <signs> & such.", read=read_numbers)
+    def line(numbers):
+        figure = Figure(figsize=(2, 1))
+        figure.subplots().plot(numbers["x"])
+        return figure
+
+    @exhibits.exhibit("", "the numbers", "As they are.")
+    def show_numbers(numbers):
+        if len(numbers) < 2:
+            raise NotEnough("table 'numbers' has 1 of the 2 rows needed")
+        return numbers.assign(text="a|b ± 50 % & _x")
+
+    return FakeRun(numbers=pd.DataFrame({"x": [1, 3, 5]}))
 
 
 @pytest.fixture
-def rendered(sources):
-    return exhibits.render_all("tiny", [FIGURE, TABLE])
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "FIGURES", tmp_path)
+    return tmp_path / "tiny"
 
 
 def digests(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-def test_a_figure_and_a_table_are_written(rendered):
-    assert set(rendered[0].files) == {"pdf", "png", "json"}
-    assert set(rendered[1].files) == {"csv", "md", "tex", "json"}
-    sidecar = json.loads(rendered[0].files["json"].read_text())
-    assert sidecar["notebook"] == "03_localize_neurons"
-    assert set(sidecar["inputs"]) == {"numbers"}
-    assert sidecar["seeds"] == {"detection": 1, "generation": 2}
-    assert rendered[0].reading.ours == "it ends at 5"
+def test_files_are_written_and_again_the_same(own, folder, monkeypatch):
+    monkeypatch.setattr(exhibits, "code_hash", lambda module: "code")
+    page = exhibits.render_all(own)
+    exhibits.write_page(page, own)
+    first = digests(folder)
+    assert {name.partition(".")[0] for name in first} == {"line", "numbers", "index"}
+    assert {path.suffix for path in folder.iterdir()} == {".pdf", ".png", ".json", ".csv", ".md", ".tex", ".html"}
+    assert "a\\|b ± 50 % & _x" in (folder / "numbers.md").read_text()
+    assert r"a|b $\pm$ 50 \% \& \_x" in (folder / "numbers.tex").read_text()
+    exhibits.write_page(exhibits.render_all(own), own)
+    assert digests(folder) == first
+    own.tables["numbers"] = pd.DataFrame({"x": [1, 3, 6]})
+    exhibits.render_all(own)
+    assert digests(folder)["line.json"] != first["line.json"]
 
 
-def test_rendering_again_changes_no_byte(rendered):
-    index.write_index(rendered, "tiny")
-    before = digests(paths.figures_dir("tiny"))
-    index.write_index(exhibits.render_all("tiny", [FIGURE, TABLE]), "tiny")
-    assert digests(paths.figures_dir("tiny")) == before
-    assert len(before) == 9
+def test_the_page_has_caption_claims_verdict_and_what_is_missing(own, folder, monkeypatch):
+    monkeypatch.setattr(exhibits, "code_hash", lambda module: "code")
+    own.tables["numbers"] = pd.DataFrame({"x": [7]})
+    files = exhibits.write_page(exhibits.render_all(own), own)
+    text, page = files["md"].read_text(), files["html"].read_text()
+    for words in ("## Fig. 99: a line", "paper: 4", "does not hold", "Differs from the paper", NOTEBOOK):
+        assert words in text
+    assert "| The numbers | table 'numbers' has 1 of the 2 rows needed |" in text
+    assert '<img src="line.png" alt="Fig. 99: a line"' in page
+    assert "A caption with &lt;signs&gt; &amp; such." in page
+    with pytest.raises(ValueError, match="no exhibit was drawn"):
+        exhibits.write_page([], own)
 
 
-def test_another_table_gives_another_sidecar(rendered):
-    before = rendered[0].files["json"].read_text()
-    tables.save_table(pd.DataFrame({"x": [1, 3, 6]}), "numbers", profile="tiny")
-    assert exhibits.render(FIGURE, "tiny").files["json"].read_text() != before
-
-
-def test_an_absent_table_names_the_notebook_to_run():
-    with pytest.raises(MissingResultError, match=r"Fig. 99: a line: there is no table 'numbers' of profile 'tiny'; run "
-                       r"notebook 03_localize_neurons: make build/tiny/03_localize_neurons.ipynb PROFILE=tiny"):  # fmt: skip
-        exhibits.render(FIGURE, "tiny")
-
-
-def test_an_absent_grid_names_the_notebook_to_run(sources):
-    tables.grid_path("pictures", profile="tiny").unlink()
-    with pytest.raises(MissingResultError, match=r"The numbers: there is no image grid 'pictures' of profile 'tiny'"):
-        exhibits.render(TABLE, "tiny")
-
-
-def test_comparison_table(rendered):
-    table = exhibits.comparison_table(rendered)
-    assert table["exhibit"].tolist() == ["Fig. 99", "The numbers"]
-    assert table["verdict"].tolist() == ["differs", "beside"]
-
-
-class Page(HTMLParser):
-    def __init__(self, text):
-        super().__init__()
-        self.anchors, self.text = set(), ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.anchors |= {value for name, value in attrs if name == "id"}
-
-    def handle_data(self, data):
-        self.text += data
-
-
-def test_links_of_the_html_page_exist(rendered):
-    path = index.write_index(rendered, "tiny")["html"]
-    text = path.read_text(encoding="utf-8")
-    links = index.links(text)
-    outside = [link for link in links if not link.startswith("#")]
-    assert len(outside) == 1 + 3 + 4
-    assert all((path.parent / link).is_file() for link in outside)
-    inside = {link[1:] for link in links if link.startswith("#")}
-    assert inside == Page(text).anchors
-    assert inside - {"what-is-not-here-and-why"} == {"figure_x", "table_x", "what-agrees-what-differs-why"}
-
-
-def test_links_of_the_markdown_page_exist(rendered):
-    path = index.write_index(rendered, "tiny")["md"]
-    links = re.findall(r"\]\(([^)]+)\)", path.read_text(encoding="utf-8"))
-    assert len(links) == 1 + 3 + 4
-    assert all((path.parent / link).is_file() for link in links)
-
-
-@pytest.mark.parametrize("suffix", ["html", "md"])
-def test_the_page_says_what_is_known(rendered, suffix):
-    text = index.write_index(rendered, "tiny")[suffix].read_text(encoding="utf-8")
-    shown = Page(text).text if suffix == "html" else text
-    for part in ("Fig. 99: a line", "A caption with <signs> & such.", "it ends at 5", "at 4", "differs from the paper",
-                 "one more", "notebooks/03_localize_neurons.ipynb", "make figures PROFILE=tiny"):  # fmt: skip
-        assert part in shown, part
-    assert "2 figures and tables" in shown
-
-
-def test_a_page_without_exhibits_or_with_one_name_twice(rendered):
-    with pytest.raises(ValueError, match="there are no exhibits"):
-        index.write_index([], "tiny")
-    with pytest.raises(ValueError, match="two exhibits have the name 'figure_x'"):
-        index.write_index([rendered[0], rendered[0]], "tiny")
-
-
-def test_a_page_does_not_link_to_what_is_missing(rendered):
-    rendered[0].files["png"].unlink()
-    with pytest.raises(FileNotFoundError, match=r"Fig. 99: a line: .*figure_x.png is missing"):
-        index.write_index(rendered, "tiny")
-
-
-def test_the_list_can_be_shown_on_one_page():
-    index.check_exhibits(EXHIBITS)
-    for exhibit in EXHIBITS:
-        assert exhibit.tables or exhibit.grids or exhibit.published
-        assert exhibit.caption.endswith(".")
-        assert re.fullmatch(r"0[1-5]_\w+", exhibit.notebook) or exhibit.published
-        assert {name for name, _ in exhibit.elsewhere} <= {*exhibit.tables, *exhibit.grids}
-    assert set(VERDICTS) == {"agrees", "differs", "beside"}
-
-
-def test_every_figure_and_table_of_the_paper_is_shown_or_named_as_not_made():
-    numbers = {f"Figure {number}" for number in range(1, 21)} | {f"Table {number}" for number in range(1, 5)}
-    assert {re.sub(r"[ab]$", "", name) for name in paper.FIGURES_AND_TABLES} == numbers
-    shown = [name for exhibit in EXHIBITS for name in exhibit.shows]
-    assert len(set(shown)) == len(shown), "two exhibits say that they show the same"
-    assert not set(shown) & set(NOT_MADE)
-    assert set(shown) | set(NOT_MADE) == set(paper.FIGURES_AND_TABLES)
-    assert all(NOT_MADE.values())
-
-
-def test_the_list_is_in_the_papers_order():
-    order = list(paper.FIGURES_AND_TABLES)
-    places = [order.index(name) for exhibit in EXHIBITS for name in exhibit.shows[:1]]
-    assert places == sorted(places)
-    names = [exhibit.name for exhibit in EXHIBITS]
-    for exhibit in EXHIBITS:
-        if exhibit.published:
-            assert names.index(exhibit.name) == names.index(exhibit.name.removeprefix("published_")) + 1
+def test_claims_of_a_notebook_are_one_table_and_those_that_must_hold_do(own):
+    table = check(own, "test_exhibits", extra=[must("small", 3e-7, at_most=1e-5)])
+    assert table["claim"].tolist() == ["small", "it ends at 4", "it rises"]
+    assert table["verdict"].tolist() == ["holds", "does not hold", "holds"]
+    assert table["ours"].tolist() == ["3e-07", "5", "4"]
+    own.tables["numbers"] = pd.DataFrame({"x": [5, 4]})
+    with pytest.raises(ClaimError, match="it rises: -1, must be >= 0"):
+        check(own, "test_exhibits")
+    with pytest.raises(ValueError, match="no claims of nothing"):
+        check(own)
 
 
 @pytest.mark.parametrize(
-    ("label", "names"),
+    ("arguments", "verdict", "rule"),
     [
-        ("Figure 5a", ("Figure 5a",)),
-        ("Figures 16-18", ("Figure 16", "Figure 17", "Figure 18")),
-        ("Tables 1, 3 and 4", ("Table 1", "Table 3", "Table 4")),
-        ("Table 4 (thresholds)", ()),
-        ("Figures 10-12 (as a table)", ()),
-        ("Sec. 4, Table 4", ()),
-        ("", ()),
+        ({"value": 0.99, "at_least": 0.98}, "holds", "must be >= 0.98"),
+        ({"value": 0.97, "at_least": 0.98, "reason": "so"}, "does not hold", "must be >= 0.98; so"),
+        ({"value": 0.4, "at_least": 0, "at_most": 1}, "holds", "must be 0 to 1"),
+        ({"value": 2.0, "equals": 2.001, "atol": 0.01}, "holds", "must be 1.991 to 2.011"),
+        ({"value": True}, "holds", "must be 1"),
+        ({"value": False}, "does not hold", "must be 1"),
+        ({"value": math.nan, "at_least": 0}, "does not hold", "must be >= 0"),
+        ({"value": math.nan, "at_least": 0, "missing": too_few(1, "VM prompt", needed=10)}, "not checked",
+         "must be >= 0; not checked: 1 VM prompt, 10 needed"),
+        ({"value": 0.9, "at_least": 0, "missing": too_few(12, "VM prompt", needed=10)}, "holds", "must be >= 0"),
     ],
-)
-def test_a_label_names_what_an_exhibit_shows(label, names):
-    assert base.named(label) == names
+)  # fmt: skip
+def test_what_must_hold(arguments, verdict, rule):
+    claim = must("text", **arguments)
+    assert (claim.verdict, claim.rule) == (verdict, rule)
 
 
-NEED = base.rows("numbers", at_least=4)
+def test_a_number_that_must_hold_needs_a_bound():
+    with pytest.raises(ValueError, match="'x' has the value 0.5 and no bound"):
+        must("x", 0.5)
+    assert too_few(0, "prompt", needed=2) == "no prompts, 2 needed"
+    assert Claim("x", "1", holds=None).verdict == "beside"
 
 
-@pytest.mark.parametrize(
-    ("need", "reason"),
-    [
-        (base.rows("numbers"), ""),
-        (NEED, "table 'numbers' has 3 of the 4 rows needed"),
-        (base.rows("numbers", kind="tm"), "table 'numbers' has no rows with kind 'tm'"),
-        (base.values("numbers", "x", "y"), ""),
-        (base.values("numbers", "x", "y", at_least=2), "table 'numbers' has 1 of the 2 values of y needed"),
-        (base.values("numbers", "y", kind="ladder"), "table 'numbers' has no values of y with kind 'ladder'"),
-        (base.positive("numbers", "x", kind="vm"), ""),
-        (base.positive("numbers", "z"), "table 'numbers' has no z above 0"),
-    ],
-)
-def test_what_a_table_must_hold(need, reason):
-    table = pd.DataFrame({"x": [1, 3, 5], "y": [np.nan, 2.0, np.nan], "z": 0, "kind": ["vm", "vm", "ladder"]})
-    assert need({"numbers": table}) == reason
+def test_what_is_shown_in_a_notebook(own, capsys):
+    exhibits.show(own, "line")
+    exhibits.show(FakeRun(), "line")
+    shown = capsys.readouterr().out
+    assert "Figure" in shown
+    with pytest.raises(KeyError, match="unknown exhibit 'lines'; known: line, numbers"):
+        exhibits.show(own, "lines")
 
 
-def test_what_cannot_be_drawn_is_skipped_with_the_reason(sources):
-    greedy = replace(FIGURE, name="greedy", label="Figure 9", needs=(NEED,))
-    with pytest.raises(CannotDrawError, match="Figure 9: a line: table 'numbers' has 3 of the 4 rows needed"):
-        exhibits.render(greedy, "tiny")
-    page = exhibits.render_all("tiny", [greedy, TABLE])
-    assert isinstance(page[1], exhibits.Rendered)
-    assert page[0] == exhibits.NotDrawn(greedy, "table 'numbers' has 3 of the 4 rows needed", computed=True)
-    assert exhibits.comparison_table(page)["exhibit"].tolist() == ["The numbers"]
-    first = exhibits.missing_table(page).iloc[0]
-    assert first.tolist() == ["Figure 9", "a line", "table 'numbers' has 3 of the 4 rows needed"]
-    for path in index.write_index(page, "tiny").values():
-        text = path.read_text(encoding="utf-8")
-        assert "1 figures and tables" in text
-        assert "has 3 of the 4 rows needed" in text
-        assert "greedy" not in text
-
-
-def test_a_table_without_rows_gives_a_reason_before_anything_looks_into_it(sources):
-    tables.save_table(pd.DataFrame({"y": []}), "numbers", profile="tiny")
-    item = exhibits.render_or_say_why(replace(FIGURE, needs=(lambda s: s["numbers"]["x"],)), "tiny")
-    assert item.reason == "table 'numbers' has no rows"
-
-
-def test_a_grid_without_images_gives_a_reason(sources):
-    tables.save_grid(np.zeros((0, 1, 2, 2), np.uint8), "pictures", rows=[], columns=["b"], profile="tiny")
-    assert exhibits.render_or_say_why(TABLE, "tiny").reason == "image grid 'pictures' has no image"
-
-
-def test_what_was_not_computed_is_an_error_but_beside_a_published_run():
-    with pytest.raises(MissingResultError):
-        exhibits.render_all("tiny", [FIGURE])
-    profile = replace(load_profile("tiny"), published_run="results.csv")
-    item = exhibits.render_all(profile, [FIGURE])[0]
-    assert not item.computed
-    assert item.reason.startswith("there is no table 'numbers' of profile 'tiny'; run notebook 03_localize_neurons")
-
-
-def test_a_source_of_another_notebook_is_named_with_it():
-    exhibit = replace(FIGURE, elsewhere=(("numbers", "02_memorization_score"),))
-    with pytest.raises(MissingResultError, match="run notebook 02_memorization_score: make build/tiny/02_memor"):
-        exhibits.render(exhibit, "tiny")
-
-
-def test_a_page_says_what_agrees_in_one_table(rendered):
-    pages = index.write_index(rendered, "tiny")
-    text = pages["md"].read_text(encoding="utf-8")
-    table = text[text.index(index.COMPARISON) :]
-    assert "| Fig. 99 | it ends at 5 | at 4 | differs | one more |" in table
-    assert "| The numbers | three |  | no value to compare |  |" in table
-    assert Page(pages["html"].read_text(encoding="utf-8")).text.count("it ends at 5") == 2
-
-
-def test_a_page_needs_something_that_was_drawn(sources):
-    page = exhibits.render_all("tiny", [replace(FIGURE, needs=(NEED,))])
-    with pytest.raises(ValueError, match="there are no exhibits"):
-        index.write_index(page, "tiny")
+def test_numbers_as_text():
+    assert [exhibits.number(value) for value in (0, 0.5, 3e-7, 12.34567)] == ["0", "0.5", "3e-07", "12.346"]
+    assert exhibits.median_mad([0.826, 0.83, 0.99, np.nan]) == "0.83 ± 0.00"
+    assert exhibits.median_mad([1, 2, 4, 10], digits=1) == "3.0 ± 1.5"
+    assert exhibits.median_mad([np.nan]) == ""

@@ -1,0 +1,769 @@
+"""Notebook 05, sections 5 to 7: what else suffers when neurons or whole layers are switched off.
+
+Image quality against the number of blocked neurons (Fig. 5a, 8), the outputs of cross-attention blocks (Table 3), and key,
+value and convolution layers one by one (Fig. 16 to 20).
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, product
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from nemolib import metrics, paper, plots
+from nemolib.batching import batches
+from nemolib.exhibits import Claim, NotEnough, exhibit, must
+from nemolib.experiments.deactivate_neurons import measured
+from nemolib.experiments.localize_neurons import memorized, neuron_sets
+from nemolib.first_step import first_step
+from nemolib.layers import Layer, collect_outputs, cross_attention_layers, down_convolutions, spread, widths
+from nemolib.metrics import MEMORIZED_ABOVE
+from nemolib.mitigation import DeactivatedNeurons, switched_off
+from nemolib.neurons import NeuronSet
+from nemolib.pipeline import embed
+from nemolib.prompts import load_prompts
+from nemolib.seeding import stream
+from nemolib.settings import DetectionSettings, GenerationSettings, Protocol
+from nemolib.store import Grid
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+    from torch import Tensor
+
+    from nemolib.run import Run
+
+NOTEBOOK = "05_ablations"
+
+UNTOUCHED, FREQUENT, OTHER = "untouched", "most frequent", "random other"
+"""What is blocked: nothing, the memorization neurons of most prompts, or as many neurons that are none."""
+
+QUALITY = {"fid": "FID", "clip_fid": "CLIP-FID", "kid": "KID"}
+"""Metrics of Fig. 8."""
+
+SMALL = 0.1
+"""Share of the untouched model's FID below which an interval counts as small: the axis of the paper's Fig. 5a spans as much."""
+
+OUTPUTS = ("block", "cross-attention")
+"""What is compared: the output of the whole block with its residual connections, and that of cross-attention alone."""
+
+COSINES = {FREQUENT: paper.reported("blocks.cosine"), OTHER: paper.reported("blocks.cosine.random")}
+"""The paper's lowest entries of Table 3."""
+
+STRONG = {"value": [1, 7], "key": [4, 6]}
+"""Layers that matter most in the paper (App. C.8)."""
+
+KEPT, LOST = 0.5, 0.1
+"""Share of the copy similarity above which a prompt counts as still memorized, and of the alignment that counts as a fall."""
+
+
+# What is blocked
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """Neurons that are blocked.
+
+    Attributes:
+        setting: `UNTOUCHED`, `FREQUENT` or `OTHER`.
+        asked: How many neurons were asked for.
+        draw: Which of several draws.
+        neurons: The neurons; fewer than asked for where a layer has no more.
+    """
+
+    setting: str
+    asked: int
+    draw: int
+    neurons: NeuronSet
+
+    @property
+    def labels(self) -> tuple[str, int, int, int]:
+        """The columns setting, asked, neurons (number) and draw of the tables."""
+        return self.setting, self.asked, len(self.neurons), self.draw
+
+
+def ranked_neurons(found: pd.DataFrame) -> list[tuple[int, int]]:
+    """Return the memorization neurons (layer, neuron) of memorized prompts, those of most prompts first.
+
+    Args:
+        found: Localizations.
+    """
+    counts = Counter(pair for neurons in neuron_sets(memorized(found)) for pair in neurons)
+    return sorted(counts, key=lambda pair: (-counts[pair], pair))
+
+
+def counts_up_to(most: int, points: int) -> list[int]:
+    """Return at most so many numbers of neurons up to the largest, evenly spaced on a logarithmic scale; none up to 0.
+
+    Source: Fig. 5a goes from 25 to 750 neurons, so that the largest number is 30 times the smallest.
+    """
+    return sorted({max(1, round(most / 30 ** (1 - place))) for place in np.linspace(0, 1, points)}) if most else []
+
+
+def blocked_sets(run: Run, found: pd.DataFrame) -> list[Blocked]:
+    """Return the neuron sets of Fig. 5a: nothing, the most frequent memorization neurons, and random others.
+
+    The largest is that of all memorization neurons; numbers are four at most, and at most half as many as prompts.
+
+    Source: Fig. 5a, 8, Table 3.
+    Deviates: random neurons are none of any prompt, and lie in the layers of the frequent ones. Where a layer has fewer
+        others, all of them are taken, and the set is smaller than asked for.
+
+    Args:
+        run: The run.
+        found: Localizations.
+    """
+    pairs, model, random = ranked_neurons(found), widths(run.pipe.unet), run.profile.mitigation.random
+    counts = counts_up_to(len(pairs), points=min(4, max(1, len(memorized(found)) // 2)))
+    frequent = {count: NeuronSet.of(pairs[:count], layers=len(model)) for count in counts}
+    sets = [Blocked(UNTOUCHED, 0, 0, NeuronSet.empty(len(model)))]
+    sets += [Blocked(FREQUENT, count, 0, neurons) for count, neurons in frequent.items()]
+    for count, neurons in frequent.items():
+        for draw in range(min(2, random.repeats)):
+            others = other_neurons(neurons, frequent[counts[-1]], model, seed=random.seed, draw=draw)
+            sets.append(Blocked(OTHER, count, draw, others))
+    return sets
+
+
+def other_neurons(
+    neurons: NeuronSet, taken: NeuronSet, widths: Sequence[int], *, seed: int, draw: int = 0
+) -> NeuronSet:
+    """Return as many random neurons in the same layers, none of which is taken; fewer where a layer has no more.
+
+    Args:
+        neurons: The neurons that say how many are drawn in which layer.
+        taken: Neurons that are not drawn.
+        widths: Number of neurons of each layer.
+        seed: Seed.
+        draw: Which of several draws; within one, a larger set of neurons gives a larger set of others.
+
+    Raises:
+        ValueError: A neuron does not exist.
+    """
+    for item in (neurons, taken):
+        item.check(widths)
+    drawn = []
+    for layer, (chosen, width) in enumerate(zip(neurons.layers, widths, strict=True)):
+        others = sorted(set(range(width)) - set(taken.layers[layer]))
+        order = stream(seed, "other neurons", draw, layer).permutation(len(others))
+        drawn.append(tuple(others[place] for place in order[: len(chosen)]))
+    return NeuronSet(tuple(drawn))
+
+
+def fair(found: pd.DataFrame, sets: Sequence[Blocked]) -> Iterator[Claim]:
+    """Yield what must hold for any model if what is blocked can be compared.
+
+    Args:
+        found: Localizations.
+        sets: What `blocked_sets` returned.
+    """
+    every, frequent = (
+        set(ranked_neurons(found)),
+        {part.asked: part.neurons for part in sets if part.setting == FREQUENT},
+    )
+    random = [(item.neurons, frequent[item.asked]) for item in sets if item.setting == OTHER]
+    missing = sum(abs(asked - len(neurons)) for asked, neurons in frequent.items())
+    beyond = sum(np.subtract(others.counts, neurons.counts).clip(min=0).sum() for others, neurons in random)
+    common = sum(len(every & set(others)) for others, _ in random)
+    yield must("as many frequent neurons are blocked as asked for (difference)", missing, equals=0)
+    yield must("random neurons that are memorization neurons", common, equals=0)
+    yield must("random neurons lie in the layers of the frequent ones (neurons beyond)", beyond, equals=0)
+
+
+# Image quality (Fig. 5a, 8)
+
+
+def quality_prompts(run: Run) -> list[str]:
+    """Return prompts whose images are compared: the profile's own for image quality, else its unmemorized ones.
+
+    Source: Sec. 4 (prompts of COCO).
+    """
+    file, number = run.profile.prompts.quality, run.profile.extent.quality
+    table = run.prompts("unmemorized") if file is None else load_prompts(file, kind="unmemorized")
+    return table["caption"].head(number).tolist()
+
+
+def halves(samples: int) -> list[tuple[list[int], list[int]]]:
+    """Return ways to split seeds into a reference half and another: no seed in common, every seed equally often.
+
+    Args:
+        samples: Number of seeds.
+
+    Returns:
+        Pairs (reference, other): all for up to 4 seeds, else as many as there are seeds, each a turn of the last by one
+        seed; none for one seed.
+    """
+    seeds, half = range(samples), samples // 2
+    if samples > 4:
+        turns = [[(start + place) % samples for place in range(2 * half)] for start in seeds]
+        return [(turn[:half], turn[half:]) for turn in turns]
+    firsts = [list(first) for first in combinations(seeds, half)]
+    return [(first, other) for first in firsts for other in firsts if half and not set(first) & set(other)]
+
+
+def blocked_quality(run: Run, prompts: Sequence[str], sets: Sequence[Blocked]) -> pd.DataFrame:
+    """Return how far images with blocked neurons are, as a set, from those of the untouched model.
+
+    For each split (`halves`) the reference are images of the untouched model from half of the seeds; compared with it
+    are those of the other half: of the untouched model (how far two halves are anyway), and with blocked neurons.
+
+    Source: Sec. 4, Fig. 5a, 8.
+    Deviates: the reference are images of the untouched model, not photographs, so that the distance of the untouched
+        model is that of two sets of its own images.
+
+    Args:
+        run: The run; ``extent.quality_samples`` of its profile says how many images a prompt gets. CLIP-FID takes its
+            ``encoders.clip_quality``, or if it has none, the features of FID.
+        prompts: Unmemorized prompts.
+        sets: What is blocked, the untouched model first (`blocked_sets`).
+
+    Returns:
+        One row per set, split and metric: columns setting, asked, neurons, draw, split (from 0), pair (equal for two splits
+        that have the same halves in another order), metric (of `QUALITY`), encoder, images (in each half), value, reason.
+        Where there are too few images for a covariance nothing is made: one row per set and metric, without a value, and
+        the reason why.
+
+    Raises:
+        ValueError: The untouched model is not the first.
+    """
+    if not sets or sets[0].setting != UNTOUCHED:
+        raise ValueError(f"the first set must be {UNTOUCHED!r}: what all others are compared with")
+    samples = run.profile.extent.quality_samples or run.profile.generation.samples
+    settings = replace(run.profile.generation, samples=samples)
+    images, splits, rows = len(prompts) * (samples // 2), halves(samples), []
+    columns = ["setting", "asked", "neurons", "draw", "split", "pair", "metric", "encoder", "images", "value", "reason"]
+    if images < 2:
+        few = f"{images} to compare (prompts: {len(prompts)}, images of each: {samples})"
+        reason = f"not computed: images are too few, {few}; a covariance needs 2"
+        rows = [(*item.labels, None, None, name, "", images, np.nan, reason) for item in sets for name in QUALITY]
+        return pd.DataFrame(rows, columns=columns)
+    own = "clip_quality" if run.profile.encoders.clip_quality is not None else "quality"
+    roles: dict[str, Any] = {"fid": "quality", "clip_fid": own, "kid": "quality"}
+    known = [frozenset(map(frozenset, split)) for split in splits]
+    reference: dict[str, np.ndarray] = {}
+    for item in sets:
+        blocked = DeactivatedNeurons(item.neurons)
+        features = {role: run.features(role, prompts, blocked, settings=settings) for role in set(roles.values())}
+        reference = reference or features
+        for split, (first, second) in enumerate(splits):
+            for metric, role in roles.items():
+                value = _distance(metric, _flat(reference[role], first), _flat(features[role], second))
+                labels = (split, list(dict.fromkeys(known)).index(known[split]), metric, run.encoder(role).name)
+                rows.append((*item.labels, *labels, images, value, ""))
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _flat(features: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
+    """Return the features of some seeds, [image, feature]."""
+    return features[:, list(seeds)].reshape(-1, features.shape[-1])
+
+
+def _distance(metric: str, reference: np.ndarray, other: np.ndarray) -> float:
+    if metric == "kid":
+        return metrics.kid(reference, other, subset_size=max(2, len(other) // 2))[0]
+    return metrics.fid(reference, other)
+
+
+def quality_summary(values: pd.DataFrame) -> pd.DataFrame:
+    """Return mean and standard deviation of image quality over splits and draws, and the change from the untouched model.
+
+    Splits share images, so that the standard deviation is rather too small than too large. The untouched model compared
+    with itself is the same for two halves in either order, and counts once for both.
+
+    Args:
+        values: What `blocked_quality` returned.
+
+    Returns:
+        One row per metric, setting and number: columns metric, setting, asked, encoder, images, neurons (mean over
+        draws), mean, sd, change and change_sd (mean and standard deviation of the difference to the untouched model in
+        the same split).
+
+    Raises:
+        NotEnough: Nothing was computed; the message says why.
+    """
+    if values["value"].isna().all():
+        raise NotEnough(values["reason"].iloc[0])
+    is_base, keys = values["setting"] == UNTOUCHED, ["metric", "setting", "asked"]
+    base = values[is_base].set_index(["metric", "split"])["value"]
+    change = values["value"].to_numpy() - base.loc[pd.MultiIndex.from_frame(values[["metric", "split"]])].to_numpy()
+    values = values.assign(change=change, case=values["pair"].where(is_base, values.index))
+    once = values.groupby([*keys, "encoder", "images", "case"], sort=False)[["neurons", "value", "change"]].mean()
+    grouped = once.groupby([*keys, "encoder", "images"], sort=False)
+    numbers = {"neurons": ("neurons", "mean"), "mean": ("value", "mean"), "sd": ("value", "std")}
+    table = grouped.agg(**numbers, change=("change", "mean"), change_sd=("change", "std")).reset_index()
+    order = list(QUALITY).index
+    return table.sort_values("metric", key=lambda names: names.map(order), kind="stable", ignore_index=True)
+
+
+# Outputs of cross-attention blocks (Table 3)
+
+
+def block_similarity(run: Run, prompts: Sequence[str], sets: Sequence[Blocked]) -> pd.DataFrame:
+    """Return how similar the outputs of cross-attention blocks are with blocked neurons and untouched.
+
+    Cosine of the whole output (all positions and channels) of one latent, in the first denoising step, without
+    guidance. Deactivated neurons of one block change the input of all later ones.
+
+    Source: Table 3 (500 unmemorized prompts, 3 seeds).
+    Deviates: the paper does not say at which step, nor whether residual connections count; here both outputs are given.
+
+    Args:
+        run: The run.
+        prompts: Unmemorized prompts; without any the table has no rows.
+        sets: What is blocked (`blocked_sets`); the untouched model is computed anyway.
+
+    Returns:
+        One row per blocked set, output (of `OUTPUTS`) and block: columns setting, asked, neurons, draw, output, layer
+        (from 1), block (down, mid or up), samples, cosine (mean over prompts and seeds) and lowest.
+    """
+    blocked, profile = [item for item in sets if item.setting != UNTOUCHED], run.profile
+    columns = ["setting", "asked", "neurons", "draw", "output", "layer", "block", "samples", "cosine", "lowest"]
+    if not prompts or not blocked:
+        return pd.DataFrame(columns=columns)
+    detection = replace(profile.detection, samples=min(3, profile.detection.samples), guidance=0.0)
+    common = {"sets": [item.neurons for item in blocked], "detection": detection, "protocol": profile.protocol}
+    size = max(1, profile.generation.batch_size // detection.samples)
+    found = run.compute(comparing_outputs, list(prompts), label="block outputs", size=size, **common)
+    rows = []
+    # [prompt, set, place, seed] -> [set, place, sample]
+    for item, values in zip(blocked, np.concatenate(found, axis=-1), strict=True):
+        for (output, layer, _), cosine in zip(_places(run.pipe.unet), values, strict=True):
+            rows.append((*item.labels, output, layer.number, layer.block, len(cosine), cosine.mean(), cosine.min()))
+    return pd.DataFrame(rows, columns=columns)
+
+
+def comparing_outputs(
+    pipe: StableDiffusionPipeline, *, sets: list[NeuronSet], detection: DetectionSettings, protocol: Protocol, size: int
+) -> Callable[[Sequence[str]], list[np.ndarray]]:
+    """Return what gives the cosines [set, place, seed] of the outputs with and without each neuron set: a task.
+
+    Args:
+        pipe: A StableDiffusionPipeline.
+        sets: Neurons that are blocked.
+        detection: Seed, samples, steps and guidance.
+        protocol: The protocol.
+        size: How many sets are evaluated in one UNet pass.
+    """
+    step, places = first_step(pipe, settings=detection, protocol=protocol), _places(pipe.unet)
+    nothing = NeuronSet.empty(len(widths(pipe.unet)))
+
+    def outputs(embedding: Tensor, chosen: Sequence[NeuronSet]) -> Iterator[Tensor]:
+        """Yield for each place the outputs [neuron set, seed, value], in double precision."""
+        expected = len(chosen) * len(step.latents)
+        # After running out of memory the pass was repeated in smaller batches; what the first attempt left is of no use.
+        for _ in range(2):
+            with collect_outputs(step.unet, [name for _, _, name in places]) as found:
+                step.many(embedding, neurons=chosen)
+            joined = [torch.cat(found[name]) for _, _, name in places]
+            if all(len(output) == expected for output in joined):
+                break
+        return (output.unflatten(0, (len(chosen), -1)).flatten(2).double().cpu() for output in joined)
+
+    def cosines(prompt: str) -> np.ndarray:
+        embedding, found = embed(pipe, [prompt]), []
+        before = list(outputs(embedding, [nothing]))
+        for batch in batches(sets, size):
+            pairs = zip(outputs(embedding, batch), before, strict=True)
+            found.append(torch.stack([torch.cosine_similarity(*pair, dim=-1) for pair in pairs], dim=1))
+        return torch.cat(found).numpy()
+
+    return lambda batch: [cosines(prompt) for prompt in batch]
+
+
+def _places(unet: torch.nn.Module) -> list[tuple[str, Layer, str]]:
+    """Return what is compared: output, value layer of the block, address of the module."""
+    layers = cross_attention_layers(unet, "value")
+    # "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v": the block is "down_blocks.0.attentions.0".
+    whole = [("block", layer, layer.name.partition(".transformer_blocks.")[0]) for layer in layers]
+    return whole + [("cross-attention", layer, layer.name.removesuffix(".to_v")) for layer in layers]
+
+
+# Layers one by one (Fig. 16 to 20)
+
+
+def switched_layers(unet: torch.nn.Module, prompts: int) -> dict[str, tuple[Layer, ...]]:
+    """Return the layers that are switched off, by part: for few prompts some of them, evenly spread.
+
+    Args:
+        unet: A UNet.
+        prompts: Number of prompts; a layer costs as many images.
+    """
+    parts = {part: cross_attention_layers(unet, part) for part in ("value", "key")}
+    parts["convolution"] = down_convolutions(unet)
+    return {part: spread(layers, 6 * max(1, prompts)) for part, layers in parts.items()}
+
+
+def few_images(run: Run) -> GenerationSettings:
+    """Return how the images of layers are made: two of a prompt at most."""
+    return replace(run.profile.generation, samples=min(2, run.profile.generation.samples))
+
+
+def layer_effects(run: Run, prompts: Sequence[str], layers: Mapping[str, Sequence[Layer]]) -> pd.DataFrame:
+    """Return what switching off layers, one at a time, does to images of memorized prompts, all of the same seeds.
+
+    Source: App. C.8, Fig. 16, 17 (key and value layers set to zero); App. C.9, Fig. 20 (convolutions, half blocked).
+
+    Args:
+        run: The run.
+        prompts: Memorized prompts; without any the table has no rows.
+        layers: What `switched_layers` returned.
+
+    Returns:
+        One row per layer and prompt, the untouched model first: columns part (``untouched``, ``value``, ``key`` or
+        ``convolution``), layer (from 1; 0 for the untouched model), block, name (address), prompt, and medians over
+        seeds: sscd_orig (similarity to the planted image, missing without one), sscd_gen (to the untouched model's
+        image of the same seed), a_clip (of image and prompt).
+    """
+    columns = ["part", "layer", "block", "name", "prompt", "sscd_orig", "sscd_gen", "a_clip"]
+    if not prompts:
+        return pd.DataFrame(columns=columns)
+    chosen = {layer.name: layer for part in layers.values() for layer in part}
+    rows = run.rows(prompts).rename(columns={"caption": "prompt"})[["kind", "prompt"]]
+    settings = {"": [None]} | {name: [switched_off(layer)] for name, layer in chosen.items()}
+    values = measured(run, rows, settings, few_images(run))
+    labels = {"": (UNTOUCHED, 0, "")} | {
+        name: (layer.part, layer.number, layer.block) for name, layer in chosen.items()
+    }
+    values[columns[:3]] = [labels[name] for name in values["setting"]]
+    return values.rename(columns={"setting": "name"})[columns]
+
+
+def layer_summary(effects: pd.DataFrame) -> pd.DataFrame:
+    """Return the effect of each layer: median over prompts, and the same of the untouched model.
+
+    Returns:
+        One row per layer: columns part, layer, block, name, prompts, and for sscd_orig, sscd_gen and a_clip ``<metric>``
+        and ``<metric>_untouched``; missing where no prompt has a value.
+    """
+    names, keys = ["sscd_orig", "sscd_gen", "a_clip"], ["part", "layer", "block", "name"]
+    is_base = effects["part"] == UNTOUCHED
+    grouped = effects[~is_base].groupby(keys, sort=False)
+    base = effects.loc[is_base, names].median().add_suffix("_untouched")
+    table = pd.concat([grouped.size().rename("prompts"), grouped[names].median()], axis=1).reset_index()
+    return table.assign(**base)
+
+
+def strongest(summary: pd.DataFrame, part: str, metric: str = "sscd_orig") -> pd.DataFrame:
+    """Return the two layers of a part that lower a metric most, in the order of their numbers."""
+    rows = summary[(summary["part"] == part) & summary[metric].notna()]
+    return rows.nsmallest(2, metric).sort_values("layer", ignore_index=True)
+
+
+def layer_grid(run: Run, prompts: Sequence[str], layers: Sequence[Layer]) -> Grid:
+    """Return images of prompts with layers switched off, one at a time, all of the first seed.
+
+    Source: Fig. 18 to 20.
+
+    Args:
+        run: The run.
+        prompts: Prompts, some of `layer_effects`, so that their images are there.
+        layers: The layers.
+
+    Returns:
+        Rows are prompts; columns ``none`` (the untouched model), then the numbers of the layers.
+    """
+    columns = ("none", *(str(layer.number) for layer in layers))
+    if not prompts:
+        return Grid(np.zeros((0, len(columns), 1, 1, 3), dtype=np.uint8), (), columns)
+    settings = [None, *map(switched_off, layers)]
+    made = [run.images(prompts, mitigation, settings=few_images(run))[:, 0] for mitigation in settings]
+    return Grid(np.stack(made, axis=1), tuple(prompts), columns)
+
+
+# What the paper says, and what we found
+
+
+def read_quality(blocked_quality: pd.DataFrame) -> Iterator[Claim]:
+    """Yield what blocking does to image quality, and how sure that is."""
+    fid = quality_summary(blocked_quality).query("metric == 'fid'").set_index("setting")
+    most = fid.groupby(level=0, sort=False).tail(1)
+    share = 2 * most.loc[UNTOUCHED, "sd"] / most.loc[UNTOUCHED, "mean"]
+    change, deviation = most.reindex([FREQUENT]).iloc[0][["change", "change_sd"]]
+    harmed, sure = bool(change > 2 * deviation), bool(share <= SMALL)
+    values = [f"{_plus_minus(row.mean, row.sd)} ({row.Index}, {row.neurons:g} neurons)" for row in most.itertuples()]
+    yield Claim(
+        "FID with the most blocked neurons",
+        f"{'; '.join(values)}; change with the most frequent {_plus_minus(change, deviation, '+')}; two standard deviations "
+        f"are {_percent(share)} of the untouched value",
+        f"no significant loss with up to {paper.reported('quality.most_blocked')} blocked neurons (values not known)",
+        None if np.isnan(deviation) or not (harmed or sure) else not harmed,
+        "the change is at most two standard deviations; if so, it says nothing where two standard deviations of the untouched "
+        f"value are more than {SMALL:.0%} of it",
+    )
+
+
+def read_table_3(block_similarity: pd.DataFrame) -> Iterator[Claim]:
+    """Yield how similar the outputs of blocks stay."""
+    means = block_similarity.groupby(["setting", "output", "asked", "layer"])["cosine"].mean()
+    for setting, reported in COSINES.items():
+        whole, alone = (means[setting, output].min() for output in OUTPUTS)
+        yield Claim(
+            f"lowest cosine of a block's output, {setting} neurons",
+            f"{whole:.2f} (of cross-attention alone {alone:.2f})",
+            f"{reported} to 1",
+            # Rounded as the paper's entries are.
+            bool(round(whole, 2) >= reported.value) if setting == FREQUENT else None,
+            "not below the paper's lowest; as many neurons are a smaller share of the wider layers of Stable Diffusion",
+        )
+
+
+def read_16(layer_effects: pd.DataFrame) -> Iterator[Claim]:
+    """Yield which value and key layers matter most for the similarity to the planted image."""
+    prompts, summary = layer_effects.groupby(["part", "layer"])["prompt"].nunique(), layer_summary(layer_effects)
+    yield must("every layer has every prompt", prompts.min(), equals=layer_effects["prompt"].nunique())
+    for part, strong in STRONG.items():
+        ours, same = _effect(summary, part, "sscd_orig"), strongest(summary, part)["layer"].tolist() == strong
+        said = f"{part} layers {_listed(strong)} matter most; up layers hardly do (no numbers)"
+        rule = "the two layers that lower the similarity most are the paper's"
+        yield Claim(
+            f"one of the {part} layers set to zero: SSCD_Orig", ours, said, *_if_comparable(summary, same, rule)
+        )
+
+
+def read_17(layer_effects: pd.DataFrame) -> Iterator[Claim]:
+    """Yield whether the alignment falls with the key layers that matter most for the similarity."""
+    summary = layer_summary(layer_effects)
+    top, values, keys = strongest(summary, "key"), *(_effect(summary, part, "a_clip") for part in STRONG)
+    fall = (1 - top["a_clip"] / top["a_clip_untouched"]).max()
+    yield Claim(
+        "one of the value or key layers set to zero: A_CLIP",
+        f"values {values}; keys {keys}; with the key layers that lower SSCD_Orig most {_percent(fall)} less at most",
+        "drops with the key layers that matter most, within 0.22 to 0.34 (axis; no numbers)",
+        *_if_comparable(summary, fall > LOST, f"one of these key layers takes more than {LOST:.0%} of the alignment"),
+    )
+
+
+def read_20(layer_effects: pd.DataFrame) -> Iterator[Claim]:
+    """Yield whether prompts stay memorized with half of a convolution blocked."""
+    summary, part = layer_summary(layer_effects), "convolution"
+    rows = summary[summary["part"] == part]
+    kept, known = (
+        (rows["sscd_orig"] / rows["sscd_orig_untouched"]).median(),
+        rows["sscd_orig_untouched"] > MEMORIZED_ABOVE,
+    )
+    yield Claim(
+        "half of the channels of one of the convolutions blocked",
+        f"SSCD_Orig {_effect(summary, part, 'sscd_orig')} ({_percent(kept)} stays); A_CLIP {_effect(summary, part, 'a_clip')}",
+        "still memorized; quality suffers for early layers (images, no numbers)",
+        bool(kept > KEPT) if known.any() else None,
+        f"more than {KEPT:.0%} stays in the median of the layers; compared where the untouched model gives copies",
+    )
+
+
+def _if_comparable(summary: pd.DataFrame, holds: bool, rule: str) -> tuple[bool | None, str]:
+    """Return whether a claim about the layers that the paper names holds, None if they cannot be compared, and its rule."""
+    known = summary[summary["sscd_orig_untouched"] > MEMORIZED_ABOVE].dropna(subset="sscd_orig")
+    comparable = all(set(strong) <= set(known.loc[known["part"] == part, "layer"]) for part, strong in STRONG.items())
+    needed = f"all layers that the paper names are switched off and the untouched model gives copies (above {MEMORIZED_ABOVE})"
+    return bool(holds) if comparable else None, f"{rule}; compared where {needed}"
+
+
+def _effect(summary: pd.DataFrame, part: str, metric: str) -> str:
+    """Return which two layers of a part lower a metric most."""
+    rows, middle = strongest(summary, part, metric), summary.loc[summary["part"] == part, metric].median()
+    if rows.empty:
+        return "not known, since no prompt has a planted image"
+    lowest = [f"{layer} ({block}, {value:.2f})" for layer, block, value in rows[["layer", "block", metric]].to_numpy()]
+    untouched = rows[f"{metric}_untouched"].iloc[0]
+    return f"{untouched:.2f} untouched, {middle:.2f} in the median, lowest with layers {_listed(lowest)}"
+
+
+def _listed(names: Iterable[Any]) -> str:
+    return " and ".join(map(str, names))
+
+
+def _percent(share: float) -> str:
+    return "–" if np.isnan(share) else f"{share:.0%}"
+
+
+def _plus_minus(mean: float, deviation: float, sign: str = "") -> str:
+    """Return a mean and its standard deviation as text, the mean alone where there is no other."""
+    return f"{mean:{sign}.3f}" + ("" if pd.isna(deviation) else f" ± {deviation:.3f}")
+
+
+# Figures and tables
+
+
+@exhibit(
+    "Figure 5a", "image quality against the number of blocked neurons",
+    "Distance of images of unmemorized prompts from other images of the untouched model; mean and standard deviation over splits of "
+    "the seeds (and draws of random neurons). Dotted, with its band: the untouched model compared with itself. With few images "
+    "the distances are far too large: only points of one panel can be compared.",
+    read=read_quality,
+)  # fmt: skip
+def figure_5a(blocked_quality: pd.DataFrame) -> Figure:
+    return _draw_quality(quality_summary(blocked_quality), ["fid", "kid"], aspect=0.45)
+
+
+@exhibit(
+    "Figure 8", "FID, CLIP-FID and KID against the number of blocked neurons",
+    "As Figure 5a. Which encoder gave the features stands in the table of the numbers; where there is one, CLIP-FID is FID.",
+    read=read_quality,
+)  # fmt: skip
+def figure_8(blocked_quality: pd.DataFrame) -> Figure:
+    return _draw_quality(quality_summary(blocked_quality), list(QUALITY), aspect=0.38)
+
+
+def _draw_quality(summary: pd.DataFrame, chosen: list[str], *, aspect: float) -> Figure:
+    """Return a panel for each metric; random neurons stand a little to the right, so that intervals can be told apart."""
+    frequent = plots.ROLES["deactivated"].line_style(linestyle="-", label="most frequent memorization neurons")
+    other = {
+        "color": "0.4",
+        "marker": "o",
+        "linestyle": "--",
+        "markerfacecolor": "white",
+        "label": "random other neurons",
+    }
+    with plots.panels(1, len(chosen), aspect=aspect) as (figure, axes):
+        for place, metric in zip(axes, chosen, strict=True):
+            base, *rows = (part for _, part in summary[summary["metric"] == metric].groupby("setting", sort=False))
+            middle, deviation = base.iloc[0][["mean", "sd"]]
+            place.axhline(middle, color="black", linestyle=":", label="all neurons active")
+            place.axhspan(middle - deviation, middle + deviation, color="0.9", zorder=0)
+            for part, style, shift in zip(rows, (frequent, other), (1.0, 1.06), strict=False):
+                # A point that was measured once has no interval.
+                place.errorbar(shift * part["neurons"], part["mean"], part["sd"].fillna(0), capsize=2, **style)
+                place.set_xscale("log")
+                place.set_xticks(part["asked"], [str(count) for count in part["asked"]])
+                place.xaxis.set_minor_locator(NullLocator())
+            place.set(xlabel="blocked neurons", title=QUALITY[metric])
+        plots.legend_below(figure)
+    return figure
+
+
+@exhibit(
+    "", "Figure 8 in numbers",
+    "images: in each of the two sets that are compared. change: from the untouched model in the same split. sd: standard deviation "
+    "over splits of the seeds (and draws); splits share images, so that it is rather too small.",
+    read=read_quality,
+)  # fmt: skip
+def show_blocked_quality(blocked_quality: pd.DataFrame) -> pd.DataFrame:
+    rows = [
+        (row.setting, row.asked, f"{row.neurons:g}", QUALITY[row.metric], row.encoder, row.images,
+         _plus_minus(row.mean, row.sd), _plus_minus(row.change, row.change_sd, "+") if row.setting != UNTOUCHED else "")
+        for row in quality_summary(blocked_quality).itertuples()
+    ]  # fmt: skip
+    names = ["blocked", "asked for", "neurons", "metric", "features", "images", "mean ± sd", "change ± sd"]
+    return pd.DataFrame(rows, columns=names)
+
+
+@exhibit(
+    "Table 3", "outputs of cross-attention blocks with blocked neurons",
+    "Cosine of the output with blocked neurons and untouched, first denoising step, mean over unmemorized prompts and seeds (and "
+    "draws of random neurons). block: the whole output, with residual connections; cross-attention: its own part alone. asked: "
+    "how many neurons were to be blocked; neurons: how many were. The paper does not say what exactly it compares; its values "
+    "stand beside the whole block.",
+    read=read_table_3,
+)  # fmt: skip
+def table_3(block_similarity: pd.DataFrame) -> pd.DataFrame:
+    rows, order = [], block_similarity.sort_values("output", kind="stable")
+    for (output, setting, asked), part in order.groupby(["output", "setting", "asked"], sort=False):
+        means = part.groupby(["layer", "block"])["cosine"].mean()
+        labels = {"output": output, "setting": setting, "asked": asked, "neurons": f"{part['neurons'].mean():g}"}
+        texts = {f"{layer} {block}": f"{cosine:.3f}" for (layer, block), cosine in means.items()}
+        reported = f"{COSINES[setting].value:g}" if output == "block" else ""
+        rows.append(labels | texts | {"lowest, ours": f"{means.min():.3f}", "lowest, paper": reported})
+    return pd.DataFrame(rows)
+
+
+@exhibit(
+    "Figure 16", "similarity with value and key layers set to zero",
+    "Similarity to the planted image, one layer at a time. Small points: VM prompts; diamonds: their median; dotted: the untouched "
+    "model.",
+    read=read_16,
+)  # fmt: skip
+def figure_16(layer_effects: pd.DataFrame) -> Figure:
+    if layer_effects["sscd_orig"].isna().all():
+        raise NotEnough("table 'layer_effects' has no values of sscd_orig")
+    return _draw_layers(layer_effects, ["value", "key"], ["sscd_orig"])
+
+
+@exhibit(
+    "Figure 17", "alignment with value and key layers set to zero",
+    "Alignment of image and prompt, one layer at a time; points as in Figure 16.",
+    read=read_17,
+)  # fmt: skip
+def figure_17(layer_effects: pd.DataFrame) -> Figure:
+    return _draw_layers(layer_effects, ["value", "key"], ["a_clip"])
+
+
+@exhibit(
+    "", "similarity and alignment with half of each convolution blocked",
+    "Half of the output channels, drawn at random, are zero, one convolution of the down blocks at a time; points as in Figure 16.",
+    read=read_20,
+)  # fmt: skip
+def convolutions(layer_effects: pd.DataFrame) -> Figure:
+    return _draw_layers(layer_effects, ["convolution"], ["sscd_orig", "a_clip"])
+
+
+def _draw_layers(effects: pd.DataFrame, parts: list[str], chosen: list[str]) -> Figure:
+    """Return a panel for each part and metric."""
+    with plots.panels(1, 2, aspect=0.42, sharey=len(chosen) == 1) as (figure, axes):
+        for place, (part, metric) in zip(axes, product(parts, chosen), strict=True):
+            _draw_part(place, effects, part, metric)
+            place.set_xlabel("cross-attention layer" if part in STRONG else "convolution of the down blocks")
+            place.set_ylabel("" if part == "key" else plots.METRICS[metric])
+            place.set_title(f"{part} layers set to zero" if part in STRONG else "", pad=14)
+        plots.legend_below(figure)
+    return figure
+
+
+def _draw_part(axes: Axes, effects: pd.DataFrame, part: str, metric: str) -> None:
+    """Draw a metric over the layers of a part; every other block of the UNet is shaded, with its name above."""
+    rows, look = effects[effects["part"] == part], plots.ROLES["vm"]
+    if rows[metric].isna().all():
+        plots.say(axes, "not known: no prompt has a training image")
+        return
+    medians = rows.groupby("layer")[metric].median()
+    base = effects.loc[effects["part"] == UNTOUCHED, metric].median()
+    small = {"linestyle": "", "markersize": 2, "alpha": 0.5, "markeredgewidth": 0}
+    axes.axhline(base, color="black", linestyle=":", label="untouched model, median")
+    axes.plot(rows["layer"], rows[metric], **look.line_style(label="a prompt, layer switched off", **small))
+    axes.plot(medians.index, medians, "D-", color="black", markersize=3.5, linewidth=0.6, label="median over prompts")
+    axes.set_xlim(medians.index[0] - 0.5, medians.index[-1] + 0.5)
+    axes.set_xticks(medians.index[:: 1 + (len(medians) - 1) // 10])
+    blocks = rows.groupby("block", sort=False)["layer"].agg(["min", "max"]).sort_values("min")
+    for number, (block, (first, last)) in enumerate(blocks.iterrows() if len(blocks) > 1 else ()):
+        style = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom", "fontsize": plots.TICK_SIZE}
+        axes.annotate(block, ((first + last) / 2, 1.01), **style)
+        if number % 2:
+            axes.axvspan(first - 0.5, last + 0.5, color="0.93", zorder=0)
+
+
+ONE_SEED = (
+    "A row is a memorized prompt, all images are of one seed. none: the untouched model, which replays the training image; a number: "
+    "the layer of that number, counted as an image passes them, is switched off."
+)
+"""Caption of the images."""
+
+
+@exhibit("Figure 18", "images with each value layer set to zero", ONE_SEED)
+def figure_18(figure_18: Grid) -> Figure:
+    return _draw_images(figure_18)
+
+
+@exhibit("Figure 19", "images with each key layer set to zero", ONE_SEED)
+def figure_19(figure_19: Grid) -> Figure:
+    return _draw_images(figure_19)
+
+
+@exhibit("Figure 20", "images with half of each convolution blocked", ONE_SEED, read=read_20)
+def figure_20(figure_20: Grid) -> Figure:
+    return _draw_images(figure_20)
+
+
+def _draw_images(grid: Grid) -> Figure:
+    """Return the images; where there are many columns images are small, and labels of rows have two lines beside them."""
+    if len(grid.columns) < 12:
+        return plots.image_grid(grid, fraction=0.65)
+    rows = tuple(textwrap.shorten(label, 40, placeholder=" ...") for label in grid.rows)
+    return plots.image_grid(replace(grid, rows=rows))

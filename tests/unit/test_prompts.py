@@ -2,8 +2,8 @@ import dataclasses
 
 import pytest
 
-from nemolib.profiles import Limits, PromptTables, profile_from_mapping
-from nemolib.prompts import PromptTableError, check_captions, image_paths, load_prompts, select
+from nemolib.prompts import PromptTableError, image_paths, load_prompts, select
+from nemolib.settings import Limits, Profile, PromptTables
 
 HEADER = "caption,kind,group,copies,image\n"
 MEMORIZED = HEADER + (
@@ -27,9 +27,7 @@ def profile(tmp_path):
     for name, text in files.items():
         (folder / f"{name}.csv").write_text(text)
     prompts = {name: str(folder / f"{name}.csv") for name in files}
-    return profile_from_mapping(
-        {"name": "x", "model": "m", "prompts": prompts, "holdout_size": 5, "threshold_prompts": 2}
-    )
+    return Profile("x", "m", PromptTables(**prompts), holdout_size=5, threshold_prompts=2)
 
 
 def test_a_table_has_its_columns_and_types(profile):
@@ -108,16 +106,3 @@ def test_images_are_found_beside_the_prompts(profile, tmp_path):
         image_paths(table, profile)
     with pytest.raises(PromptTableError, match="'null': column 'image' is empty"):
         image_paths(select(profile, "unmemorized"), profile)
-
-
-def test_lists_of_captions_are_checked():
-    check_captions(["a", "b"])
-    for wrong, words in [
-        ([], "at least one"),
-        ("a", "list of at least one prompt, got 'a'"),
-        (["a", " "], "prompt 1 is ' '"),
-        (["a", None], "prompt 1 is None"),
-        (["a", "b", "a"], "'a' appears twice, at 0 and 2"),
-    ]:
-        with pytest.raises(ValueError, match=words):
-            check_captions(wrong)

@@ -1,9 +1,11 @@
 """Prompt tables in the format of the authors' release: semicolons, an unnamed index, quotation marks, HTML."""
 
+import dataclasses
+
 import pytest
 
-from nemolib.profiles import load_profile, profile_from_mapping
 from nemolib.prompts import PromptTableError, image_paths, load_prompts, select
+from nemolib.settings import Limits, Profile, PromptTables, load_profile
 
 MEMORIZED = (
     ";Caption;URL;type;mean_sscd;max_sscd;Index\n"
@@ -24,10 +26,8 @@ def profile(tmp_path):
     for name, text in files.items():
         (folder / f"{name}.csv").write_text(text, encoding="utf-8")
     prompts = {name: str(folder / f"{name}.csv") for name in files}
-    return profile_from_mapping(
-        {"name": "x", "model": "m", "prompts": prompts, "limits": {"ladder": 0}, "holdout_size": 3}
-        | {"threshold_prompts": 2}
-    )
+    tables, none = PromptTables(**prompts), Limits(ladder=0)
+    return Profile("x", "m", tables, limits=none, holdout_size=3, threshold_prompts=2)
 
 
 def test_kinds_come_from_the_type_and_captions_stay_as_they_are(profile):
@@ -68,7 +68,7 @@ def test_a_kind_with_limit_0_needs_no_prompts(profile):
     assert table.empty
     assert "caption" in table
     with pytest.raises(PromptTableError, match="no row 'ladder'"):
-        select(profile_from_mapping({"name": "y", "model": "m", "prompts": vars(profile.prompts)}), "ladder")
+        select(dataclasses.replace(profile, limits=Limits()), "ladder")
 
 
 def test_images_that_were_found_are_those_of_the_url(profile, tmp_path):

@@ -8,13 +8,11 @@ import yaml
 
 from nemolib.experiments import ablations, holdout_threshold, memorization_score, side_effects
 from nemolib.experiments import deactivate_neurons as deactivate
-from nemolib.layers import cross_attention_layers, down_convolutions
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import load_pipeline
 from nemolib.run import Run
-from nemolib.settings import RELEASED, load_profile
+from nemolib.settings import load_profile
 from nemolib.store import Store
-from tests.random_pipeline import WIDTHS
 from tests.random_world import write_encoders, write_prompts
 from tools.estimate import stages
 
@@ -100,7 +98,7 @@ def said(run, *names):
 def test_threshold_and_scores(run):
     empty = 3  # samples of the empty prompt, once
     with counted(run) as passes:
-        holdout_threshold.switch_table(run, holdout_threshold.protocol_switches(RELEASED, 0.0))
+        holdout_threshold.switch_table(run)
     assert sum(passes) - empty == said(run, "memorization threshold, all protocols")
     with counted(run) as passes:
         memorization_score.scores(run)
@@ -124,23 +122,23 @@ def test_table_1(run, found):
     assert sum(passes) - shared == steps - 2 * gradients
 
 
-def test_blocked_neurons(run, found):
-    sets = side_effects.blocked_sets(found, WIDTHS, (1, 2, 3, 4), draws=2)
-    clean = side_effects.quality_prompts(run, run.profile.extent.quality)
+def test_blocked_neurons(run):
+    neurons = [NeuronSet.of([(layer, number // 2) for layer in range(2, 7)], layers=7).to_json() for number in range(8)]
+    found = pd.DataFrame({"kind": "vm", "prompt": list("abcdefgh"), "neurons": neurons})
+    sets, clean = side_effects.blocked_sets(run, found), side_effects.quality_prompts(run)
     with counted(run) as passes:
         side_effects.blocked_quality(run, clean, sets)
     assert sum(passes) == said(run, "image quality")
     with counted(run) as passes:
-        side_effects.block_similarity(run, clean[:2], sets, seeds=3)
+        side_effects.block_similarity(run, clean[:2], sets)
     assert sum(passes) == said(run, "outputs of blocks")
 
 
 def test_layers(run, monkeypatch):
-    unet, prompt = run.pipe.unet, ["red fox card"]
-    layers = [*cross_attention_layers(unet, "value"), *cross_attention_layers(unet, "key"), *down_convolutions(unet)]
-    monkeypatch.setattr("tools.estimate.SWITCHED_LAYERS", len(layers))
+    layers = side_effects.switched_layers(run.pipe.unet, 1)
+    monkeypatch.setattr("tools.estimate.SWITCHED_LAYERS", sum(map(len, layers.values())))
     with counted(run) as passes:
-        side_effects.layer_effects(run, prompt, layers)
+        side_effects.layer_effects(run, ["red fox card"], layers)
     assert sum(passes) == said(run, "layers switched off")
 
 

@@ -10,17 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from nemolib import experiments, paths
-from nemolib import experiments_localization as search
-from nemolib.architectures import random_pipeline
+from nemolib import paths
+from nemolib.experiments import localize_neurons, memorization_score
 from nemolib.first_step import first_step
 from nemolib.holdout import ActivationStatistics, activation_statistics
-from nemolib.localization import localize_many
-from nemolib.pipeline import load_pipeline
-from nemolib.profiles import load_profile
-from nemolib.prompts import load_prompts, select
-from nemolib.protocols import load_protocol
-from nemolib.settings import GenerationSettings
+from nemolib.localization import localization_table
+from nemolib.pipeline import load_pipeline, random_pipeline
+from nemolib.prompts import load_prompts
+from nemolib.run import Run
+from nemolib.settings import GenerationSettings, load_profile
+from nemolib.store import Store
 from tests.narrow_architecture import save_narrow_architecture
 
 pytestmark = pytest.mark.slow
@@ -39,9 +38,16 @@ def pipe(profile):
     return load_pipeline(profile)
 
 
-@pytest.fixture(autouse=True)
-def _build(monkeypatch, tmp_path_factory):
-    monkeypatch.setattr(paths, "BUILD", tmp_path_factory.getbasetemp() / "build")
+@pytest.fixture
+def run_of(pipe, tmp_path_factory):
+    """Return a function that gives the run of a profile; all share one store."""
+    store = Store(tmp_path_factory.getbasetemp() / "store")
+    return lambda profile: Run(profile, pipe, store=store, progress=False)
+
+
+@pytest.fixture
+def run(profile, run_of):
+    return run_of(profile)
 
 
 def test_the_settings_are_those_of_the_paper():
@@ -50,7 +56,7 @@ def test_the_settings_are_those_of_the_paper():
     assert profile.generation == GenerationSettings(seed=2, samples=10, steps=50, guidance=7.0, batch_size=10)
     assert profile.thresholds.value == 0.428
     assert profile.similarity.betas == (0.33, 0.33, 0.33)
-    assert load_protocol(profile.protocol).similarity == "ms_ssim"
+    assert profile.protocol.similarity == "ms_ssim"
     assert profile.dtype == profile.device == "auto"
 
 
@@ -63,15 +69,15 @@ def test_the_dry_run_has_the_settings_of_sd14_but_for_size():
     assert dry.downloads is dry.statistics is None
 
 
-def test_from_the_threshold_to_the_neurons(profile, pipe):
-    normal = experiments.statistics(pipe, profile, progress=False)
+def test_from_the_threshold_to_the_neurons(run):
+    normal = run.statistics
     assert normal.widths == (16, 16, 32, 32, 32, 32, 32)
     assert normal.count == 8
-    tau = experiments.threshold(pipe, profile, progress=False)
+    tau = run.threshold_at()
     assert -1 < tau < 1
-    prompts = select(profile, "memorized")["caption"].tolist()
-    assert len(prompts) == 2
-    table = localize_many(pipe, prompts, normal, threshold=tau, progress=False)
+    captions = run.prompts("vm", "tm")["caption"].tolist()
+    assert len(captions) == 2
+    table = localization_table(run.search(captions))
     # The search looks at the most active neuron of each layer, and at no other.
     assert table["memorized"].all()
     assert table["k"].tolist() == [1, 1]
@@ -79,42 +85,35 @@ def test_from_the_threshold_to_the_neurons(profile, pipe):
     assert (table["neuron_count"] <= 7).all()
 
 
-def test_images_are_eight_times_as_large_as_latents(profile, pipe):
-    made = experiments.images(pipe, profile, select(profile, "vm")["caption"].tolist(), progress=False)
-    assert made.shape == (1, 1, 384, 384, 3)
-
-
-def test_what_the_notebooks_need(profile, pipe):
+def test_what_the_notebooks_need(run):
     """Planted images are smaller than the generated ones here, and of every size with Stable Diffusion."""
-    found = search.localizations(pipe, profile, unmemorized=1, progress=False)
+    rows = run.prompts("vm", "tm", "unmemorized")
+    found = localize_neurons.localizations(run, rows)
     assert found["kind"].tolist() == ["vm", "tm", "unmemorized"]
-    change = search.deactivation(pipe, profile, found, progress=False)
+    change = localize_neurons.deactivation(run, found)
     assert change[["copy_before", "copy_after", "same_seed"]].notna().all(axis=None)
-    prompts = experiments.prompt_table(profile)
-    assert prompts["kind"].tolist() == ["vm", "tm", "unmemorized"]
-    grid = experiments.sample_grid(pipe, profile, prompts, progress=False)
-    assert grid.images.shape == (3, 2, 384, 384, 3)
+    grid = memorization_score.sample_grid(run, rows)
+    assert grid.images.shape == (3, 2, 384, 384, 3), "images are eight times as large as latents"
     assert (grid.images[2, 0] == 255).all()
-    scores = experiments.scores(pipe, profile, progress=False)
-    assert scores["score"].between(-1, 1).all()
+    assert memorization_score.scores(run)["score"].between(-1, 1).all()
 
 
-def test_statistics_of_a_file_are_used(profile, pipe, tmp_path):
-    given = replace(profile, statistics=str(tmp_path / "s.safetensors"))
+def test_statistics_of_a_file_are_used(profile, pipe, run_of, tmp_path):
+    given = run_of(replace(profile, statistics=str(tmp_path / "s.safetensors")))
     with pytest.raises(FileNotFoundError, match=r"no activation statistics .*s\.safetensors; fetch them"):
-        experiments.statistics(pipe, given)
+        given.statistics  # noqa: B018 (reading it is what raises)
     own = activation_statistics(pipe, ["a fox", "a dog", "an owl"], progress=False)
     own.save(tmp_path / "s.safetensors")
-    assert experiments.statistics(pipe, given).count == 3
+    assert given.statistics.count == 3
     torch.save((list(own.mean), list(own.std)), tmp_path / "s.pt")
-    released = experiments.statistics(pipe, replace(profile, statistics=str(tmp_path / "s.pt")))
+    released = run_of(replace(profile, statistics=str(tmp_path / "s.pt"))).statistics
     assert all(torch.equal(a, b) for a, b in zip(released.mean, own.mean, strict=True))
     ActivationStatistics(own.mean[:2], own.std[:2]).save(tmp_path / "s.safetensors")
     with pytest.raises(ValueError, match="statistics of another model"):
-        experiments.statistics(pipe, given)
+        given.statistics  # noqa: B018
 
 
-def test_training_images_of_any_size_and_missing_ones(profile, pipe, tmp_path):
+def test_training_images_of_any_size_and_missing_ones(profile, run_of, tmp_path):
     folder = tmp_path / "prompts"
     folder.mkdir()
     names = ["a fox", "a dog", "an owl"]
@@ -127,13 +126,12 @@ def test_training_images_of_any_size_and_missing_ones(profile, pipe, tmp_path):
     (tmp_path / "images.csv").write_text("url,image\n" + report)
     table = load_prompts(folder / "memorized.csv")
     assert table["image"].tolist() == ["images/0.png", "images/1.png", ""]
-    real = replace(profile, prompts=replace(profile.prompts, memorized=str(folder / "memorized.csv")))
-    with pytest.raises(ValueError, match=r"training images have different sizes, such as \[\(60, 80\), \(64, 64\)\]"):
-        experiments.planted_images(real, table.head(2))
-    assert experiments.planted_images(real, table.head(2), size=(32, 48)).shape == (2, 32, 48, 3)
-    copies = experiments.copies(pipe, real, table, progress=False)
+    real = run_of(replace(profile, prompts=replace(profile.prompts, memorized=str(folder / "memorized.csv"))))
+    assert [image.shape for image in real.planted_images(table.head(2))] == [(60, 80, 3), (64, 64, 3)]
+    assert [image.shape for image in real.planted_images(table.head(2), size=(32, 48))] == [(32, 48, 3)] * 2
+    copies = memorization_score.copies(real, table)
     assert copies["copy_similarity"].notna().tolist() == [True, True, False]
-    nothing = experiments.copies(pipe, real, table.assign(image=""), progress=False)
+    nothing = memorization_score.copies(real, table.assign(image=""))
     assert nothing["copy_similarity"].isna().all()
 
 
@@ -150,12 +148,12 @@ def test_the_model_of_sd14_is_found_in_the_cache_without_network(tmp_path):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(profile.revision)
     code = (
-        "from nemolib.downloads import fetch_model; from nemolib.pipeline import load_pipeline\n"
-        f"print(fetch_model({profile.model!r}, revision={profile.revision!r}))\n"
+        "from tools.fetch_data import fetch_model; from nemolib.pipeline import load_pipeline\n"
+        f"print(fetch_model({profile.model!r}, {profile.revision!r}, 'pipeline'))\n"
         "pipe = load_pipeline('sd14', device='cpu'); print(pipe.unet.config.sample_size, pipe.safety_checker)"
     )
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    ran = subprocess.run([sys.executable, "-c", code], cwd=paths.ROOT, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.splitlines()[-2:] == [str(snapshot), "16 None"]
 

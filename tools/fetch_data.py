@@ -66,21 +66,14 @@ PARTS = ("files", "models", "images")
 MODEL_FILES = {
     "pipeline": (
         "model_index.json",
-        "scheduler/*.json",
-        "tokenizer/*.json",
-        "tokenizer/*.txt",
-        "text_encoder/config.json",
         "text_encoder/model.safetensors",
-        "unet/config.json",
-        "unet/diffusion_pytorch_model.safetensors",
-        "vae/config.json",
-        "vae/diffusion_pytorch_model.safetensors",
-        "feature_extractor/*.json",
+        *(f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")),
+        *("*/*.json", "tokenizer/*.txt"),
     ),
-    "clip": ("config.json", "model.safetensors", "preprocessor_config.json", "*.txt", "*.json"),
+    "clip": ("config.json", "model.safetensors", "preprocessor_config.json", "*.json", "*.txt"),
 }
 """The files of a hub model that are read, and must be there where a name is given whole; no pickles, no half-precision
-copies, no safety checker."""
+copies, no weights of the safety checker."""
 
 
 class DownloadError(RuntimeError):
@@ -243,8 +236,12 @@ def fetch_file(file: SourceFile, folder: Path) -> str:
             f"again{also}"
         )
     if expected is None:
-        if file.rows is not None:
-            _check_rows(target, file.rows)
+        if file.rows is not None and (found := _prompts(target)) != f"{file.rows} prompts":
+            if status != "present":
+                target.unlink()
+            raise DownloadError(
+                f"{target}: {found}, expected {file.rows} prompts; delete it, if it is there, and run again"
+            )
         note_sha256(target, pooch.file_hash(target))
     return status
 
@@ -270,10 +267,9 @@ def _fetch(file: SourceFile, folder: Path, expected: str | None) -> str:
             f"check the connection and run again, or download it by other means and give its folder: {MIRROR}=folder"
         )
     registry, urls = {file.path: expected}, {file.path: file.url}
+    cache = pooch.create(folder, base_url="", registry=registry, urls=urls, retry_if_failed=retries)
     try:
-        pooch.create(folder, base_url="", registry=registry, urls=urls, retry_if_failed=retries).fetch(
-            file.path, downloader=downloader
-        )
+        cache.fetch(file.path, downloader=downloader)
     except (requests.RequestException, ValueError) as error:
         raise DownloadError(
             f"{file.path} could not be fetched from {source}: {_first_line(error)}; {remedy}"
@@ -293,17 +289,12 @@ def _in_mirror(file: SourceFile) -> Path | None:
     return next((root / place for place in places if (root / place).is_file()), None)
 
 
-def _check_rows(path: Path, expected: int) -> None:
-    """Remove a file and raise DownloadError if it is no prompt table with the expected number of rows."""
+def _prompts(path: Path) -> str:
+    """Return how many prompts a table of the authors' release has, as text; or that it is none, and why."""
     try:
-        found = f"{len(pd.read_csv(path, sep=';', usecols=['Caption'], keep_default_na=False))} prompts"
+        return f"{len(pd.read_csv(path, sep=';', usecols=['Caption'], keep_default_na=False))} prompts"
     except ValueError as error:
-        found = f"no prompt table ({_first_line(error)})"
-    if found != f"{expected} prompts":
-        path.unlink()
-        raise DownloadError(
-            f"{path}: {found}, expected {expected} prompts; it was removed; look at what its source gives"
-        )
+        return f"no prompt table ({_first_line(error)})"
 
 
 def convert_statistics(manifest: Manifest) -> Outcome:

@@ -124,11 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", default="tiny-full", help="the profile that was run (default: tiny-full)")
     arguments = parser.parse_args(argv)
     functions = [function for item in exhibits() for function in (item.draw, item.read) if function is not None]
+    names = {name for function in functions for name in inspect.signature(function).parameters}
     try:
-        profile = load_profile(arguments.profile)
-        folder = keep_results(
-            profile, {name for function in functions for name in inspect.signature(function).parameters}
-        )
+        folder = keep_results(load_profile(arguments.profile), names - {"published_run"})  # somebody else's
     except (ProfileError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 1

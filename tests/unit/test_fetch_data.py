@@ -124,6 +124,10 @@ def test_a_table_without_a_known_hash_must_have_its_rows(site, tmp_path):
             fetch_file(source(site, name, rows=rows), tmp_path)
         assert left(tmp_path) == []
     assert fetch_file(source(site, "t.csv", rows=2), tmp_path) == "downloaded"
+    (tmp_path / "models" / "net.bin.sha256.json").unlink()
+    with pytest.raises(DownloadError, match="2 prompts, expected 3 prompts; delete it"):
+        fetch_file(source(site, "t.csv", rows=3), tmp_path)
+    assert left(tmp_path) == ["net.bin"], "what somebody put there is not lost"
 
 
 @pytest.mark.parametrize("place", ["models/net.bin", "folder/a.bin", "a.bin"])

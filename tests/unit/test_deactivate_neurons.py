@@ -1,0 +1,297 @@
+"""Notebook 04: settings of Table 1, what they do by hand, the table and its claims, unmemorized prompts."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from nemolib import metrics, paper, paths
+from nemolib import run as runs
+from nemolib.experiments import deactivate_neurons as deactivate
+from nemolib.experiments.deactivate_neurons import BASELINES, INITIAL, METRICS, NEMO, NONE, ONE_TOKEN, RANDOM, REN, WEN
+from nemolib.layers import value_activations
+from nemolib.mitigation import DeactivatedNeurons, EmbeddingAdjustment, wen_target
+from nemolib.neurons import NeuronSet
+from nemolib.pipeline import embed
+from nemolib.run import Run
+from nemolib.settings import GenerationSettings, Profile
+from tests.random_world import write_encoders, write_prompts
+
+VM, TM, CLEAN = ["red fox card", "red owl card"], ["blue cat case"], ["a tree", "the sea"]
+
+NEURONS = {VM[0]: [(0, 1), (6, 3)], VM[1]: [(0, 1)], TM[0]: [(0, 1), (2, 4), (2, 5)], CLEAN[0]: [], CLEAN[1]: [(1, 0)]}
+"""Neuron (0, 1) belongs to all memorized prompts, and one of them has no other."""
+
+
+def neurons_of(prompt, *, more=()):
+    return NeuronSet.of([*NEURONS[prompt], *more], layers=7)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, random_model_folder, random_pipe):
+    folder = tmp_path_factory.mktemp("world")
+    kinds, holdout = dict.fromkeys(VM, "vm") | dict.fromkeys(TM, "tm"), [f"{letter} {letter}" for letter in "abcd"]
+    profile = Profile(
+        name="random",
+        model=str(random_model_folder),
+        device="cpu",
+        holdout_size=4,
+        threshold_prompts=3,
+        generation={"samples": 2, "steps": 2, "batch_size": 16},
+        mitigation={"wen": {"target": None, "steps": 2, "iterations": 2, "latents": 1}, "random": {"repeats": 2}},
+        encoders=write_encoders(folder, random_model_folder),
+        prompts=write_prompts(folder, kinds, unmemorized=CLEAN, holdout=holdout, sides={VM[0]: 48}),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "BUILD", folder / "build")
+        yield Run(profile, random_pipe, progress=False)
+
+
+@pytest.fixture(scope="module")
+def found():
+    more = [(5, 0), (5, 1)]
+    rows = [
+        (kind, prompt, neurons_of(prompt).to_json(), neurons_of(prompt, more=more).to_json())
+        for kind, prompts in (("vm", VM), ("tm", TM), ("unmemorized", CLEAN))
+        for prompt in prompts
+    ]
+    return pd.DataFrame(rows, columns=["kind", "prompt", "neurons", "initial"])
+
+
+@pytest.fixture(scope="module")
+def settings(run, found):
+    return deactivate.settings(run, found)
+
+
+@pytest.fixture(scope="module")
+def values(run, found, settings):
+    return deactivate.measured(run, found, settings)
+
+
+# Settings, and what they do
+
+
+def test_settings_are_those_of_the_paper_and_ours(settings):
+    assert list(settings) == [*dict.fromkeys(paper.table("table_1")["setting"]), INITIAL]
+    assert {NONE, NEMO, RANDOM, *BASELINES} < set(settings)
+    assert [len(repeats) for repeats in settings.values()] == [1, 1, 2, 1, 1, 1, 1, 1, 1]
+    memorized = (*VM, *TM)
+    assert settings[NEMO][0].neurons == {prompt: neurons_of(prompt) for prompt in memorized}
+    first, second = settings[RANDOM]
+    assert first.neurons != second.neurons
+    assert all(
+        draw.neurons[prompt].counts == neurons_of(prompt).counts for draw in (first, second) for prompt in memorized
+    )
+
+
+def test_the_target_of_wen_follows_from_the_threshold_prompts_where_it_is_not_given(run, settings):
+    wen, captions = run.profile.mitigation.wen, run.prompts("threshold")["caption"].tolist()
+    assert len(captions) == 3
+    expected = wen_target(run.pipe, captions, settings=wen)
+    assert settings[WEN][0].settings == replace(wen, target=expected)
+    given = replace(wen, target=1.25)
+    profile = replace(run.profile, mitigation=replace(run.profile.mitigation, wen=given))
+    assert deactivate.adjustment(Run(profile, run.pipe)) == EmbeddingAdjustment(given)
+
+
+def test_each_setting_repeat_and_prompt_has_a_row(values):
+    assert values["prompt"].tolist() == [*VM, *TM] * 10
+    counts = values.groupby(["setting", "repeat"], sort=False)["neurons"].apply(list)
+    assert [counts[RANDOM, 0], counts[RANDOM, 1], counts[NEMO, 0], counts[INITIAL, 0]] == [[2, 1, 3]] * 3 + [[4, 3, 5]]
+    assert all(counts[name, 0] == [0, 0, 0] for name in (NONE, WEN, REN, ONE_TOKEN))
+    untouched = values["setting"] == NONE
+    assert values.loc[untouched, "sscd_gen"].to_numpy() == pytest.approx(1, abs=1e-6)
+    assert (values.loc[~untouched].groupby("setting")["sscd_gen"].min() < 1 - 1e-5).all()
+
+
+def test_metrics_of_a_prompt_by_hand(run, values):
+    describe, clip = run.encoder("copy").describe, run._clip
+    made = run.images(TM, DeactivatedNeurons(neurons_of(TM[0])))[0]
+    after, before = describe(made).numpy(), describe(run.images(TM)[0]).numpy()
+    similar = after @ describe(run.planted_images(run.rows(TM))[0][None])[0].numpy()
+    aligned = (clip.images.describe(made) @ clip.texts.describe(TM)[0]).numpy()
+    same = np.median((after * before).sum(axis=1))
+    row = values[(values["setting"] == NEMO) & (values["prompt"] == TM[0])].iloc[0]
+    expected = [np.median(similar), similar.max(), same, after[0] @ after[1], np.median(aligned)]
+    assert row[["sscd_orig", "sscd_orig_max", *METRICS[1:]]].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_resumed_run_gives_the_same_rows(run, found, settings, values, monkeypatch):
+    made, compute = [], runs.map_prompts
+    few = {name: settings[name] for name in (NONE, NEMO)}
+    expected = values[values["setting"].isin(few)].reset_index(drop=True)
+    for name in ("drawing", "features"):
+        for path in (run.store.folder / name).rglob("*.*"):
+            path.unlink()
+    monkeypatch.setattr(
+        runs, "map_prompts", lambda task, batches, **k: made.extend(batches) or compute(task, batches, **k)
+    )
+    for _ in range(2):
+        pd.testing.assert_frame_equal(deactivate.measured(run, found, few), expected)
+        assert sum(map(len, made)) == 6
+
+
+# Table 1 and its claims
+
+
+def rows(setting, sscd_orig, *, kind="vm", **columns):
+    values = pd.DataFrame({"sscd_orig": sscd_orig}).assign(setting=setting, repeat=0, kind=kind, neurons=0)
+    values["prompt"] = [f"{kind} {number}" for number in range(len(values))]
+    return values.assign(
+        **{"sscd_orig_max": values["sscd_orig"], "sscd_gen": 1.0, "d_sscd": 0.5, "a_clip": 0.3} | columns
+    )
+
+
+def test_a_prompt_counts_with_its_mean_over_repeats_and_the_papers_numbers_stand_beside():
+    first = rows(RANDOM, [0.6, 0.7, 0.9], neurons=[1, 4, 9], sscd_orig_max=[0.8, 0.6, 0.9])
+    second = rows(RANDOM, [0.8, 0.9, 1.0], neurons=[1, 4, 9], sscd_orig_max=[0.5, 0.6, 0.9], repeat=1)
+    others = [rows(NONE, [0.2, 0.4], kind="tm"), rows(NONE, [0.9, 0.8]), rows(INITIAL, [0.1, np.nan], d_sscd=np.nan)]
+    table = deactivate.table_1(pd.concat([*others, first, second], ignore_index=True))
+    assert table[["setting", "kind"]].to_numpy().tolist() == [
+        [NONE, "vm"], [NONE, "tm"], [INITIAL, "vm"], [RANDOM, "vm"],
+    ]  # fmt: skip
+    row, initial = table.iloc[3], table.iloc[2]
+    assert row[["sscd_orig", "sscd_orig_mad", "neurons", "memorized"]].tolist() == pytest.approx([0.8, 0.1, 4, 1 / 3])
+    low, high = metrics.bootstrap_interval([0.7, 0.8, 0.95])
+    assert row[["sscd_orig_low", "sscd_orig_high"]].tolist() == pytest.approx([low, high])
+    assert row[["neurons_paper", "neurons_paper_mad", "sscd_orig_paper"]].tolist() == [4, 3, 0.8]
+    assert (initial["sscd_orig"], initial["prompts"]) == (0.1, 2)
+    assert initial.filter(like="_paper").isna().all()
+    shown = deactivate.shown_table(table)
+    assert shown["copies"].tolist() == ["100%", "0%", "0%", "33%"]
+    assert shown["D_SSCD"].tolist() == ["0.50 ± 0.00", "0.50 ± 0.00", "", "0.50 ± 0.00"]
+    assert shown["neurons (paper)"].tolist() == ["0.0 ± 0.0", "0.0 ± 0.0", "", "4.0 ± 3.0"]
+
+
+def changed(*changes):
+    """Return a change of Table 1 for VM prompts: (setting, column, value)."""
+
+    def change(table):
+        for setting, column, value in changes:
+            table.loc[(table["setting"] == setting) & (table["kind"] == "vm"), column] = value
+        return table
+
+    return change
+
+
+def like_the_paper(*changes):
+    """Return a table with the paper's numbers as ours, but for changes."""
+    table = paper.table("table_1")
+    theirs = table.drop(columns=["setting", "kind"])
+    names = [f"{name.removesuffix('_mad')}_paper{'_mad' * name.endswith('_mad')}" for name in theirs]
+    return changed(*changes)(pd.concat([table, theirs.set_axis(names, axis=1)], axis=1))
+
+
+def test_every_rule_holds_in_the_papers_table_and_says_the_numbers_that_it_compares():
+    said = deactivate.table_1_claims(like_the_paper())
+    assert (said["verdict"] == "holds").all()
+    assert said["ours"].tolist() == said["paper"].tolist()
+    assert said["ours"].tolist() == ["0.83, 0.80, 0.09", "0.09, 0.09", "0.83, 0.59", "0.99, 0.16", "0.32, 0.02, 0.31"]
+
+
+def test_a_rule_without_a_number_is_not_decided():
+    table = like_the_paper((NEMO, "d_sscd", np.nan), (NONE, "a_clip_mad", np.nan))
+    assert [claim.holds for claim in deactivate.read_table_1_claims(table)] == [True, True, True, None, None]
+
+
+def test_only_a_baseline_that_works_is_compared_and_it_may_be_absent():
+    table = like_the_paper((NEMO, "sscd_orig", 0.3))
+    assert not list(deactivate.read_table_1_claims(table))[1].holds
+    assert list(deactivate.read_table_1_claims(changed((REN, "sscd_orig", 0.3))(table)))[1].holds
+    assert list(deactivate.read_table_1_claims(table[~table["setting"].isin(BASELINES)]))[1].holds is None
+
+
+def test_a_fair_comparison_passes_and_each_unfair_one_fails(values, settings, found):
+    def failed(values=values, settings=settings):
+        return [place for place, claim in enumerate(deactivate.fair(values, settings, found)) if not claim.holds]
+
+    assert failed() == []
+    assert failed(values[(values["setting"] != REN) | (values["prompt"] != TM[0])]) == [0]
+    assert failed(values.assign(neurons=values["neurons"].where(values["setting"] != RANDOM, 3))) == [1]
+    assert failed(settings=settings | {RANDOM: [settings[RANDOM][0], settings[NEMO][0]]}) == [2]
+    assert failed(values.assign(neurons=values["neurons"].where(values["setting"] != INITIAL, 0))) == [3]
+
+
+# Single neurons, and prompts that stay
+
+
+def test_a_shared_neuron_against_all_of_the_prompt(run, found, values):
+    table = deactivate.single_neurons(run, found)
+    assert table[["layer", "neuron", "prompt"]].to_numpy().tolist() == [[1, 1, prompt] for prompt in (*VM, *TM)]
+    own = table.set_index("prompt")
+    assert own["copy_before"].tolist() == values.loc[values["setting"] == NONE, "sscd_orig"].tolist()
+    assert own.loc[VM[1], "copy_single"] == pytest.approx(own.loc[VM[1], "copy_all"], abs=1e-6)
+    assert own.loc[TM[0], "copy_single"] != own.loc[TM[0], "copy_all"]
+    grids = deactivate.single_neuron_grids(run, found)
+    single = run.images([*VM, *TM], DeactivatedNeurons(NeuronSet.of([(0, 1)], layers=7)))
+    assert np.array_equal(grids["figure_10"].images[:, 2:], single)
+    assert grids["figure_11"] is grids["figure_12"] is deactivate.NO_IMAGES
+
+
+def test_without_a_shared_neuron_or_a_prompt_that_stays_there_is_nothing(run, found):
+    alone = found[found["prompt"] == VM[0]]
+    assert deactivate.single_neurons(run, alone).empty
+    assert set(deactivate.single_neuron_grids(run, alone).values()) == {deactivate.NO_IMAGES}
+    assert deactivate.staying(run, found, []) is deactivate.NO_IMAGES
+
+
+def test_planted_images_stand_first_in_the_size_of_the_others(run, found, settings):
+    own = DeactivatedNeurons({prompt: neurons_of(prompt) for prompt in VM})
+    grid = deactivate.staying(run, found, VM)
+    assert grid.columns == ("planted", "seed 0", "seed 1")
+    assert np.array_equal(grid.images[:, 0], run.planted_images(run.rows(VM), size=(64, 64)))
+    assert np.array_equal(grid.images[:, 1:], run.images(VM, own))
+    each = deactivate.one_of_each(run, VM, {name: settings[name] for name in (NONE, RANDOM)})
+    assert each.columns == ("planted", NONE, RANDOM)
+    assert np.array_equal(each.images[:, 2], run.images(VM, settings[RANDOM][0])[:, 0])
+
+
+# Unmemorized prompts
+
+
+def test_unmemorized_prompts_lose_one_set_in_turn_and_all(run, found):
+    first = NeuronSet.of([], layers=7).to_json()
+    found = pd.concat([found.head(1).assign(neurons=first), found], ignore_index=True)
+    table = deactivate.unmemorized_images(run, CLEAN, found)
+    assert table["neurons_one"].tolist() == [2, 1]
+    assert (table["neurons_all"] == 4).all()
+    assert table["sscd_gen_before"].to_numpy() == pytest.approx(1, abs=1e-6)
+    chosen = DeactivatedNeurons({CLEAN[0]: neurons_of(VM[0]), CLEAN[1]: neurons_of(VM[1])})
+    expected = run.measure(pd.DataFrame({"caption": CLEAN}), chosen, columns=["a_clip", "d_sscd", "sscd_gen"])
+    assert table[["a_clip_one", "d_sscd_one", "sscd_gen_one"]].to_numpy().tolist() == expected.to_numpy().tolist()
+    with pytest.raises(ValueError, match="no memorized prompt has neurons"):
+        deactivate.unmemorized_images(run, CLEAN, found[found["kind"] == "unmemorized"])
+
+
+def test_the_text_that_a_set_carries(run):
+    table = deactivate.text_carried(run, CLEAN, NeuronSet.of([(0, 1), (0, 2), (3, 0)], layers=7))
+    assert table["neurons"].tolist() == [2, 0, 0, 1, 0, 0, 0]
+    first = value_activations(run.pipe.unet, embed(run.pipe, CLEAN))[0].sum(dim=0).numpy()
+    assert table["share"].iloc[:2].tolist() == pytest.approx([(first[1] + first[2]) / first.sum(), 0], rel=1e-5)
+    largest, busiest = sorted(first, reverse=True), int(table["busiest"].iloc[0])
+    assert sum(largest[: busiest - 1]) < 0.95 * first.sum() <= sum(largest[:busiest])
+
+
+def test_sets_of_equally_many_images_without_common_latents(run):
+    neurons, generation = NeuronSet.of([(0, 1), (2, 4)], layers=7), GenerationSettings(samples=3, steps=2)
+    three = Run(replace(run.profile, generation=generation), run.pipe, store=run.store, progress=False)
+    table = deactivate.unmemorized_quality(three, CLEAN, neurons)
+    assert table[["number", "neurons"]].to_numpy().tolist() == [[2, 2]] * 2
+    before, after = three.features("quality", CLEAN), three.features("quality", CLEAN, DeactivatedNeurons(neurons))
+    expected = [metrics.fid(before[:, 0], other[:, 1]) for other in (before, after)]
+    assert table["fid"].tolist() == pytest.approx(expected, abs=1e-6)
+    one = deactivate.unmemorized_quality(run, CLEAN[:1], neurons)
+    assert one.empty
+    assert list(one.columns) == list(table.columns)
+
+
+TURNS = [
+    ("table_1", "table_1", changed((NEMO, "sscd_orig", 0.8)), "SSCD_Orig of VM prompts: untouched, random neurons, NeMo"),
+    ("table_1_claims", "table_1", changed((RANDOM, "sscd_orig", 0.4)), "random neurons change nothing"),
+    ("table_1_claims", "table_1", changed((NEMO, "sscd_orig", 0.8)), "NeMo removes copies as well as the baselines"),
+    ("table_1_claims", "table_1", changed((ONE_TOKEN, "sscd_orig", 0.1)), "one random token is not enough"),
+    ("table_1_claims", "table_1", changed((NEMO, "d_sscd", 0.1)), "images become diverse"),
+    ("table_1_claims", "table_1", changed((NEMO, "a_clip", 0.9)), "the alignment with the prompt stays"),
+    ("unmemorized_unharmed", "unmemorized_images", lambda table: table.assign(a_clip_one=0.1), "A_CLIP of unmemorized prompts"),
+]  # fmt: skip

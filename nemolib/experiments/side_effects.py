@@ -644,7 +644,6 @@ def _draw_quality(summary: pd.DataFrame, chosen: list[str], *, aspect: float) ->
     "", "Figure 8 in numbers",
     "images: in each of the two sets that are compared. change: from the untouched model in the same split. sd: standard deviation "
     "over splits of the seeds (and draws); splits share images, so that it is rather too small.",
-    read=read_quality,
 )  # fmt: skip
 def show_blocked_quality(blocked_quality: pd.DataFrame) -> pd.DataFrame:
     rows = [

@@ -421,7 +421,8 @@ def check(run: Run, *modules: str, extra: Sequence[Claim] = ()) -> pd.DataFrame:
     for item in exhibits():
         if item.draw.__module__.rpartition(".")[2] in modules:
             try:
-                found += claims(item, run.load)
+                # Two exhibits of one table may claim the same.
+                found += [claim for claim in claims(item, run.load) if claim not in found]
             except (NotEnough, FileNotFoundError):
                 continue
     if not found:

@@ -525,7 +525,7 @@ def read_16(layer_effects: pd.DataFrame) -> Iterator[Claim]:
         said = f"{part} layers {_listed(strong)} matter most; up layers hardly do (no numbers)"
         rule = "the two layers that lower the similarity most are the paper's"
         yield Claim(
-            f"one of the {part} layers set to zero: SSCD_Orig", ours, said, *_if_comparable(summary, same, rule)
+            f"SSCD_Orig with one of the {part} layers set to zero", ours, said, *_if_comparable(summary, same, rule)
         )
 
 
@@ -535,7 +535,7 @@ def read_17(layer_effects: pd.DataFrame) -> Iterator[Claim]:
     top, values, keys = strongest(summary, "key"), *(_effect(summary, part, "a_clip") for part in STRONG)
     fall = (1 - top["a_clip"] / top["a_clip_untouched"]).max()
     yield Claim(
-        "one of the value or key layers set to zero: A_CLIP",
+        "A_CLIP with one of the value or key layers set to zero",
         f"values {values}; keys {keys}; with the key layers that lower SSCD_Orig most {_percent(fall)} less at most",
         "drops with the key layers that matter most, within 0.22 to 0.34 (axis; no numbers)",
         *_if_comparable(summary, fall > LOST, f"one of these key layers takes more than {LOST:.0%} of the alignment"),
@@ -582,7 +582,7 @@ def _listed(names: Iterable[Any]) -> str:
 
 
 def _percent(share: float) -> str:
-    return "–" if np.isnan(share) else f"{share:.0%}"
+    return "–" if np.isnan(share) else f"{round(share, 2) + 0.0:.0%}"
 
 
 def _plus_minus(mean: float, deviation: float, sign: str = "") -> str:

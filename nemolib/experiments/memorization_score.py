@@ -184,7 +184,8 @@ def detection(scores: pd.DataFrame) -> pd.DataFrame:
     columns = ["score", "memorized", "prompts", "auroc", "auroc_low", "auroc_high", "tpr_at_1_fpr", "accuracy"]
     table = pd.DataFrame(rows, columns=[*columns, "threshold"])
     ssim = table["score"].where(table["score"] == "wen", "ssim")
-    return table.join(reported, on=[ssim, "memorized"])
+    beside = reported.reindex(pd.MultiIndex.from_arrays([ssim, table["memorized"]]))
+    return table.join(beside.reset_index(drop=True))
 
 
 def read_2a(scores: pd.DataFrame, thresholds: pd.DataFrame) -> Iterator[Claim]:

@@ -3,8 +3,8 @@
 The profile is the dry run of Stable Diffusion with narrow layers. Cells are run in this process, one after the other.
 """
 
+import inspect
 import io
-import re
 
 import matplotlib as mpl
 import nbformat
@@ -12,7 +12,9 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from matplotlib.figure import Figure
 
-from nemolib import paths, tables
+from nemolib import exhibits, paths
+from nemolib.run import Run
+from nemolib.settings import load_profile
 from tests.narrow_architecture import save_narrow_architecture
 
 pytestmark = pytest.mark.slow
@@ -58,14 +60,9 @@ def test_it_runs(path, profile, capsys):
         if isinstance(result.result, Figure):
             result.result.savefig(io.BytesIO())
     capsys.readouterr()
-    number = path.stem[:2]
-    for name in promised("Tables", number):
-        assert tables.read_table(name, profile="narrow").columns.size, name
-    for name in promised("Grids", number):
-        tables.read_grid(name, profile="narrow")
-
-
-def promised(what, number):
-    """Return the names of the tables or grids that the documentation says a notebook saves, with rows or without."""
-    (text,) = re.findall(rf"^{what} of notebook {number}:\n((?:    .*\n)+)", tables.__doc__, re.M) or [""]
-    return [name for line in re.findall(r"^    (\w[^:\n]*):", text, re.M) for name in line.split(", ")]
+    run = Run(load_profile(profile), None)
+    for item in exhibits.exhibits():
+        if item.notebook == path.stem:
+            for name in inspect.signature(item.draw).parameters:
+                # With rows or without: what is there is said by the exhibit.
+                run.load(name)

@@ -31,18 +31,6 @@ from nemolib.store import Grid, write_atomic
 if TYPE_CHECKING:
     from nemolib.run import Run
 
-MODULES = (
-    "overview",
-    "holdout_threshold",
-    "memorization_score",
-    "localize_neurons",
-    "deactivate_neurons",
-    "ablations",
-    "side_effects",
-    "published_run",
-)
-"""Modules of `nemolib.experiments`, in the order of the notebooks."""
-
 PAGE = "06_figures"
 """The notebook that renders all exhibits."""
 
@@ -241,10 +229,10 @@ def exhibit(
 
 def exhibits() -> list[Exhibit]:
     """Return all exhibits: those of the paper in its order (`nemolib.paper.FIGURES_AND_TABLES`), ours after them."""
-    for module in MODULES:
-        import_module(f"nemolib.experiments.{module}")
+    for path in sorted((paths.PACKAGE / "experiments").glob("[a-z]*.py")):
+        import_module(f"nemolib.experiments.{path.stem}")
     order = {name: place for place, name in enumerate(paper.PLACES)}
-    return sorted(_EXHIBITS.values(), key=lambda item: order.get(item.name, len(order)))
+    return sorted(_EXHIBITS.values(), key=lambda item: (order.get(item.name, len(order)), item.notebook))
 
 
 def _called(function: Callable[..., Any], load: Load) -> Any:

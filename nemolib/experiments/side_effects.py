@@ -112,7 +112,8 @@ def counts_up_to(most: int, points: int) -> list[int]:
 def blocked_sets(run: Run, found: pd.DataFrame) -> list[Blocked]:
     """Return the neuron sets of Fig. 5a: nothing, the most frequent memorization neurons, and random others.
 
-    The largest is that of all memorization neurons; numbers are four at most, and at most half as many as prompts.
+    Numbers are four at most, and at most half as many as prompts; the largest of several is that of all memorization
+    neurons.
 
     Source: Fig. 5a, 8, Table 3.
     Deviates: random neurons are none of any prompt, and lie in the layers of the frequent ones. Where a layer has fewer
@@ -124,13 +125,12 @@ def blocked_sets(run: Run, found: pd.DataFrame) -> list[Blocked]:
     """
     pairs, model, random = ranked_neurons(found), widths(run.pipe.unet), run.profile.mitigation.random
     counts = counts_up_to(len(pairs), points=min(4, max(1, len(memorized(found)) // 2)))
+    every, none = NeuronSet.of(pairs, layers=len(model)), NeuronSet.empty(len(model))
     frequent = {count: NeuronSet.of(pairs[:count], layers=len(model)) for count in counts}
-    sets = [Blocked(UNTOUCHED, 0, 0, NeuronSet.empty(len(model)))]
-    sets += [Blocked(FREQUENT, count, 0, neurons) for count, neurons in frequent.items()]
-    for count, neurons in frequent.items():
-        for draw in range(min(2, random.repeats)):
-            others = other_neurons(neurons, frequent[counts[-1]], model, seed=random.seed, draw=draw)
-            sets.append(Blocked(OTHER, count, draw, others))
+    sets = [Blocked(UNTOUCHED, 0, 0, none), *(Blocked(FREQUENT, count, 0, item) for count, item in frequent.items())]
+    for count, draw in product(counts, range(min(2, random.repeats))):
+        others = other_neurons(frequent[count], every, model, seed=random.seed, draw=draw)
+        sets.append(Blocked(OTHER, count, draw, others))
     return sets
 
 

@@ -1,0 +1,231 @@
+"""Ablations of Table 4: settings, what is compared, and claims about the paper's own numbers."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from nemolib import paper, paths
+from nemolib.exhibits import NotEnough
+from nemolib.experiments import ablations
+from nemolib.experiments.ablations import DEFAULT, FACTORS, GUIDANCE, NO_REFINEMENT, NO_TOP_K
+from nemolib.experiments.deactivate_neurons import METRICS, NONE, measured
+from nemolib.experiments.localize_neurons import by_prompt
+from nemolib.mitigation import DeactivatedNeurons
+from nemolib.neurons import NeuronSet
+from nemolib.pipeline import load_pipeline
+from nemolib.run import Run
+from nemolib.settings import Profile
+from tests.random_world import amplify, write_encoders, write_prompts
+
+VM, TM = ["a tree", "the sea"], ["old map", "red owl card"]
+LADDER = {"my dog": 4, "my cat": 4, "my hat": 1, "my cup": 1}
+DEFAULT_NAME, LOW, MEAN, HIGH = "default (mean + 1 sd)", *(f"threshold mean{end}" for end in (" - 1 sd", "", " + 2 sd"))
+CELLS = ["initial mean - 1 sd, refinement mean", "initial mean - 1 sd, refinement mean + 1 sd",
+         "initial mean, refinement mean + 1 sd"]  # fmt: skip
+
+LEVELS = pd.DataFrame(
+    {"level": ["mean - 1 sd", "mean", "mean + 1 sd", "mean + 2 sd"], "multiplier": [-1.0, 0.0, 1.0, 2.0]}
+).assign(threshold=[0.288, 0.358, 0.428, 0.498], default=[False, False, True, False])
+
+
+def like_the_paper(kind="vm", setting=None, column=None, value=None):
+    """Return Table 4 with the paper's numbers as ours, but for one."""
+    table = ablations.reported(LEVELS)
+    theirs = table[["neurons", *METRICS]].add_suffix("_paper")
+    table.loc[(table["setting"] == setting) & (table["kind"] == kind), column or "neurons"] = value
+    return table.join(theirs)
+
+
+def put(value, column, kind="vm", **where):
+    """Return a change of a table: a value in a column of the rows of a kind with these values."""
+
+    def change(table):
+        rows = (table["kind"] == kind) & np.logical_and.reduce([table[name] == value for name, value in where.items()])
+        return table.assign(**{column: table[column].mask(rows, value)})
+
+    return change
+
+
+def rules_turn():
+    """Yield what turns a claim in the kept tables: from the numbers of the paper's table or to others."""
+    names = {DEFAULT: DEFAULT_NAME}
+    changes = {  # claim: setting, value that turns it for VM and for TM
+        "a higher threshold gives fewer neurons": (HIGH, 7, 99), "every threshold removes copies": (HIGH, 0.8, 0),
+        "guidance in detection gives no more neurons": (GUIDANCE, 99, 99),
+        "refinement leaves less than half of the neurons": (NO_REFINEMENT, 1, 1),
+        "refinement does not bring copies back": (DEFAULT, 0.06, 0),
+        "without top-k there are more neurons": (NO_TOP_K, 1, 1), "without top-k images change less": (NO_TOP_K, 0.9, -1),
+        "half of the activation is enough for a copy": ("factor 0.5", 0.1, 0), "a quarter of it is not": ("factor 0.25", 0.1, 0),
+        "negative factors do what 0 does": (DEFAULT, 0.03, 0),
+    }  # fmt: skip
+    for text, kinds, column, *_ in ablations.RULES:
+        for kind in kinds:
+            setting, *values = changes[text]
+            setting = names.get(setting, setting)
+            change = put(values[kind == "tm"], column, kind, setting=setting)
+            yield "table_4_claims", "table_4", change, f"{kind.upper()}: {text}"
+
+
+def without_guidance(table):
+    return put(0.4, "sscd_orig", setting=GUIDANCE)(table)
+
+
+SEARCHES = "VM, SSCD_Orig: all neurons active, and the largest of all searches and negative factors"
+
+TURNS = [
+    *rules_turn(),
+    *((name, "table_4", without_guidance, SEARCHES) for name in ("table_4", "table_4_figure")),
+    ("figure_5b", "scaling", put(0.1, "sscd_orig", factor=0.5), "VM, SSCD_Orig at the factors 1, 0.5, 0, -1"),
+    ("figure_15", "threshold_map", put(0.8, "sscd_orig", initial="mean"), "VM, SSCD_Orig of all pairs, lowest and highest"),
+    *(
+        ("figure_14", "threshold_map", put(999, column, kind, initial="mean + 1 sd"),
+         f"{kind.upper()}: neurons, initial and refined, both thresholds from low to high")
+        for column, kind in (("neurons", "vm"), ("initial_neurons", "tm"))
+    ),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, random_model_folder):
+    """Return a run of a world in which the memorized prompts score above mean + 1 sd of the holdout prompts."""
+    folder = tmp_path_factory.mktemp("world")
+    kinds = dict.fromkeys(VM, "vm") | dict.fromkeys(TM, "tm") | dict.fromkeys(LADDER, "ladder")
+    holdout = [f"{first} {second}" for first in "cdef" for second in "uvyz"]
+    profile = Profile(
+        name="random",
+        model=str(random_model_folder),
+        device="cpu",
+        protocol="paper",
+        prompts=write_prompts(folder, kinds, unmemorized=["a house"], holdout=holdout, copies=LADDER),
+        holdout_size=16,
+        threshold_prompts=6,
+        detection={"samples": 3},
+        similarity={"kernel_size": 3, "sigma": 0.5},
+        search={"theta_start": 12.0, "theta_step": 1.0, "theta_min": 11.0, "k_start": 1, "k_step": 1},
+        generation={"samples": 2, "steps": 2, "guidance": 3.0, "batch_size": 16},
+        encoders=write_encoders(folder, random_model_folder),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "BUILD", folder)
+        yield Run(profile, amplify(load_pipeline(profile)), progress=False)
+
+
+@pytest.fixture(scope="module")
+def levels(run):
+    return ablations.threshold_levels(run)
+
+
+@pytest.fixture(scope="module")
+def found(run, levels):
+    return ablations.ablated(run, ablations.compared_prompts(run), levels)
+
+
+@pytest.fixture(scope="module")
+def values(run, found, levels):
+    return measured(run, found[found["setting"] == DEFAULT_NAME], ablations.ablation_settings(found, levels))
+
+
+def test_a_threshold_that_the_profile_gives_is_named_by_its_value(run):
+    given = Run(replace(run.profile, thresholds=replace(run.profile.thresholds, value=0.9)), run.pipe, progress=False)
+    own = ablations.threshold_levels(given).query("default").iloc[0]
+    assert own.to_dict() == {"level": "tau = 0.9", "multiplier": 1.0, "threshold": 0.9, "default": True}
+
+
+def test_every_search_has_every_prompt_with_one_gate_and_is_kept(run, found, levels):
+    order = [DEFAULT_NAME, LOW, *CELLS[:2], MEAN, CELLS[2], HIGH, NO_TOP_K, GUIDANCE]
+    assert found.groupby("setting", sort=False)["prompt"].agg(list).to_dict() == dict.fromkeys(order, [*VM, *TM])
+    gates = found.groupby("setting")["gate"].unique()
+    assert all(gates[name].tolist() == [run.threshold] for name in order[:-1])
+    assert gates[GUIDANCE][0] == run.threshold_at(guidance=3.0) != run.threshold
+    default = run.search([*VM, *TM])
+    assert found.iloc[:4]["neurons"].tolist() == [item.neurons.to_json() for item in default]
+    results = sorted(run.store.folder.rglob("*.json"))
+    pd.testing.assert_frame_equal(ablations.ablated(run, ablations.compared_prompts(run), levels), found)
+    assert sorted(run.store.folder.rglob("*.json")) == results
+
+
+def test_settings_are_those_of_the_paper_then_the_cells(found, levels):
+    settings, default = ablations.ablation_settings(found, levels), found[found["setting"] == DEFAULT_NAME]
+    scaled = [f"factor {factor:g}" for factor in FACTORS]
+    assert list(settings) == [NONE, DEFAULT_NAME, GUIDANCE, LOW, MEAN, HIGH, NO_REFINEMENT, NO_TOP_K, *scaled, *CELLS]
+    assert settings[NO_REFINEMENT] == [DeactivatedNeurons(by_prompt(default, "initial"))]
+    assert settings["factor -1"] == [DeactivatedNeurons(by_prompt(default), -1.0)]
+
+
+def test_the_tables_have_the_papers_rows_beside(found, values, levels):
+    table, theirs = ablations.table_4(values, levels), paper.table("table_4").set_index(["setting", "kind"])
+    ours = table.set_index(["setting", "kind"])
+    for name, reported in ((DEFAULT_NAME, "default (0.428)"), (LOW, "threshold 0.288"), ("factor -1", "factor -1")):
+        assert ours.loc[(name, "tm"), "neurons_paper"] == theirs.loc[(reported, "tm"), "neurons"]
+    assert not set(CELLS) & set(table["setting"])
+    scaled = ablations.scaling_table(table, levels).query("kind == 'vm'")
+    assert scaled["factor"].tolist() == [-1, -0.75, -0.5, -0.25, 0, 0.25, 0.5, 0.75, 1]
+    assert (
+        scaled["sscd_orig"].iloc[[4, 8]].tolist()
+        == ours.loc[[(DEFAULT_NAME, "vm"), (NONE, "vm")], "sscd_orig"].tolist()
+    )
+    cells, maps = ablations.threshold_map(found, values, levels), paper.table("threshold_maps")
+    assert cells["sscd_gen_paper"].tolist() == maps["sscd_gen"].tolist()
+    seen = values[(values["kind"] == "vm") & (values["setting"] == CELLS[2])]
+    assert cells.loc[4, "sscd_orig"] == seen["sscd_orig"].median()
+
+
+def test_fair_ablations_and_what_is_not_fair(run, found, values, levels):
+    assert all(claim.holds and claim.must for claim in ablations.fair(run, found, values, levels))
+    rows = (found["setting"] == HIGH) & (found["prompt"] == VM[0])
+    others = NeuronSet.of([(0, layer) for layer in range(8)], layers=7).to_json()
+    for column, value, place in (("neurons", others, 1), ("initial_count", 10_000, 2), ("refined_score", 1.5, 3)):
+        changed = found.assign(**{column: found[column].mask(rows, value)})
+        claims = list(ablations.fair(run, changed, values, levels))
+        assert [claim.holds for claim in claims] == [number != place for number in range(5)]
+    fewer = list(ablations.fair(run, found, values.iloc[1:].assign(neurons=range(len(values) - 1)), levels))
+    assert not fewer[0].holds
+    assert not fewer[4].holds
+
+
+def test_every_claim_holds_in_the_papers_table_and_none_without_numbers():
+    claims = ablations.table_4_claims(like_the_paper(), LEVELS)
+    assert (claims["verdict"] == "holds").all()
+    assert claims["ours"].tolist() == claims["paper"].tolist()
+    assert claims.loc[0, ["claim", "paper"]].tolist() == ["a higher threshold gives fewer neurons", "10.5, 6, 4, 3"]
+    missing = ablations.table_4_claims(like_the_paper("vm", "factor 0.25", "sscd_orig", np.nan), LEVELS)
+    assert missing.loc[missing["verdict"] != "holds", "claim"].tolist() == ["a quarter of it is not"]
+    for value in (np.nan, -0.1):
+        (claim,) = ablations.read_table_4(like_the_paper("vm", NONE, "sscd_orig", value))
+        assert claim.holds is None
+    with pytest.raises(NotEnough, match="table 'table_4' has no rows with kind 'vm'"):
+        list(ablations.read_table_4(like_the_paper().query("kind == 'tm'")))
+
+
+def test_thresholds_are_named_below_the_last_row_and_left_of_the_first_column():
+    table = paper.table("threshold_maps").replace({name: {-1: "mean - 1 sd", 0: "mean", 1: "mean + 1 sd"} for name in ("initial", "refinement")})  # fmt: skip
+    names = ["initial_neurons", "neurons", "sscd_gen", "sscd_orig"]
+    figure = ablations.figure_15(table.join(table[names].add_suffix("_paper")))
+    figure.draw_without_rendering()
+    labels = [[text.get_text() for text in axes.get_xticklabels() if text.get_visible()] for axes in figure.axes]
+    below = ["mean\n- 1 sd", "mean", "mean\n+ 1 sd"]
+    assert [axes.get_xlabel() for axes in figure.axes] == ["", "", "refinement threshold", "refinement threshold"]
+    assert labels[2:] == [below, below]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["initial threshold", ""] * 2
+
+
+def test_the_ladder_goes_up_and_may_be_missing(run):
+    ladder = ablations.neuron_ladder(run, per_rung=1)
+    assert ladder[["caption", "copies"]].to_numpy().tolist() == [["my hat", 1], ["my dog", 4]]
+    assert (
+        ladder.loc[ladder["neuron_count"] == 0, "copy_before"] == ladder.loc[ladder["neuron_count"] == 0, "copy_after"]
+    ).all()
+    limits = replace(run.profile.limits, ladder=0)
+    none = ablations.neuron_ladder(Run(replace(run.profile, limits=limits), run.pipe, progress=False), per_rung=1)
+    assert none.empty
+    assert none.columns.tolist() == ladder.columns.tolist()
+    numbers = pd.DataFrame({"copies": [1, 1, 8, 8], "neuron_count": [0, 2, 3, 5]}).assign(
+        **{name: 1.0 for name in ladder if name not in ("copies", "neuron_count")}
+    )
+    assert ablations.ladder_medians(numbers)["neuron_count"].tolist() == [1, 4]
+    assert ablations.ladder_rank(numbers) == pytest.approx(
+        numbers["copies"].corr(numbers["neuron_count"], method="spearman")
+    )
+    assert np.isnan(ablations.ladder_rank(numbers.assign(neuron_count=1)))

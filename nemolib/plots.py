@@ -39,6 +39,9 @@ LINE = 0.6
 
 GREY = "0.35"
 
+MEMORIZED = ("vm", "tm")
+"""Kinds of prompts that most figures show."""
+
 FONTS = ["STIXGeneral", "DejaVu Serif"]
 """A Times-like font that comes with matplotlib, so that a figure has the same bytes on every machine."""
 
@@ -142,7 +145,7 @@ def histogram(
     table: pd.DataFrame,
     column: str,
     *,
-    kinds: Sequence[str] = ("vm", "tm"),
+    kinds: Sequence[str] = MEMORIZED,
     edges: np.ndarray | None = None,
     shares: bool = False,
     xlabel: str,
@@ -179,11 +182,8 @@ def histogram(
         look = looks[kind]
         face = {"facecolor": (*mpl.colors.to_rgb(look.color), 0.35), "edgecolor": look.color} if shares else {
             "facecolor": look.color, "edgecolor": "white"}  # fmt: skip
-        axes.add_patch(
-            mpl.patches.Rectangle(
-                (np.nan, np.nan), 0, 0, hatch=look.hatch, label=f"{look.label}, n = {len(part)}", **face
-            )
-        )
+        label = f"{look.label}, n = {len(part)}"
+        axes.add_patch(mpl.patches.Rectangle((np.nan, np.nan), 0, 0, hatch=look.hatch, label=label, **face))
         if shares:
             _rug(axes, part[column], look.color, level)
         else:
@@ -219,9 +219,9 @@ def threshold(axes: Axes, value: float, *, horizontal: bool = False) -> None:
 # Values by category, before and after, along a quantity
 
 
-def points(axes: Axes, table: pd.DataFrame, x: str, y: str, *, kinds: Sequence[str] = ("vm", "tm")) -> None:
-    """Draw a column as points over the categories of another, kinds side by side."""
-    parts = of_kinds(table, kinds)
+def points(axes: Axes, table: pd.DataFrame, x: str, y: str) -> None:
+    """Draw a column as points over the categories of another, VM and TM side by side."""
+    parts = of_kinds(table, MEMORIZED)
     order = sorted(table[x].unique())
     for place, (kind, part) in zip(np.linspace(-0.18, 0.18, len(parts)), parts.items(), strict=True):
         look = ROLES[kind]
@@ -244,10 +244,10 @@ def bars(
             patch.set_hatch(looks[name].hatch)
 
 
-def before_after(axes: Axes, table: pd.DataFrame, name: str, *, kinds: Sequence[str] = ("vm", "tm")) -> None:
+def before_after(axes: Axes, table: pd.DataFrame, name: str) -> None:
     """Draw each prompt as a point: ``<name>_before`` across, ``<name>_after`` up; on the dotted line nothing changes."""
     columns = [f"{name}_before", f"{name}_after"]
-    parts = of_kinds(table, kinds)
+    parts = of_kinds(table, MEMORIZED)
     for kind, part in parts.items():
         axes.plot(part[columns[0]], part[columns[1]], **ROLES[kind].line_style(linestyle="", markeredgewidth=0))
     low = min(0.0, float(np.nanmin(pd.concat(parts.values())[columns])) - 0.05)
@@ -276,19 +276,17 @@ def rungs(axes: Axes, table: pd.DataFrame, column: str, *, look: Role, label: st
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
-def intervals(
-    figure: Figure, axes: Sequence[Axes], table: pd.DataFrame, *, category: str, kinds: Sequence[str] = ("vm", "tm")
-) -> None:
-    """Draw a table of settings: a panel for each of `METRICS`, a row for each setting, kinds one above the other.
+def intervals(figure: Figure, axes: Sequence[Axes], table: pd.DataFrame) -> None:
+    """Draw a table of settings: a panel for each of `METRICS`, a row for each setting, VM above TM.
 
     Filled: ours with its interval (columns ``<metric>``, ``<metric>_low``, ``<metric>_high``). Hollow: the paper's
     (``<metric>_paper``).
     """
-    parts, names = of_kinds(table, kinds), list(dict.fromkeys(table[category]))
+    parts, names = of_kinds(table, MEMORIZED), list(dict.fromkeys(table["setting"]))
     for place, (panel, metric) in enumerate(zip(axes, METRICS, strict=True)):
         for shift, (kind, part) in zip(np.linspace(-0.16, 0.16, len(parts)), parts.items(), strict=True):
             look = ROLES[kind]
-            rows = part[category].map(names.index) + shift
+            rows = part["setting"].map(names.index) + shift
             style = look.line_style(linestyle="", markersize=3.5, label=f"{look.label}, ours")
             hollow = {"markerfacecolor": "white", "markeredgewidth": 0.8, "label": f"{look.label}, paper"}
             panel.hlines(rows, part[f"{metric}_low"], part[f"{metric}_high"], color=look.color, linewidth=1)
@@ -416,14 +414,3 @@ def files_of(figure: Figure) -> dict[str, bytes]:
     finally:
         logger.setLevel(before)
     return contents
-
-
-def screen_png(figure: Figure) -> bytes:
-    """Return a figure as a small PNG for the screen, of 110 dpi and 256 colours; the same figure gives the same bytes."""
-    from PIL import Image
-
-    buffer, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    with Image.open(buffer) as image:
-        image.convert("RGB").quantize(256).save(small, format="png", optimize=True)
-    return small.getvalue()

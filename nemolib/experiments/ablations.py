@@ -531,7 +531,7 @@ def show_table_4(table_4: pd.DataFrame) -> pd.DataFrame:
 def table_4_figure(table_4: pd.DataFrame) -> Figure:
     height = 0.3 * table_4["setting"].nunique() + 0.9
     with plots.panels(1, len(METRICS), aspect=height / plots.TEXT_WIDTH, sharey=True) as (figure, axes):
-        plots.intervals(figure, axes, table_4, category="setting")
+        plots.intervals(figure, axes, table_4)
     return figure
 
 

@@ -250,7 +250,7 @@ def table_1_figure(table_1: pd.DataFrame) -> Figure:
     _verbatim(table_1)
     height = 0.3 * table_1["setting"].nunique() + 0.9
     with panels(1, len(METRICS), aspect=height / TEXT_WIDTH, sharey=True) as (figure, axes):
-        intervals(figure, axes, table_1, category="setting")
+        intervals(figure, axes, table_1)
     return figure
 
 

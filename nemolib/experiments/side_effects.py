@@ -166,10 +166,8 @@ def fair(found: pd.DataFrame, sets: Sequence[Blocked]) -> Iterator[Claim]:
         found: Localizations.
         sets: What `blocked_sets` returned.
     """
-    every, frequent = (
-        set(ranked_neurons(found)),
-        {part.asked: part.neurons for part in sets if part.setting == FREQUENT},
-    )
+    every = set(ranked_neurons(found))
+    frequent = {item.asked: item.neurons for item in sets if item.setting == FREQUENT}
     random = [(item.neurons, frequent[item.asked]) for item in sets if item.setting == OTHER]
     missing = sum(abs(asked - len(neurons)) for asked, neurons in frequent.items())
     beyond = sum(np.subtract(others.counts, neurons.counts).clip(min=0).sum() for others, neurons in random)
@@ -430,9 +428,8 @@ def layer_effects(run: Run, prompts: Sequence[str], layers: Mapping[str, Sequenc
     rows = run.rows(prompts).rename(columns={"caption": "prompt"})[["kind", "prompt"]]
     settings = {"": [None]} | {name: [switched_off(layer)] for name, layer in chosen.items()}
     values = measured(run, rows, settings, few_images(run))
-    labels = {"": (UNTOUCHED, 0, "")} | {
-        name: (layer.part, layer.number, layer.block) for name, layer in chosen.items()
-    }
+    labels = {name: (layer.part, layer.number, layer.block) for name, layer in chosen.items()}
+    labels[""] = (UNTOUCHED, 0, "")
     values[columns[:3]] = [labels[name] for name in values["setting"]]
     return values.rename(columns={"setting": "name"})[columns]
 
@@ -524,9 +521,8 @@ def read_16(layer_effects: pd.DataFrame) -> Iterator[Claim]:
         ours, same = _effect(summary, part, "sscd_orig"), strongest(summary, part)["layer"].tolist() == strong
         said = f"{part} layers {_listed(strong)} matter most; up layers hardly do (no numbers)"
         rule = "the two layers that lower the similarity most are the paper's"
-        yield Claim(
-            f"SSCD_Orig with one of the {part} layers set to zero", ours, said, *_if_comparable(summary, same, rule)
-        )
+        text = f"SSCD_Orig with one of the {part} layers set to zero"
+        yield Claim(text, ours, said, *_if_comparable(summary, same, rule))
 
 
 def read_17(layer_effects: pd.DataFrame) -> Iterator[Claim]:
@@ -546,15 +542,12 @@ def read_20(layer_effects: pd.DataFrame) -> Iterator[Claim]:
     """Yield whether prompts stay memorized with half of a convolution blocked."""
     summary, part = layer_summary(layer_effects), "convolution"
     rows = summary[summary["part"] == part]
-    kept, known = (
-        (rows["sscd_orig"] / rows["sscd_orig_untouched"]).median(),
-        rows["sscd_orig_untouched"] > MEMORIZED_ABOVE,
-    )
+    kept = (rows["sscd_orig"] / rows["sscd_orig_untouched"]).median()
     yield Claim(
         "half of the channels of one of the convolutions blocked",
         f"SSCD_Orig {_effect(summary, part, 'sscd_orig')} ({_percent(kept)} stays); A_CLIP {_effect(summary, part, 'a_clip')}",
         "still memorized; quality suffers for early layers (images, no numbers)",
-        bool(kept > KEPT) if known.any() else None,
+        bool(kept > KEPT) if (rows["sscd_orig_untouched"] > MEMORIZED_ABOVE).any() else None,
         f"more than {KEPT:.0%} stays in the median of the layers; compared where the untouched model gives copies",
     )
 
@@ -587,7 +580,8 @@ def _percent(share: float) -> str:
 
 def _plus_minus(mean: float, deviation: float, sign: str = "") -> str:
     """Return a mean and its standard deviation as text, the mean alone where there is no other."""
-    return f"{mean:{sign}.3f}" + ("" if pd.isna(deviation) else f" ± {deviation:.3f}")
+    shown = "–" if np.isnan(mean) else f"{mean:{sign}.3f}"
+    return shown if np.isnan(deviation) else f"{shown} ± {deviation:.3f}"
 
 
 # Figures and tables
@@ -616,13 +610,7 @@ def figure_8(blocked_quality: pd.DataFrame) -> Figure:
 def _draw_quality(summary: pd.DataFrame, chosen: list[str], *, aspect: float) -> Figure:
     """Return a panel for each metric; random neurons stand a little to the right, so that intervals can be told apart."""
     frequent = plots.ROLES["deactivated"].line_style(linestyle="-", label="most frequent memorization neurons")
-    other = {
-        "color": "0.4",
-        "marker": "o",
-        "linestyle": "--",
-        "markerfacecolor": "white",
-        "label": "random other neurons",
-    }
+    other = plots.Role("random other neurons", "0.4", "o", "--", "").line_style(markerfacecolor="white")
     with plots.panels(1, len(chosen), aspect=aspect) as (figure, axes):
         for place, metric in zip(axes, chosen, strict=True):
             base, *rows = (part for _, part in summary[summary["metric"] == metric].groupby("setting", sort=False))

@@ -9,7 +9,7 @@ import pytest
 from nemolib import paper, paths
 from nemolib.exhibits import NotEnough
 from nemolib.experiments import ablations
-from nemolib.experiments.ablations import DEFAULT, FACTORS, GUIDANCE, NO_REFINEMENT, NO_TOP_K
+from nemolib.experiments.ablations import FACTORS, GUIDANCE, NO_REFINEMENT, NO_TOP_K
 from nemolib.experiments.deactivate_neurons import METRICS, NONE, measured
 from nemolib.experiments.localize_neurons import by_prompt
 from nemolib.mitigation import DeactivatedNeurons
@@ -21,7 +21,7 @@ from tests.random_world import amplify, write_encoders, write_prompts
 
 VM, TM = ["a tree", "the sea"], ["old map", "red owl card"]
 LADDER = {"my dog": 4, "my cat": 4, "my hat": 1, "my cup": 1}
-DEFAULT_NAME, LOW, MEAN, HIGH = "default (mean + 1 sd)", *(f"threshold mean{end}" for end in (" - 1 sd", "", " + 2 sd"))
+OWN, LOW, MEAN, HIGH = "default (mean + 1 sd)", *(f"threshold mean{end}" for end in (" - 1 sd", "", " + 2 sd"))
 CELLS = ["initial mean - 1 sd, refinement mean", "initial mean - 1 sd, refinement mean + 1 sd",
          "initial mean, refinement mean + 1 sd"]  # fmt: skip
 
@@ -48,43 +48,35 @@ def put(value, column, kind="vm", **where):
     return change
 
 
-def rules_turn():
-    """Yield what turns a claim in the kept tables: from the numbers of the paper's table or to others."""
-    names = {DEFAULT: DEFAULT_NAME}
-    changes = {  # claim: setting, value that turns it for VM and for TM
-        "a higher threshold gives fewer neurons": (HIGH, 7, 99), "every threshold removes copies": (HIGH, 0.8, 0),
-        "guidance in detection gives no more neurons": (GUIDANCE, 99, 99),
-        "refinement leaves less than half of the neurons": (NO_REFINEMENT, 1, 1),
-        "refinement does not bring copies back": (DEFAULT, 0.06, 0),
-        "without top-k there are more neurons": (NO_TOP_K, 1, 1), "without top-k images change less": (NO_TOP_K, 0.9, -1),
-        "half of the activation is enough for a copy": ("factor 0.5", 0.1, 0), "a quarter of it is not": ("factor 0.25", 0.1, 0),
-        "negative factors do what 0 does": (DEFAULT, 0.03, 0),
-    }  # fmt: skip
-    for text, kinds, column, *_ in ablations.RULES:
-        for kind in kinds:
-            setting, *values = changes[text]
-            setting = names.get(setting, setting)
-            change = put(values[kind == "tm"], column, kind, setting=setting)
-            yield "table_4_claims", "table_4", change, f"{kind.upper()}: {text}"
-
-
-def without_guidance(table):
-    return put(0.4, "sscd_orig", setting=GUIDANCE)(table)
-
+RULES_TURN = {
+    "a higher threshold gives fewer neurons": (HIGH, 7, 99), "every threshold removes copies": (HIGH, 0.8),
+    "guidance in detection gives no more neurons": (GUIDANCE, 99, 99), "a quarter of it is not": ("factor 0.25", 0.1),
+    "refinement leaves less than half of the neurons": (NO_REFINEMENT, 1, 1), "negative factors do what 0 does": (OWN, 0.03),
+    "refinement does not bring copies back": (OWN, 0.06), "without top-k there are more neurons": (NO_TOP_K, 1, 1),
+    "without top-k images change less": (NO_TOP_K, 0.9, -1), "half of the activation is enough for a copy": ("factor 0.5", 0.1),
+}  # fmt: skip
+"""For each rule a setting, and the value that turns it in the kept table for VM and for TM prompts."""
 
 SEARCHES = "VM, SSCD_Orig: all neurons active, and the largest of all searches and negative factors"
+PAIRS = "neurons, initial and refined, both thresholds from low to high"
 
 TURNS = [
-    *rules_turn(),
-    *((name, "table_4", without_guidance, SEARCHES) for name in ("table_4", "table_4_figure")),
-    ("figure_5b", "scaling", put(0.1, "sscd_orig", factor=0.5), "VM, SSCD_Orig at the factors 1, 0.5, 0, -1"),
-    ("figure_15", "threshold_map", put(0.8, "sscd_orig", initial="mean"), "VM, SSCD_Orig of all pairs, lowest and highest"),
     *(
-        ("figure_14", "threshold_map", put(999, column, kind, initial="mean + 1 sd"),
-         f"{kind.upper()}: neurons, initial and refined, both thresholds from low to high")
-        for column, kind in (("neurons", "vm"), ("initial_neurons", "tm"))
+        ("table_4_claims", "table_4", put(value, column, kind, setting=RULES_TURN[text][0]), f"{kind.upper()}: {text}")
+        for text, kinds, column, *_ in ablations.RULES
+        for kind, value in zip(kinds, RULES_TURN[text][1:], strict=True)
     ),
-]  # fmt: skip
+    *((name, "table_4", put(0.4, "sscd_orig", setting=GUIDANCE), SEARCHES) for name in ("table_4", "table_4_figure")),
+    ("figure_5b", "scaling", put(0.1, "sscd_orig", factor=0.5), "VM, SSCD_Orig at the factors 1, 0.5, 0, -1"),
+    (
+        "figure_15",
+        "threshold_map",
+        put(0.8, "sscd_orig", initial="mean"),
+        "VM, SSCD_Orig of all pairs, lowest and highest",
+    ),
+    ("figure_14", "threshold_map", put(999, "neurons", "vm", initial="mean + 1 sd"), f"VM: {PAIRS}"),
+    ("figure_14", "threshold_map", put(999, "initial_neurons", "tm", initial="mean + 1 sd"), f"TM: {PAIRS}"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -93,20 +85,14 @@ def run(tmp_path_factory, random_model_folder):
     folder = tmp_path_factory.mktemp("world")
     kinds = dict.fromkeys(VM, "vm") | dict.fromkeys(TM, "tm") | dict.fromkeys(LADDER, "ladder")
     holdout = [f"{first} {second}" for first in "cdef" for second in "uvyz"]
+    prompts = write_prompts(folder, kinds, unmemorized=["a house"], holdout=holdout, copies=LADDER)
     profile = Profile(
-        name="random",
-        model=str(random_model_folder),
-        device="cpu",
-        protocol="paper",
-        prompts=write_prompts(folder, kinds, unmemorized=["a house"], holdout=holdout, copies=LADDER),
-        holdout_size=16,
-        threshold_prompts=6,
-        detection={"samples": 3},
-        similarity={"kernel_size": 3, "sigma": 0.5},
+        name="random", model=str(random_model_folder), device="cpu", protocol="paper", prompts=prompts, holdout_size=16,
+        threshold_prompts=6, detection={"samples": 3}, similarity={"kernel_size": 3, "sigma": 0.5},
         search={"theta_start": 12.0, "theta_step": 1.0, "theta_min": 11.0, "k_start": 1, "k_step": 1},
         generation={"samples": 2, "steps": 2, "guidance": 3.0, "batch_size": 16},
         encoders=write_encoders(folder, random_model_folder),
-    )
+    )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "BUILD", folder)
         yield Run(profile, amplify(load_pipeline(profile)), progress=False)
@@ -124,7 +110,7 @@ def found(run, levels):
 
 @pytest.fixture(scope="module")
 def values(run, found, levels):
-    return measured(run, found[found["setting"] == DEFAULT_NAME], ablations.ablation_settings(found, levels))
+    return measured(run, found[found["setting"] == OWN], ablations.ablation_settings(found, levels))
 
 
 def test_a_threshold_that_the_profile_gives_is_named_by_its_value(run):
@@ -134,7 +120,7 @@ def test_a_threshold_that_the_profile_gives_is_named_by_its_value(run):
 
 
 def test_every_search_has_every_prompt_with_one_gate_and_is_kept(run, found, levels):
-    order = [DEFAULT_NAME, LOW, *CELLS[:2], MEAN, CELLS[2], HIGH, NO_TOP_K, GUIDANCE]
+    order = [OWN, LOW, *CELLS[:2], MEAN, CELLS[2], HIGH, NO_TOP_K, GUIDANCE]
     assert found.groupby("setting", sort=False)["prompt"].agg(list).to_dict() == dict.fromkeys(order, [*VM, *TM])
     gates = found.groupby("setting")["gate"].unique()
     assert all(gates[name].tolist() == [run.threshold] for name in order[:-1])
@@ -147,9 +133,9 @@ def test_every_search_has_every_prompt_with_one_gate_and_is_kept(run, found, lev
 
 
 def test_settings_are_those_of_the_paper_then_the_cells(found, levels):
-    settings, default = ablations.ablation_settings(found, levels), found[found["setting"] == DEFAULT_NAME]
+    settings, default = ablations.ablation_settings(found, levels), found[found["setting"] == OWN]
     scaled = [f"factor {factor:g}" for factor in FACTORS]
-    assert list(settings) == [NONE, DEFAULT_NAME, GUIDANCE, LOW, MEAN, HIGH, NO_REFINEMENT, NO_TOP_K, *scaled, *CELLS]
+    assert list(settings) == [NONE, OWN, GUIDANCE, LOW, MEAN, HIGH, NO_REFINEMENT, NO_TOP_K, *scaled, *CELLS]
     assert settings[NO_REFINEMENT] == [DeactivatedNeurons(by_prompt(default, "initial"))]
     assert settings["factor -1"] == [DeactivatedNeurons(by_prompt(default), -1.0)]
 
@@ -157,15 +143,12 @@ def test_settings_are_those_of_the_paper_then_the_cells(found, levels):
 def test_the_tables_have_the_papers_rows_beside(found, values, levels):
     table, theirs = ablations.table_4(values, levels), paper.table("table_4").set_index(["setting", "kind"])
     ours = table.set_index(["setting", "kind"])
-    for name, reported in ((DEFAULT_NAME, "default (0.428)"), (LOW, "threshold 0.288"), ("factor -1", "factor -1")):
+    for name, reported in ((OWN, "default (0.428)"), (LOW, "threshold 0.288"), ("factor -1", "factor -1")):
         assert ours.loc[(name, "tm"), "neurons_paper"] == theirs.loc[(reported, "tm"), "neurons"]
     assert not set(CELLS) & set(table["setting"])
     scaled = ablations.scaling_table(table, levels).query("kind == 'vm'")
     assert scaled["factor"].tolist() == [-1, -0.75, -0.5, -0.25, 0, 0.25, 0.5, 0.75, 1]
-    assert (
-        scaled["sscd_orig"].iloc[[4, 8]].tolist()
-        == ours.loc[[(DEFAULT_NAME, "vm"), (NONE, "vm")], "sscd_orig"].tolist()
-    )
+    assert scaled["sscd_orig"].iloc[[4, 8]].tolist() == ours.loc[[(OWN, "vm"), (NONE, "vm")], "sscd_orig"].tolist()
     cells, maps = ablations.threshold_map(found, values, levels), paper.table("threshold_maps")
     assert cells["sscd_gen_paper"].tolist() == maps["sscd_gen"].tolist()
     seen = values[(values["kind"] == "vm") & (values["setting"] == CELLS[2])]

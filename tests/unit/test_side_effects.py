@@ -67,17 +67,11 @@ TURNS = [
 def run(tmp_path_factory, random_model_folder, random_pipe):
     folder = tmp_path_factory.mktemp("world")
     kinds = dict.fromkeys(VM, "vm") | {"blue cat case": "tm"}
+    prompts = write_prompts(folder, kinds, unmemorized=UNMEMORIZED, holdout=["a a", "b b"], sides={VM[0]: 48})
     profile = Profile(
-        name="random",
-        model=str(random_model_folder),
-        device="cpu",
-        prompts=write_prompts(folder, kinds, unmemorized=UNMEMORIZED, holdout=["a a", "b b"], sides={VM[0]: 48}),
-        holdout_size=2,
-        threshold_prompts=2,
-        generation={"samples": 4, "steps": 1, "batch_size": 16},
-        mitigation={"random": {"seed": 3, "repeats": 5}},
-        encoders=write_encoders(folder, random_model_folder),
-    )
+        name="random", model=str(random_model_folder), device="cpu", prompts=prompts, holdout_size=2, threshold_prompts=2,
+        generation={"samples": 4, "steps": 1, "batch_size": 16}, encoders=write_encoders(folder, random_model_folder),
+    )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "BUILD", folder)
         yield Run(profile, random_pipe, progress=False)

@@ -15,8 +15,8 @@ from __future__ import annotations
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,7 +81,6 @@ def must(
     at_least: float = -math.inf,
     at_most: float = math.inf,
     equals: float | None = None,
-    atol: float = 0.0,
     paper: object = "",
     reason: str = "",
     missing: str = "",
@@ -94,7 +93,6 @@ def must(
         at_least: Smallest allowed value.
         at_most: Largest allowed value.
         equals: Expected value.
-        atol: How far from ``equals`` it may be.
         paper: What the paper says.
         reason: Why this bound, or where the tolerance comes from.
         missing: What it would take to check the claim and is not there (`too_few`); empty: it is checked.
@@ -106,12 +104,10 @@ def must(
         if type(value).__name__ not in ("bool", "bool_"):
             raise ValueError(f"claim {text!r} has the value {value!r} and no bound; give at_least, at_most or equals")
         equals = 1.0
-    low, high = (at_least, at_most) if equals is None else (equals - atol, equals + atol)
+    low, high = (at_least, at_most) if equals is None else (equals, equals)
     holds = bool(low <= float(value) <= high)
-    bound = f"{low:.4g} to {high:.4g}" if math.isfinite(low) and math.isfinite(high) else (
-        f">= {low:.4g}" if math.isfinite(low) else f"<= {high:.4g}"
-    )  # fmt: skip
-    bound = f"{equals:.4g}" if low == high else bound
+    ends = [f">= {low:.4g}"] * math.isfinite(low) + [f"<= {high:.4g}"] * math.isfinite(high)
+    bound = f"{low:.4g}" if low == high else " and ".join(ends)
     rule = "; ".join(filter(None, [f"must be {bound}", reason, missing and f"not checked: {missing}"]))
     shown = "" if missing and math.isnan(value) else number(float(value))
     return Claim(text, shown, str(paper), None if missing else holds, rule, must=True)
@@ -256,26 +252,27 @@ def claims(item: Exhibit, load: Load) -> list[Claim]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rendered:
-    """An exhibit that was drawn: its content, what it claims, and its files by suffix (none if they were not written)."""
+    """An exhibit that was drawn, or the reason why not.
+
+    Attributes:
+        exhibit: The exhibit.
+        content: The figure or table; None: it was not drawn.
+        claims: What it claims.
+        files: Its files by suffix; none if they were not written.
+        reason: Why it was not drawn.
+    """
 
     exhibit: Exhibit
-    content: Figure | pd.DataFrame
-    claims: list[Claim]
-    files: dict[str, Path]
+    content: Figure | pd.DataFrame | None
+    claims: Sequence[Claim] = ()
+    files: Mapping[str, Path] = field(default_factory=dict)
+    reason: str = ""
 
     @property
     def verdict(self) -> str:
         """Whether what is compared with the paper ``agrees``, ``differs``, or nothing is compared (``beside``)."""
         compared = [claim.holds for claim in self.claims if claim.holds is not None and not claim.must]
         return "beside" if not compared else "agrees" if all(compared) else "differs"
-
-
-@dataclass(frozen=True, slots=True)
-class NotDrawn:
-    """An exhibit that was not drawn, and why."""
-
-    exhibit: Exhibit
-    reason: str
 
 
 VERDICTS = {
@@ -286,7 +283,7 @@ VERDICTS = {
 """What the verdicts of exhibits mean."""
 
 
-def render(item: Exhibit, run: Run, *, load: Load | None = None, write: bool = True) -> Rendered | NotDrawn:
+def render(item: Exhibit, run: Run, *, load: Load | None = None, write: bool = True) -> Rendered:
     """Draw an exhibit and write its files to ``figures/<profile>/``, or return why it cannot be drawn.
 
     The same sources give the same bytes.
@@ -301,11 +298,11 @@ def render(item: Exhibit, run: Run, *, load: Load | None = None, write: bool = T
     try:
         content, said = _called(item.draw, load), claims(item, load)
     except (NotEnough, FileNotFoundError) as error:
-        return NotDrawn(item, str(error))
+        return Rendered(item, None, reason=str(error))
     return Rendered(item, content, said, _write(item, content, run, load) if write else {})
 
 
-def render_all(run: Run, *, load: Load | None = None, write: bool = True) -> list[Rendered | NotDrawn]:
+def render_all(run: Run, *, load: Load | None = None, write: bool = True) -> list[Rendered]:
     """Return all exhibits, drawn (and written) where there is enough for them; see `render`."""
     return [render(item, run, load=load, write=write) for item in exhibits()]
 
@@ -326,7 +323,7 @@ def _write(item: Exhibit, content: Figure | pd.DataFrame, run: Run, load: Load) 
         f"{item.name}.{first}",
         profile=run.profile,
         notebook=item.notebook,
-        inputs={name: _content(load(name)) for name in inspect.signature(item.draw).parameters},
+        inputs={name: load(name) for name in inspect.signature(item.draw).parameters},
         code=code_hash(item.draw.__module__.removeprefix("nemolib.")),
         device=run.pipe.device.type,
     )
@@ -334,10 +331,6 @@ def _write(item: Exhibit, content: Figure | pd.DataFrame, run: Run, load: Load) 
     for suffix, data in contents.items():
         write_atomic(files[suffix], data)
     return files
-
-
-def _content(value: pd.DataFrame | Grid) -> Any:
-    return value.images if isinstance(value, Grid) else value
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -373,7 +366,7 @@ def show(run: Run, name: str) -> None:
     if name not in known:
         raise KeyError(f"unknown exhibit {name!r}; known: {', '.join(known)}")
     drawn = render(known[name], run, write=False)
-    if isinstance(drawn, NotDrawn):
+    if drawn.content is None:
         display(Markdown(f"*{drawn.exhibit.heading}* is not shown: {drawn.reason}."))
         return
     display(drawn.content)
@@ -426,32 +419,38 @@ def _claim_rows(said: Iterable[tuple[str, Claim]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["exhibit", "claim", "ours", "paper", "verdict", "rule"])
 
 
-def claim_table(page: Sequence[Rendered | NotDrawn]) -> pd.DataFrame:
+def claim_table(page: Sequence[Rendered]) -> pd.DataFrame:
     """Return what the exhibits of a page claim beside the paper: columns exhibit, claim, ours, paper, verdict, rule."""
-    return _claim_rows(
-        (item.exhibit.label or item.exhibit.heading, claim)
-        for item in page
-        if isinstance(item, Rendered)
-        for claim in item.claims
-        if not claim.must
-    )
+    said = [(item.exhibit.label or item.exhibit.heading, claim) for item in page for claim in item.claims]
+    return _claim_rows((name, claim) for name, claim in said if not claim.must)
 
 
-def missing_table(page: Sequence[Rendered | NotDrawn]) -> pd.DataFrame:
+def missing_table(page: Sequence[Rendered]) -> pd.DataFrame:
     """Return what a page does not show, and why: columns exhibit, reason."""
-    rows = [(item.exhibit.heading, item.reason) for item in page if isinstance(item, NotDrawn)]
+    rows = [(item.exhibit.heading, item.reason) for item in page if item.content is None]
     return pd.DataFrame(rows, columns=["exhibit", "reason"])
 
 
-_STYLE = """
-body { font: 16px/1.45 Georgia, 'Times New Roman', serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; }
-h2 { margin-top: 3rem; font-size: 1.2rem; } img { max-width: 100%; } table { border-collapse: collapse; font-size: 0.9rem; }
-td, th { padding: 0.2rem 0.7rem; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top; }
-code { font-size: 0.85rem; }
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.45 Georgia, 'Times New Roman', serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; }}
+h2 {{ margin-top: 3rem; font-size: 1.2rem; }} img {{ max-width: 100%; }} code {{ font-size: 0.85rem; }}
+table {{ border-collapse: collapse; font-size: 0.9rem; }}
+td, th {{ padding: 0.2rem 0.7rem; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top; }}
+</style>
+</head>
+<body>
+{body}</body>
+</html>
 """
 
 
-def write_page(page: Sequence[Rendered | NotDrawn], run: Run) -> dict[str, Path]:
+def write_page(page: Sequence[Rendered], run: Run) -> dict[str, Path]:
     """Write ``index.md`` and the same text as ``index.html`` beside the files of the exhibits.
 
     Raises:
@@ -462,44 +461,33 @@ def write_page(page: Sequence[Rendered | NotDrawn], run: Run) -> dict[str, Path]
     title = f"Figures and tables: profile {run.profile.name}"
     text = "\n\n".join([f"# {title}", *_sections(page, run.profile.name)]) + "\n"
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
-    head = (
-        '<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{_STYLE}</style>"
-    )
-    contents = {
-        "md": text,
-        "html": f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}</body>\n</html>\n',
-    }
-    files = {suffix: paths.FIGURES / run.profile.name / f"index.{suffix}" for suffix in contents}
-    for suffix, content in contents.items():
-        write_atomic(files[suffix], content)
+    folder = paths.FIGURES / run.profile.name
+    files = {"md": folder / "index.md", "html": folder / "index.html"}
+    write_atomic(files["md"], text)
+    write_atomic(files["html"], _PAGE.format(title=title, body=body))
     return files
 
 
-def _sections(page: Sequence[Rendered | NotDrawn], profile: str) -> Iterator[str]:
+def _sections(page: Sequence[Rendered], profile: str) -> Iterator[str]:
     """Yield the paragraphs of the index page."""
-    drawn = [item for item in page if isinstance(item, Rendered)]
+    drawn = [item for item in page if item.content is not None]
     if not drawn:
         raise ValueError("no exhibit was drawn; run the other notebooks first (make notebooks)")
     counted = Counter(item.verdict for item in drawn)
     verdicts = "; ".join(f"{counted[name]}: {text}" for name, text in VERDICTS.items() if counted[name])
     yield f"{len(drawn)} figures and tables ({verdicts}), made by notebook {PAGE} from the tables of the others."
     for item in drawn:
-        yield f"## {item.exhibit.heading}"
-        is_figure = isinstance(item.content, Figure)
-        yield f"![{item.exhibit.heading}]({item.exhibit.name}.png)" if is_figure else markdown(item.content)
+        heading, notebook = item.exhibit.heading, item.exhibit.notebook
+        yield f"## {heading}"
+        picture = isinstance(item.content, Figure)
+        yield f"![{heading}]({item.exhibit.name}.png)" if picture else markdown(item.content)
         yield item.exhibit.caption
+        command = f"make build/{profile}/{notebook}.ipynb PROFILE={profile} && make figures PROFILE={profile}"
         facts = [_sentence(claim) for claim in item.claims if not claim.must]
-        facts += [VERDICTS[item.verdict][0].upper() + VERDICTS[item.verdict][1:]]
-        command = (
-            f"make build/{profile}/{item.exhibit.notebook}.ipynb PROFILE={profile} && make figures PROFILE={profile}"
-        )
-        facts += [f"Computed by notebooks/{item.exhibit.notebook}.ipynb, written in {item.exhibit.module}: `{command}`"]
+        facts += [VERDICTS[item.verdict].capitalize(), f"Written in {item.exhibit.module}, computed by `{command}`"]
         yield "\n".join(f"- {fact}" for fact in facts)
         yield " · ".join(f"[{suffix}]({path.name})" for suffix, path in item.files.items())
-    for heading, table in (
-        ("What holds, what does not, why", claim_table(page)),
-        ("What is not here, and why", missing_table(page)),
-    ):
+    ends = {"What holds, what does not, why": claim_table(page), "What is not here, and why": missing_table(page)}
+    for heading, table in ends.items():
         if len(table):
             yield f"## {heading}\n\n{markdown(table)}"

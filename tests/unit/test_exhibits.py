@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from nemolib import exhibits, paper, paths
-from nemolib.exhibits import Claim, ClaimError, NotDrawn, NotEnough, Rendered, check, must, too_few
+from nemolib.exhibits import Claim, ClaimError, NotEnough, check, must, too_few
 from nemolib.settings import load_profile
 from nemolib.store import Grid, read_table
 
@@ -78,7 +78,7 @@ def item(request):
 
 def test_it_is_drawn_and_says_what_it_shows(item):
     drawn = exhibits.render(item, None, load=kept, write=False)
-    assert isinstance(drawn, Rendered), drawn.reason
+    assert drawn.content is not None, drawn.reason
     if isinstance(drawn.content, Figure):
         assert drawn.content.get_figwidth() <= 5.5 + 1e-9
         # An empty figure has no artists.
@@ -101,7 +101,7 @@ def test_each_source_cut_to_nothing_leaves_it_out_with_a_reason(item):
             return value.iloc[:0] if isinstance(value, pd.DataFrame) else Grid(value.images[:0], (), value.columns)
 
         drawn = exhibits.render(item, None, load=cut, write=False)
-        assert isinstance(drawn, NotDrawn), name
+        assert drawn.content is None, name
         assert name in drawn.reason
 
 
@@ -237,8 +237,7 @@ def test_claims_of_a_notebook_are_one_table_and_those_that_must_hold_do(own):
     [
         ({"value": 0.99, "at_least": 0.98}, "holds", "must be >= 0.98"),
         ({"value": 0.97, "at_least": 0.98, "reason": "so"}, "does not hold", "must be >= 0.98; so"),
-        ({"value": 0.4, "at_least": 0, "at_most": 1}, "holds", "must be 0 to 1"),
-        ({"value": 2.0, "equals": 2.001, "atol": 0.01}, "holds", "must be 1.991 to 2.011"),
+        ({"value": 0.4, "at_least": 0, "at_most": 1}, "holds", "must be >= 0 and <= 1"),
         ({"value": True}, "holds", "must be 1"),
         ({"value": False}, "does not hold", "must be 1"),
         ({"value": math.nan, "at_least": 0}, "does not hold", "must be >= 0"),

@@ -77,8 +77,9 @@ def noise_grid(run: Run, rows: pd.DataFrame) -> Grid:
     Returns:
         Images [prompt, seed, height, width, 3] of at most six seeds, uint8; captions and "seed 0", ... are the labels.
     """
-    found = [noise_differences(run.pipe, caption)[:6, :3].cpu().numpy() for caption in rows["caption"]]
-    colours = (np.moveaxis(np.stack(found).astype(np.float64), 2, -1) * 255).round().astype(np.uint8)
+    own = {"settings": run.profile.detection, "protocol": run.profile.protocol}
+    found = [noise_differences(run.pipe, caption, **own)[:6, :3].double().cpu() for caption in rows["caption"]]
+    colours = (np.moveaxis(np.stack(found), 2, -1) * 255).round().astype(np.uint8)
     return Grid(colours, tuple(rows["caption"]), tuple(f"seed {seed}" for seed in range(colours.shape[1])))
 
 

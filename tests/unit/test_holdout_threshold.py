@@ -1,0 +1,111 @@
+"""What is normal: thresholds of every switch by hand, in a random world."""
+
+from dataclasses import fields, replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from nemolib import paths
+from nemolib.experiments import holdout_threshold as holdout
+from nemolib.holdout import memorization_threshold
+from nemolib.run import Run
+from nemolib.settings import PAPER, RELEASED, Profile
+from tests.random_world import write_prompts
+
+TURNS = [
+    ("table_4_thresholds", "thresholds", lambda table: table.assign(ours=0.99), "a threshold between similarities"),
+    ("protocol_switches", "protocol_switches", lambda table: table.assign(mean=table["mean"] * (table["switch"] == "none")), "largest pairs raise the mean"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, random_model_folder, random_pipe):
+    folder = tmp_path_factory.mktemp("world")
+    profile = Profile(
+        name="random",
+        model=str(random_model_folder),
+        device="cpu",
+        prompts=write_prompts(folder, {}, unmemorized=["a tree"], holdout=[f"{a} {b}" for a in "abc" for b in "uv"]),
+        holdout_size=6,
+        threshold_prompts=4,
+        detection={"samples": 3, "guidance": 7.0},
+        similarity={"kernel_size": 3, "sigma": 0.5},
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "BUILD", folder)
+        yield Run(profile, random_pipe, progress=False)
+
+
+def test_each_switch_changes_one_thing_and_all_together_lead_to_the_paper():
+    rows = {name: (protocol, guidance) for name, _, _, protocol, guidance in holdout.switches(7.0)}
+    assert list(rows) == ["none", "timestep", "pairs", "similarity", "all", "guidance", "order"]
+    changed = {"timestep": "timestep_index", "order": "swap_guidance", "pairs": "threshold_pairs", "similarity": "similarity"}  # fmt: skip
+    for name, field in changed.items():
+        assert rows[name] == (replace(RELEASED, **{field: getattr(PAPER, field)}), 7)
+    assert rows["none"] == (RELEASED, 7)
+    assert rows["all"] == (PAPER, 7)
+    assert rows["guidance"] == (RELEASED, 0)
+    differing = {field.name for field in fields(PAPER) if getattr(PAPER, field.name) != getattr(RELEASED, field.name)}
+    # The others are about the search, which a threshold does not see.
+    assert differing - set(changed.values()) == {"name", "evaluate_limits", "double_entries"}
+    assert [guidance for *_, guidance in holdout.switches(0.0)] == [0, 0, 0, 0, 0, 7, 7]
+
+
+def test_thresholds_of_the_switches(run):
+    rows = holdout.switch_table(run).set_index("switch")
+    assert rows.loc["none", "threshold"] == run.threshold_at(protocol=RELEASED)
+    assert rows.loc["all", "threshold"] == run.threshold_at(protocol=PAPER)
+    assert rows.loc["guidance", "threshold"] == run.threshold_at(protocol=RELEASED, guidance=0.0)
+    assert rows["threshold"].to_numpy() == pytest.approx((rows["mean"] + rows["sd"]).to_numpy())
+    assert rows["difference"].to_numpy() == pytest.approx(
+        (rows["threshold"] - rows.loc["none", "threshold"]).to_numpy()
+    )
+    largest = run.holdout_scores(protocol=RELEASED).max(axis=1)
+    assert rows.loc["none", "gate"] == (largest > rows.loc["none", "threshold"]).mean()
+    gates = holdout.gate_table(run, [7.0, 0.0])
+    assert gates.index.tolist() == gates.columns.tolist() == [0.0, 7.0]
+    assert [gates.loc[7.0, 7.0], gates.loc[0.0, 0.0]] == rows.loc[["none", "guidance"], "gate"].tolist()
+    assert gates.loc[7.0, 0.0] == (largest > rows.loc["guidance", "threshold"]).mean()
+
+
+def test_pairs_keep_their_prompt_and_seeds(run):
+    scores, table = run.holdout_scores(), holdout.pair_table(run)
+    assert table[["prompt", "first", "second"]].head(4).to_numpy().tolist() == [
+        [0, 0, 1],
+        [0, 0, 2],
+        [0, 1, 2],
+        [1, 0, 1],
+    ]
+    assert table["similarity"].to_numpy().reshape(4, 3).tolist() == scores.tolist()
+
+
+def test_the_four_thresholds_and_what_other_holdout_sets_give(run):
+    table, scores = holdout.thresholds(run), run.holdout_scores()
+    assert table["ours"].tolist() == [memorization_threshold(scores, multiplier=times) for times in (-1, 0, 1, 2)]
+    assert (table["tau"] == run.threshold).all()
+    draws = [memorization_threshold(scores[rows]) for rows in np.random.default_rng(0).integers(4, size=(1000, 4))]
+    assert table.loc[0, ["low", "high"]].tolist() == pytest.approx(np.quantile(draws, [0.025, 0.975]).tolist())
+    given = replace(run.profile, thresholds={"value": 0.25})
+    assert (holdout.thresholds(Run(given, run.pipe, store=run.store, progress=False))["tau"] == 0.25).all()
+
+
+def test_layers_with_their_statistics(run):
+    table, normal = holdout.layer_table(run), run.statistics
+    assert table["layer"].tolist() == list(range(1, 8))
+    assert table["neurons"].tolist() == list(normal.widths)
+    assert table["block"].iloc[-1] == "mid_block.attentions.0"
+    assert table["sd"].iloc[2] == pytest.approx(float(normal.std[2].mean()))
+    assert table["sd_low"].le(table["sd"]).all()
+    assert table["sd_high"].iloc[0] == float(normal.std[0].max())
+
+
+def test_a_threshold_of_few_prompts_is_not_checked():
+    thresholds = pd.DataFrame({"multiplier": [0.0, 1.0], "ours": [0.9, 0.99], "low": 0.9, "high": 1.0})
+    pairs = pd.DataFrame({"prompt": [0, 0, 1], "similarity": 0.9})
+    beside, room = holdout.read_thresholds(thresholds, pairs)
+    assert room.verdict == "not checked"
+    assert "2 holdout prompts, 10 needed" in room.rule
+    assert "2 holdout prompts, 10 needed" in beside.rule
+    many = pd.DataFrame({"prompt": range(10), "similarity": 0.9})
+    assert list(holdout.read_thresholds(thresholds, many))[1].verdict == "does not hold"

@@ -1,0 +1,178 @@
+"""Scores, detection, z-scores and copies: what the tables hold, by hand, in a random world."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from nemolib import paths
+from nemolib import run as runs
+from nemolib.encoders import CopyDescriptor
+from nemolib.experiments import memorization_score as score
+from nemolib.first_step import FirstStep, guidance_norms, noise_differences
+from nemolib.generation import generate
+from nemolib.holdout import holdout_scores, z_scores
+from nemolib.layers import value_activations
+from nemolib.pipeline import embed, load_pipeline
+from nemolib.run import Run
+from nemolib.settings import Encoders, Profile
+from tests.random_world import amplify, write_encoders, write_prompts
+
+VM, CLEAN = ["red fox card", "red owl card"], ["a tree", "the sea", "my dog"]
+
+
+def upside_down(*columns):
+    """Return a change that turns the order of values around."""
+    return lambda table: table.assign(**{column: -table[column] for column in columns})
+
+
+def normal_activations(table):
+    return table.assign(largest_z=table["largest_z"].mask(table["kind"] == "vm", 0.0))
+
+
+TURNS = [
+    ("samples", "copies", lambda table: table.assign(copy_similarity=0.1), "VM images are replayed"),
+    ("samples", "copies", lambda table: table.assign(seed_similarity=0.9), "unmemorized seeds differ"),
+    ("figure_2a", "scores", upside_down("score"), "memorization score (median ± MAD)"),
+    ("figure_2b", "z_by_neuron", normal_activations, "largest |z| in value layer 1"),
+    ("z_by_layer", "z_by_prompt", normal_activations, "largest |z| of a prompt in a layer (median)"),
+    ("detection_table", "detection", lambda table: table.assign(auroc=0.5), "AUROC of the score, and its TPR@1%FPR"),
+    *(
+        ("detection_table", "scores", upside_down("score"), f"AUROC of {kind}, score of the profile's protocol")
+        for kind in ("VM", "TM")
+    ),
+    ("duplication_ladder", "ladder", upside_down("copy_similarity"), "more copies, more alike"),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, random_model_folder):
+    folder = tmp_path_factory.mktemp("world")
+    kinds = dict.fromkeys(VM, "vm") | {"blue cat case": "tm", "odd pin": "ladder", "odd hat": "ladder"}
+    holdout = [f"{first} {second}" for first in "abc" for second in "uv"]
+    profile = Profile(
+        name="random",
+        model=str(random_model_folder),
+        device="cpu",
+        prompts=write_prompts(folder, kinds, unmemorized=CLEAN, holdout=holdout, copies={"odd hat": 4}),
+        holdout_size=6,
+        threshold_prompts=4,
+        detection={"samples": 3, "guidance": 7.0},
+        similarity={"kernel_size": 3, "sigma": 0.5},
+        generation={"samples": 2, "steps": 2, "batch_size": 4},
+        encoders=write_encoders(folder, random_model_folder),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "BUILD", folder)
+        yield Run(profile, amplify(load_pipeline(profile)), progress=False)
+
+
+@pytest.fixture(scope="module")
+def scores(run):
+    return score.scores(run)
+
+
+def test_scores_are_the_librarys(run, scores):
+    captions = scores["caption"].tolist()
+    assert scores["kind"].tolist() == ["vm"] * 2 + ["tm"] + ["ladder"] * 2 + ["unmemorized"] * 3
+    direct = holdout_scores(run.pipe, captions, progress=False)
+    assert scores["score"].to_numpy() == pytest.approx(direct.max(axis=1), abs=1e-4)
+    assert scores["mean_pair"].to_numpy() == pytest.approx(direct.mean(axis=1), abs=1e-4)
+    assert scores["score"].tolist() == scores["score_released"].tolist()
+    theirs = holdout_scores(run.pipe, captions[:1], protocol="paper", progress=False).max()
+    assert scores["score_paper"].iloc[0] == pytest.approx(theirs, abs=1e-4)
+    assert scores["wen"].iloc[0] == pytest.approx(guidance_norms(run.pipe, captions[0]).mean(), rel=1e-3)
+
+
+def test_a_run_that_was_cut_goes_on_and_ends_with_the_same_table(run, scores, monkeypatch):
+    files = sorted((run.store.folder / "observing").rglob("*.json"))
+    files[0].unlink()
+    files[1].write_text("cut")
+    calls, raw = [], FirstStep.raw
+    monkeypatch.setattr(FirstStep, "raw", lambda *a, **k: calls.append(1) or raw(*a, **k))
+    with pytest.warns(UserWarning, match="was damaged"):
+        pd.testing.assert_frame_equal(score.scores(run), scores)
+    assert 0 < len(calls) <= 4
+    monkeypatch.setattr(runs, "map_prompts", lambda task, batches, **_: iter(()) if not batches else 1 / 0)
+    pd.testing.assert_frame_equal(score.scores(run), scores)
+
+
+def test_detection_counts_pairs_and_has_reported_numbers_beside():
+    kinds = ["vm"] * 3 + ["tm"] * 3 + ["unmemorized"] * 4 + ["ladder"]
+    good, bad = [9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 99], [0, 1] * 5 + [99]
+    table = score.detection(pd.DataFrame({"kind": kinds, "score_paper": good, "score_released": good, "wen": bad}))
+    assert table["memorized"].tolist() == ["vm + tm", "vm", "tm"] * 3
+    assert table["prompts"].tolist() == [6, 3, 3] * 3
+    assert (table.loc[:5, ["auroc", "auroc_low", "tpr_at_1_fpr", "accuracy"]] == 1).all().all()
+    assert table["threshold"].tolist()[:3] == [3.5, 5.0, 3.5]
+    assert table["auroc"].iloc[6] == 0.5
+    known = table.set_index(["score", "memorized"])["paper_auroc"]
+    assert known["score_paper", "vm"] == known["score_released", "vm"] == 0.9964
+    assert known["wen", "vm + tm"] == 0.992
+    assert known.isna().sum() == 4
+    shown = score.detection_table(table)
+    assert set(shown.loc[shown["AUROC (reported)"] != "", "confidence"]) == {"paper", "secondary"}
+    assert set(shown.loc[shown["AUROC (reported)"] == "", "confidence"]) == {""}
+
+
+def largest(run, captions):
+    activations = value_activations(run.pipe.unet, embed(run.pipe, captions))
+    return [z.abs().numpy() for z in z_scores(run.statistics, activations)]
+
+
+def test_largest_z_of_prompts_and_of_neurons(run):
+    by_prompt, by_neuron = score.z_by_prompt(run), score.z_by_neuron(run)
+    assert len(by_prompt) == 8 * 7
+    # Three prompts are not memorized, but two are VM.
+    assert set(by_neuron["caption"]) <= {*VM, "blue cat case", *CLEAN[:2]}
+    for layer, z in enumerate(largest(run, CLEAN), start=1):
+        rows = by_prompt[(by_prompt["layer"] == layer) & (by_prompt["kind"] == "unmemorized")]
+        assert rows["neuron"].tolist() == z.argmax(axis=1).tolist()
+        assert rows["largest_z"].to_numpy() == pytest.approx(z.max(axis=1), rel=1e-4)
+        rows = by_neuron[(by_neuron["layer"] == layer) & (by_neuron["kind"] == "unmemorized")]
+        assert rows["neuron"].tolist() == list(range(z.shape[1]))
+        assert rows["largest_z"].to_numpy() == pytest.approx(z[:2].max(axis=0), rel=1e-4)
+
+
+def test_copies_of_planted_images_and_of_none(run):
+    rows = run.prompts("vm", "unmemorized")
+    table, descriptor = score.copies(run, rows), CopyDescriptor.load(run.profile.encoders.copy)
+    made = descriptor.describe(generate(run.pipe, VM[:1], progress=False)[0])
+    similar = (made @ descriptor.describe(np.stack(run.planted_images(rows.head(1))))[0]).numpy()
+    assert table["copy_similarity"].iloc[0] == pytest.approx(np.median(similar), abs=1e-3)
+    assert table["copy_max"].iloc[0] == pytest.approx(similar.max(), abs=1e-3)
+    assert table["seed_similarity"].iloc[0] == pytest.approx(float(made[0] @ made[1]), abs=1e-3)
+    assert table.loc[rows["kind"] == "unmemorized", ["copy_similarity", "copy_max"]].isna().all().all()
+    nothing = score.copies(run, rows.head(0))
+    assert nothing.columns.tolist() == table.columns.tolist()
+    assert nothing["copy_similarity"].dtype == float
+    with pytest.raises(ValueError, match=r"encoders\.copy"):
+        score.copies(Run(replace(run.profile, encoders=Encoders()), run.pipe, progress=False), rows)
+
+
+def test_samples_and_noise_differences_as_images(run):
+    rows = score.examples(run)
+    assert rows["caption"].tolist() == [*VM, "blue cat case", *CLEAN]
+    grid, noise = score.sample_grid(run, rows), score.noise_grid(run, rows)
+    assert grid.rows == noise.rows == tuple(rows["caption"])
+    assert grid.columns == ("planted", "seed 0", "seed 1")
+    assert np.array_equal(grid.images[:3, 0], run.planted_images(rows.head(3)))
+    assert (grid.images[3:, 0] == 255).all()
+    assert np.array_equal(grid.images[:, 1:], run.images(rows["caption"].tolist()))
+    red = noise_differences(run.pipe, VM[0])[1, 0]
+    assert np.array_equal(noise.images[0, 1, ..., 0], (red.double().numpy() * 255).round().astype(np.uint8))
+
+
+def test_what_there_are_too_few_prompts_for_is_said():
+    kinds = ["vm", "tm", "unmemorized"]
+    copies = pd.DataFrame({"kind": kinds, "copy_similarity": [0.1, 0.1, np.nan], "seed_similarity": np.nan})
+    alike, replayed, differ = score.read_samples(copies)
+    assert "VM unknown (one seed)" in alike.ours
+    assert replayed.rule.endswith("not checked: 1 VM prompt with its image, 10 needed")
+    assert (differ.ours, differ.verdict) == ("", "not checked")
+    values = dict.fromkeys(("score", *score.SCORES), [0.1, 0.1, 0.9])
+    scores = pd.DataFrame({"kind": kinds, **values})
+    *_, vm, tm = score.read_detection(score.detection(scores), scores)
+    assert (vm.ours, vm.verdict, tm.verdict) == ("0", "not checked", "not checked")
+    assert "1 TM and unmemorized prompt, 10 needed" in tm.rule

@@ -3,7 +3,7 @@
     python benchmarks/holdout.py                        # 1,000, 10,000 and 50,000 prompts
     python benchmarks/holdout.py --prompts 500 1000     # others
 
-Texts are made of words of the profile's holdout captions, short and all different. Each number of prompts runs in a
+Texts are made of words of the tiny world's holdout captions, short and all different. Each number of prompts runs in a
 process of its own, so that peaks can be compared; what the process needs before (libraries, model) is given beside it.
 A table is printed and written to ``build/benchmarks/holdout.json``. Time should be linear and memory constant: seconds
 per prompt and the peak should hardly change from row to row.
@@ -24,26 +24,23 @@ from pathlib import Path
 
 import pandas as pd
 
+import nemolib
 from nemolib import paths
-from nemolib.files import write_atomic
+from nemolib.prompts import select
+from nemolib.store import write_atomic
 
 OUTPUT = paths.BUILD / "benchmarks" / "holdout.json"
 MEGABYTE = 2**20
 
 
-def texts(profile: str, number: int) -> list[str]:
-    """Return short texts, all different, of words of a profile's holdout captions.
-
-    Args:
-        profile: Name of the profile.
-        number: How many.
+def texts(number: int) -> list[str]:
+    """Return so many short texts, all different, of words of the tiny world's holdout captions.
 
     Raises:
         ValueError: The captions have too few words for so many texts.
     """
-    from nemolib.prompts import select
-
-    words = list(dict.fromkeys(" ".join(select(profile, "holdout")["caption"]).split()))
+    captions = select(nemolib.load_profile("tiny"), "holdout")["caption"]
+    words = list(dict.fromkeys(" ".join(captions).split()))
     found = list(itertools.islice(_sentences(words), number))
     if len(found) < number:
         raise ValueError(f"{len(words)} words give {len(found)} texts; {number} were asked for")
@@ -64,41 +61,29 @@ def peak() -> float:
     return used / (MEGABYTE if sys.platform == "darwin" else 1024)
 
 
-def measure(profile: str, number: int, batch_size: int) -> dict[str, float]:
+def measure(number: int) -> dict[str, float]:
     """Return the cost of the statistics of a number of prompts, measured in this process.
-
-    Args:
-        profile: Name of the profile.
-        number: How many prompts.
-        batch_size: Prompts per pass of the text encoder.
 
     Returns:
         prompts, seconds, peak_mib (largest resident memory), model_mib (the same before the statistics), python_mib
         (largest sum of objects that Python allocated meanwhile; tensors are not among them).
     """
-    import nemolib
-
-    pipe, prompts = nemolib.load_pipeline(profile), texts(profile, number)
+    pipe, prompts = nemolib.load_pipeline("tiny"), texts(number)
     # The first pass allocates what every later one uses again.
-    nemolib.activation_statistics(pipe, prompts[: 2 * batch_size], batch_size=batch_size, progress=False)
+    nemolib.activation_statistics(pipe, prompts[:128], progress=False)
     before = peak()
     tracemalloc.start()
     start = time.perf_counter()
-    statistics = nemolib.activation_statistics(pipe, prompts, batch_size=batch_size, progress=False)
+    statistics = nemolib.activation_statistics(pipe, prompts, progress=False)
     seconds, python = time.perf_counter() - start, tracemalloc.get_traced_memory()[1]
     assert statistics.count == number
-    return {
-        "prompts": number,
-        "seconds": seconds,
-        "peak_mib": peak(),
-        "model_mib": before,
-        "python_mib": python / MEGABYTE,
-    }
+    memory = {"peak_mib": peak(), "model_mib": before, "python_mib": python / MEGABYTE}
+    return {"prompts": number, "seconds": seconds} | memory
 
 
-def measure_apart(profile: str, number: int, batch_size: int) -> dict[str, float]:
+def measure_apart(number: int) -> dict[str, float]:
     """Return what `measure` returns in a process of its own."""
-    command = [sys.executable, __file__, "--profile", profile, "--batch-size", str(batch_size), "--one", str(number)]
+    command = [sys.executable, __file__, "--one", str(number)]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return json.loads(output.splitlines()[-1])
 
@@ -106,20 +91,18 @@ def measure_apart(profile: str, number: int, batch_size: int) -> dict[str, float
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark, print a table, and write ``build/benchmarks/holdout.json``."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--profile", default="tiny")
     parser.add_argument("--prompts", type=int, nargs="+", default=[1_000, 10_000, 50_000])
-    parser.add_argument("--batch-size", type=int, default=64, help="prompts per pass of the text encoder")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--one", type=int, help="measure this number of prompts in this process and print JSON")
     options = parser.parse_args(arguments)
     if options.one is not None:
-        print(json.dumps(measure(options.profile, options.one, options.batch_size)))
+        print(json.dumps(measure(options.one)))
         return
     if min(options.prompts) < 2:
         parser.error("statistics need at least two prompts")
     rows = []
     for number in options.prompts:
-        rows.append(measure_apart(options.profile, number, options.batch_size))
+        rows.append(measure_apart(number))
         print(f"  {number} prompts: {rows[-1]['seconds']:.1f} s, {rows[-1]['peak_mib']:.0f} MiB", flush=True)
     table = pd.DataFrame(rows)
     table["ms_per_prompt"] = 1000 * table["seconds"] / table["prompts"]

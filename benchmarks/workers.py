@@ -3,8 +3,8 @@
     python benchmarks/workers.py                          # 12 prompts, 1 and 2 workers
     python benchmarks/workers.py --prompts 40 --workers 1 2 4
 
-Every worker has one thread. What a local cluster and the workers' models need to start is shown apart. All tables must
-be equal, bit by bit. A table is printed, and written to ``build/benchmarks/workers.json``.
+Every worker has one thread. What a local cluster and the workers' models need to start is shown apart. All results
+must be equal, bit by bit. A table is printed, and written to ``build/benchmarks/workers.json``.
 """
 
 from __future__ import annotations
@@ -12,45 +12,37 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
+import tempfile
 import time
-from itertools import chain, islice, zip_longest
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 
-from nemolib import experiments, paths, tables, workers
-from nemolib.files import write_atomic
-from nemolib.holdout import ActivationStatistics
-from nemolib.localization import localize_many
-from nemolib.pipeline import load_pipeline
-from nemolib.profiles import Profile, load_profile
-from nemolib.prompts import MEMORIZED, select
+from nemolib import paths, workers
+from nemolib.prompts import MEMORIZED
+from nemolib.run import Run, open_run
+from nemolib.store import Store, write_atomic
 
 OUTPUT = paths.BUILD / "benchmarks" / "workers.json"
 
 
-def chosen_prompts(profile: Profile, number: int) -> list[str]:
-    """Return the first memorized prompts, kinds in turn."""
-    kinds = [select(profile, kind)["caption"] for kind in MEMORIZED]
-    return list(islice((caption for caption in chain(*zip_longest(*kinds)) if caption), number))
-
-
-def measure(
-    number: int, profile: Profile, prompts: list[str], normal: ActivationStatistics, tau: float
-) -> tuple[dict[str, float], pd.DataFrame]:
-    """Return what a number of workers took, and the table that they gave; 0 is this process."""
+def measure(number: int, run: Run, prompts: list[str], **chosen: Any) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Return what a number of workers took, and the records that they gave; 0 is this process."""
     os.environ[workers.VARIABLE] = f"local:{number}" if number else "off"
-    pipe, started = load_pipeline(profile), time.perf_counter()
-    with workers.cluster(profile) as client:
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, workers.cluster(run.profile) as client:
+        fresh = Run(run.profile, run.pipe, store=Store(Path(folder)), progress=False)
         if client is not None:
             client.wait_for_workers(number)
             # Every worker loads its model with its first prompt; here it does before the clock starts.
-            localize_many(pipe, prompts[:number], normal, threshold=tau, progress=False)
+            fresh.search(prompts[:number], gate=0.999, **chosen)
         ready = time.perf_counter()
-        table = localize_many(pipe, prompts, normal, threshold=tau, progress=False)
+        found = fresh.search(prompts, **chosen)
         done = time.perf_counter()
-    return {"workers": number, "start": ready - started, "seconds": done - ready}, table
+    records = [item.to_record() | {"seconds": None} for item in found]
+    return {"workers": number, "start": ready - started, "seconds": done - ready}, records
 
 
 def main() -> None:
@@ -61,17 +53,17 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     os.environ[workers.VARIABLE] = "off"
-    profile = load_profile("tiny")
-    pipe = load_pipeline(profile)
-    normal = experiments.statistics(pipe, profile, progress=False)
-    tau = experiments.threshold(pipe, profile, progress=False)
-    prompts = chosen_prompts(profile, arguments.prompts)
-    found = [measure(number, profile, prompts, normal, tau) for number in [0, *arguments.workers]]
-    for _, table in found[1:]:
-        pd.testing.assert_frame_equal(found[0][1], table, check_exact=True)
+    run = open_run("tiny", progress=False)
+    kinds = run.prompts(*MEMORIZED).groupby("kind", sort=False)
+    # The kinds in turn.
+    prompts = kinds.head(1 + arguments.prompts // 2).assign(place=kinds.cumcount())
+    prompts = prompts.sort_values("place", kind="stable")["caption"].tolist()[: arguments.prompts]
+    chosen = {"statistics": run.statistics, "threshold": run.threshold}
+    found = [measure(number, run, prompts, **chosen) for number in [0, *arguments.workers]]
+    assert all(records == found[0][1] for _, records in found), "workers found other neurons"
     rows = pd.DataFrame([row for row, _ in found])
     rows = rows.assign(speedup=rows["seconds"].iloc[0] / rows["seconds"])
-    sys.stdout.write(f"{len(prompts)} prompts; 0 workers is this process alone\n{tables.to_markdown(rows.round(2))}\n")
+    print(f"{len(prompts)} prompts; 0 workers is this process alone\n{rows.round(2).to_string(index=False)}")
     report = {"prompts": len(prompts), "cores": os.cpu_count(), "rows": rows.round(3).to_dict("records")}
     write_atomic(OUTPUT, json.dumps(report, indent=1) + "\n")
 

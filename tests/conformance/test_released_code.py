@@ -14,15 +14,13 @@ from safetensors.torch import load_file
 
 from nemolib import seeding
 from nemolib.first_step import FirstStep, timestep_of
-from nemolib.holdout import ActivationStatistics, load_released, statistics_of, z_scores
-from nemolib.hooks import collect_activations
-from nemolib.localization import localize_embedding
+from nemolib.holdout import ActivationStatistics, Moments, load_statistics, z_scores
+from nemolib.layers import collect_activations, value_activations, widths
+from nemolib.localization import Search, Variant
 from nemolib.neurons import NeuronSet
-from nemolib.protocols import PAPER, RELEASED
 from nemolib.selection import out_of_distribution
-from nemolib.settings import SimilaritySettings
+from nemolib.settings import PAPER, RELEASED, SearchSettings, SimilaritySettings
 from nemolib.similarity import max_pairwise, pair_similarities, pairwise
-from nemolib.value_layers import value_activations, widths
 
 GOLDEN = Path(__file__).parent / "golden"
 PROMPTS = range(1, 7)
@@ -48,7 +46,7 @@ def unet():
 
 @pytest.fixture(scope="module")
 def statistics():
-    return load_released(GOLDEN / "statistics.pt")
+    return load_statistics(GOLDEN / "statistics.pt")
 
 
 @pytest.fixture(scope="module")
@@ -125,13 +123,15 @@ def test_activations_from_a_unet_pass_are_the_same(unet, step, golden):
 
 @pytest.mark.parametrize("batch_size", [64, 7])
 def test_statistics(unet, golden, statistics, batch_size):
-    computed = statistics_of(unet, golden["holdout_embeddings"].split(batch_size))
-    assert computed.count == 64
-    for name, source in (("mean", "holdout_mean"), ("std", "holdout_std")):
-        for actual, desired in zip(getattr(computed, name), layers(golden, source), strict=True):
-            close(actual, desired)
-        for actual, desired in zip(getattr(computed, name), getattr(statistics, name), strict=True):
-            close(actual, desired)
+    moments = [Moments() for _ in range(7)]
+    for batch in golden["holdout_embeddings"].split(batch_size):
+        for layer, activations in zip(moments, value_activations(unet, batch), strict=True):
+            layer.update(activations)
+    assert moments[0].count == 64
+    for place, layer in enumerate(moments):
+        for name, computed in (("mean", layer.mean), ("std", layer.std())):
+            close(computed.float(), golden[f"holdout_{name}.{place}"])
+            close(computed.float(), getattr(statistics, name)[place])
 
 
 def test_released_statistics_fit_the_model(unet, statistics):
@@ -183,59 +183,35 @@ def detection_cases():
                 yield pytest.param(run, row, id=f"{run}-{row['Caption']}")
 
 
-@pytest.mark.parametrize(("run", "row"), list(detection_cases()))
-def test_neurons_of_the_search(step, golden, expected, statistics, run, row):
-    prompt = int(row["Caption"].split()[1]) + 1
-    settings = expected["detection"][run]
-    found = localize_embedding(
-        step(settings["latent_size"], 0),
-        embedding(golden, prompt),
-        statistics,
-        threshold=settings["threshold"],
-        gate=settings["gate"],
-        similarity=SMALL_WINDOW,
-        search="sequential",
-    )
-    assert found.initial == NeuronSet(ast.literal_eval(row["Initial Neurons"]))
-    assert found.neurons == NeuronSet(ast.literal_eval(row["Refined Neurons"]))
-    close(found.initial_score, float(row["Initial SSIM"]))
-    close(found.refined_score, float(row["Refined SSIM"]))
-    assert found.reached == (float(row["Initial SSIM"]) <= settings["threshold"])
+def search(step, embedding, statistics, *, threshold, gate, method="sequential", protocol=RELEASED):
+    settings = {"similarity": SMALL_WINDOW, "search": SearchSettings(method=method), "protocol": protocol}
+    return Search(step, embedding, statistics, gate=gate, **settings).localize(Variant("", threshold, threshold))
 
 
+@pytest.mark.parametrize("method", ["sequential", "fast"])
 @pytest.mark.parametrize(("run", "row"), list(detection_cases()))
-def test_the_fast_search_starts_from_the_same_neurons(step, golden, expected, statistics, run, row):
+def test_neurons_of_the_search(step, golden, expected, statistics, run, row, method):
+    """One by one they are those of the release; in groups, at least those that it starts from."""
     settings = expected["detection"][run]
-    found = localize_embedding(
-        step(settings["latent_size"], 0),
-        embedding(golden, int(row["Caption"].split()[1]) + 1),
-        statistics,
-        threshold=settings["threshold"],
-        gate=settings["gate"],
-        similarity=SMALL_WINDOW,
-        search="fast",
-    )
+    threshold, text = settings["threshold"], embedding(golden, int(row["Caption"].split()[1]) + 1)
+    first = step(settings["latent_size"], 0)
+    found = search(first, text, statistics, threshold=threshold, gate=settings["gate"], method=method)
     assert found.initial == NeuronSet(ast.literal_eval(row["Initial Neurons"]))
     close(found.initial_score, float(row["Initial SSIM"]))
-    target = settings["threshold"] if found.reached else found.initial_score
-    assert found.refined_score < target or found.neurons == found.initial
+    assert found.reached == (float(row["Initial SSIM"]) <= threshold)
+    if method == "sequential":
+        assert found.neurons == NeuronSet(ast.literal_eval(row["Refined Neurons"]))
+        close(found.refined_score, float(row["Refined SSIM"]))
+    else:
+        target = threshold if found.reached else found.initial_score
+        assert found.refined_score < target or found.neurons == found.initial
 
 
 def test_order_of_the_tests_matters(step, golden, statistics):
     """Entering every candidate once, as protocol `paper` does, is a choice that can be seen."""
-
-    def search(protocol):
-        return localize_embedding(
-            step(16, 0),
-            embedding(golden, 3),
-            statistics,
-            threshold=0.9,
-            gate=0.0,
-            similarity=SMALL_WINDOW,
-            search="sequential",
-            protocol=protocol,
-        )
-
-    twice, once = search(RELEASED), search(replace(RELEASED, double_entries=False))
+    twice, once = (
+        search(step(16, 0), embedding(golden, 3), statistics, threshold=0.9, gate=0.0, protocol=protocol)
+        for protocol in (RELEASED, replace(RELEASED, double_entries=False))
+    )
     assert twice.initial == once.initial
     assert twice.neurons != once.neurons

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import sys
 
-import pandas as pd
 import pytest
 
 from nemolib import paths
@@ -14,8 +13,7 @@ from nemolib.first_step import first_step
 from nemolib.localization import localize
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
-from nemolib.profiles import load_profile
-from nemolib.settings import DetectionSettings, SearchSettings, SimilaritySettings
+from nemolib.settings import PAPER, DetectionSettings, SearchSettings, SimilaritySettings, load_profile
 
 PROMPT = "zzz"
 THRESHOLD = 0.95
@@ -45,7 +43,7 @@ def world():
         detection=DetectionSettings(samples=2),
         similarity=SimilaritySettings(kernel_size=3, sigma=0.5),
         search=SearchSettings(theta_start=3.0, theta_step=1.0, k_step=1),
-        protocol="paper",
+        protocol=PAPER,
     )
 
 
@@ -94,10 +92,9 @@ def test_one_pass_halves_what_is_not_activations(run, ours):
     assert run(text_activations=True).samples == run().samples - len(ours.steps)
 
 
-@pytest.mark.parametrize("savings", [{}, {"one_pass": True}, {"kept_seeds": True}, {"known_sets": True}, {"reuse": True},
-                                     {"batch": 4}])  # fmt: skip
-def test_savings_that_change_no_result(run, savings):
-    assert run(**savings).neurons == run().neurons
+@pytest.mark.parametrize("saving", ["one_pass", "kept_seeds", "known_sets", "reuse"])
+def test_savings_that_change_no_result(run, saving):
+    assert run(**{saving: True}).neurons == run().neurons
 
 
 def test_group_tests_and_leading_seeds_find_a_subset_of_the_candidates(run, ours):
@@ -105,17 +102,11 @@ def test_group_tests_and_leading_seeds_find_a_subset_of_the_candidates(run, ours
         assert run(**savings).neurons - ours.initial == NeuronSet.empty(7)
 
 
-def test_replay_by_hand(search):
-    entries = [[4, 7, 9, 7], [], [1, 2], [8]]
-    published = pd.DataFrame(
-        {
-            "caption": ["a", "unknown"],
-            "entries": [entries] * 2,
-            "initial": [NeuronSet(entries)] * 2,
-            "refined": [NeuronSet(((7,), (), (), ()))] * 2,
-        }
-    )
-    table = search.replay(published, {"a": "tm"}, {"tm": 2.0, "failing": 1.0})
+def test_replay_by_hand(search, tmp_path):
+    rows = [f"{caption};[[4, 7, 9, 7], [], [1, 2], [8]];[[7], [], [], []]" for caption in ("a", "unknown")]
+    (tmp_path / "run.csv").write_text("\n".join(["Caption;Initial Neurons;Refined Neurons", *rows]))
+    recorded = search.recorded_searches(tmp_path / "run.csv")
+    table = search.replay(recorded, {"a": "tm"}, {"tm": 2.0, "failing": 1.0})
     row = table.iloc[0]
     assert len(table) == 1
     assert (row["kind"], row["candidates"], row["needed"]) == ("tm", 6, 1)
@@ -145,17 +136,17 @@ def test_a_replay_needs_a_prompt_table(search, capsys):
 
 def test_holdout_texts_are_short_and_all_different():
     holdout = load("holdout")
-    texts = holdout.texts("tiny", 5000)
+    texts = holdout.texts(5000)
     assert len(set(texts)) == 5000
     assert all(len(text.split()) == 3 for text in texts)
     with pytest.raises(ValueError, match="were asked for"):
-        holdout.texts("tiny", 10**8)
+        holdout.texts(10**8)
 
 
 def test_holdout_writes_its_table(monkeypatch, tmp_path, capsys):
     holdout = load("holdout")
     row = {"seconds": 2.0, "peak_mib": 600.0, "model_mib": 550.0, "python_mib": 0.1}
-    monkeypatch.setattr(holdout, "measure_apart", lambda profile, number, batch: {"prompts": number} | row)
+    monkeypatch.setattr(holdout, "measure_apart", lambda number: {"prompts": number} | row)
     holdout.main(["--prompts", "100", "200", "--output", str(tmp_path / "holdout.json")])
     written = json.loads((tmp_path / "holdout.json").read_text())["statistics"]
     assert [(item["prompts"], item["ms_per_prompt"]) for item in written] == [(100, 20.0), (200, 10.0)]

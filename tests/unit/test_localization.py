@@ -1,32 +1,35 @@
 import copy
-import dataclasses
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 import torch
 
-from nemolib import localization
-from nemolib.hooks import deactivate
-from nemolib.localization import Localization, localization_table, localize, localize_many
+from nemolib.first_step import noise_differences
+from nemolib.layers import value_layers
+from nemolib.localization import Localization, Variant, localization_table, localize, localizing, varying
 from nemolib.neurons import NeuronSet
-from nemolib.settings import DetectionSettings, SearchSettings, SimilaritySettings
-from nemolib.store import Store
-from nemolib.value_layers import value_layers
+from nemolib.settings import PAPER, DetectionSettings, SearchSettings, SimilaritySettings
+from nemolib.similarity import max_pairwise, memorization_score, pairwise, similarity
 from tests.random_pipeline import WIDTHS
 
-SETTINGS = {
-    "detection": DetectionSettings(samples=3),
-    "similarity": SimilaritySettings(kernel_size=3, sigma=0.5),
-    "search": SearchSettings(theta_start=3.0, theta_step=1.0, k_step=2),
-    "gate": -0.9,
-}
-PROMPTS = ["zzz", "b q", "hello"]
+SIMILARITY = SimilaritySettings(kernel_size=3, sigma=0.5)
+SEARCH = SearchSettings(theta_start=3.0, theta_step=1.0, k_step=2)
+SEQUENTIAL = replace(SEARCH, method="sequential")
+DETECTION = DetectionSettings(samples=3)
+SETTINGS = {"detection": DETECTION, "similarity": SIMILARITY, "search": SEARCH, "gate": -0.9, "threshold": 0.95}
 
 
 @pytest.fixture(scope="module")
-def found(random_pipe, statistics):
-    return localize(random_pipe, "zzz", statistics, threshold=0.95, **SETTINGS)
+def search(random_pipe, statistics):
+    """Return a function that searches a prompt with `SETTINGS` or others."""
+    return lambda prompt="zzz", **others: localize(random_pipe, prompt, statistics, **(SETTINGS | others))
+
+
+@pytest.fixture(scope="module")
+def found(search):
+    return search()
 
 
 def test_a_search_ends_with_neurons_of_its_initial_selection(found):
@@ -39,26 +42,24 @@ def test_a_search_ends_with_neurons_of_its_initial_selection(found):
     found.neurons.check(WIDTHS)
 
 
-def test_cost_by_algorithm(random_pipe, statistics):
-    found = localize(random_pipe, "zzz", statistics, threshold=0.95, **(SETTINGS | {"search": sequential()}))
+@pytest.mark.parametrize(("guidance", "cost"), [(0.0, 1), (7.0, 2)])
+def test_cost_by_algorithm(random_pipe, search, guidance, cost):
+    counted = []
+    with random_pipe.unet.register_forward_pre_hook(lambda module, args: counted.append(len(args[0]))):
+        found = search(search=SEQUENTIAL, detection=replace(DETECTION, guidance=guidance))
+    assert sum(found.evaluations.values()) == sum(counted)
     # Three samples for the differences; then three for each neuron set that was new.
-    assert found.evaluations["A1"] == 3
+    assert found.evaluations["A1"] == 3 * cost
     assert found.evaluations["A2"] == 0
-    assert found.evaluations["A3"] == 3 * len({step.neurons for step in found.steps if step.neurons})
-    assert 0 < found.evaluations["A4"] <= 3 * len(found.tests)
+    assert found.evaluations["A3"] == 3 * cost * len({step.neurons for step in found.steps if step.neurons})
+    assert 0 < found.evaluations["A4"] <= 3 * cost * len(found.tests)
     assert all(seconds > 0 for seconds in found.seconds.values())
-
-
-def sequential():
-    return dataclasses.replace(SETTINGS["search"], method="sequential")
 
 
 @pytest.mark.parametrize("threshold", [0.9, 0.95, 0.99, -0.99])
 @pytest.mark.parametrize("protocol", ["released", "paper"])
-def test_both_methods_start_from_the_same_selection(random_pipe, statistics, threshold, protocol):
-    settings = {"threshold": threshold, "protocol": protocol} | SETTINGS
-    fast = localize(random_pipe, "b q", statistics, **settings)
-    slow = localize(random_pipe, "b q", statistics, **(settings | {"search": sequential()}))
+def test_both_methods_start_from_the_same_selection(search, threshold, protocol):
+    fast, slow = (search("b q", threshold=threshold, protocol=protocol, search=item) for item in (SEARCH, SEQUENTIAL))
     assert fast.initial == slow.initial
     assert (fast.theta, fast.k, fast.reached, fast.seeds) == (slow.theta, slow.k, slow.reached, slow.seeds)
     assert fast.initial_score == pytest.approx(slow.initial_score, abs=1e-5)
@@ -71,38 +72,23 @@ def test_both_methods_start_from_the_same_selection(random_pipe, statistics, thr
     assert fast.evaluations["A3"] <= slow.evaluations["A3"]
 
 
-def test_the_method_can_be_named_alone(random_pipe, statistics):
-    settings = {name: value for name, value in SETTINGS.items() if name != "search"} | {"threshold": 0.95}
-    named = localize(random_pipe, "zzz", statistics, search="sequential", **settings)
-    assert named.tests == localize(
-        random_pipe, "zzz", statistics, search=SearchSettings(method="sequential"), **settings
-    ).tests  # fmt: skip
+def test_the_method_can_be_named_alone(search):
+    named = search(search="sequential")
+    assert named.tests == search(search=SearchSettings(method="sequential")).tests
     assert not any(test.group for test in named.tests)
-    with pytest.raises(ValueError, match="SearchSettings.method is 'quick'; it must be 'fast' or 'sequential'"):
-        localize(random_pipe, "zzz", statistics, search="quick", **settings)
-    with pytest.raises(ValueError, match="SearchSettings.method is 'quick'"):
-        localize_many(random_pipe, ["zzz"], statistics, search="quick", **settings)
+    with pytest.raises(ValueError, match="quick"):
+        search(search="quick")
 
 
-def test_scores_can_be_recomputed(random_pipe, statistics, found):
-    from nemolib.first_step import noise_differences
-    from nemolib.similarity import memorization_score, similarity
-
-    shared = {"settings": SETTINGS["detection"]}
-    plain = noise_differences(random_pipe, "zzz", **shared)
-    blocked = noise_differences(random_pipe, "zzz", neurons=found.neurons, **shared)
-    score = float(similarity(plain, blocked, settings=SETTINGS["similarity"]).max())
-    assert found.refined_score == pytest.approx(score, abs=1e-5)
-    assert found.unblocked_score == memorization_score(plain, settings=SETTINGS["similarity"])
+def test_scores_can_be_recomputed(random_pipe, found):
+    plain = noise_differences(random_pipe, "zzz", settings=DETECTION)
+    blocked = noise_differences(random_pipe, "zzz", settings=DETECTION, neurons=found.neurons)
+    assert found.refined_score == pytest.approx(float(similarity(plain, blocked, settings=SIMILARITY).max()), abs=1e-5)
+    assert found.unblocked_score == memorization_score(plain, settings=SIMILARITY)
 
 
-def test_guidance_doubles_the_cost(random_pipe, statistics):
-    settings = SETTINGS | {"detection": DetectionSettings(samples=2, guidance=7.0)}
-    assert localize(random_pipe, "zzz", statistics, threshold=0.95, **settings).evaluations["A1"] == 4
-
-
-def test_a_prompt_that_is_not_memorized_has_no_neurons(random_pipe, statistics):
-    found = localize(random_pipe, "zzz", statistics, threshold=0.95, **(SETTINGS | {"gate": None}))
+def test_a_prompt_that_is_not_memorized_has_no_neurons(search):
+    found = search(gate=None)
     assert not found.memorized
     assert not found.reached
     assert found.seeds == ()
@@ -112,156 +98,186 @@ def test_a_prompt_that_is_not_memorized_has_no_neurons(random_pipe, statistics):
     assert found.evaluations == {"A1": 3, "A2": 0, "A3": 0, "A4": 0}
 
 
-def test_only_seeds_beyond_the_gate_take_part(random_pipe, statistics):
-    from nemolib.first_step import noise_differences
-    from nemolib.similarity import max_pairwise, pairwise
-
-    maps = noise_differences(random_pipe, "zzz", settings=SETTINGS["detection"], protocol="paper")
-    best = max_pairwise(pairwise(maps, settings=SETTINGS["similarity"], protocol="paper"))
+def test_only_seeds_beyond_the_gate_take_part(random_pipe, search):
+    maps = noise_differences(random_pipe, "zzz", settings=DETECTION, protocol="paper")
+    best = max_pairwise(pairwise(maps, settings=SIMILARITY, protocol="paper"))
     gate = float(best.min())
-    found = localize(random_pipe, "zzz", statistics, threshold=0.95, protocol="paper", **(SETTINGS | {"gate": gate}))
+    found = search(gate=gate, protocol="paper")
     assert found.seeds == tuple((best > gate).nonzero().flatten().tolist())
     assert len(found.seeds) == 2
     assert found.evaluations["A3"] % 2 == 0
 
 
-def test_the_paper_protocol_tries_the_smallest_theta(random_pipe, statistics):
-    settings = SETTINGS | {"detection": DetectionSettings(samples=2)}
-    last = [
-        localize(random_pipe, "zzz", statistics, threshold=-0.99, protocol=name, **settings).theta
-        for name in ("released", "paper")
-    ]
-    assert last == [2.0, 1.0]
+def test_the_paper_protocol_tries_the_smallest_theta(search):
+    assert [search(threshold=-0.99, protocol=name).theta for name in ("released", "paper")] == [2.0, 1.0]
 
 
-def test_many_neuron_sets_score_in_one_batch_as_alone(random_pipe, found):
-    from nemolib.evaluations import Evaluations
-    from nemolib.first_step import first_step
-    from nemolib.pipeline import embed
-    from nemolib.protocols import RELEASED
-
-    step, embedding = first_step(random_pipe, settings=SETTINGS["detection"]), embed(random_pipe, ["zzz"])
-
-    def score(evaluations=None):
-        return localization.BlockedScore(
-            step,
-            embedding,
-            seeds=[0, 1, 2],
-            unblocked=step(embedding),
-            similarity=SETTINGS["similarity"],
-            protocol=RELEASED,
-            evaluations=evaluations,
-        )
-
-    sets = [found.neurons, found.initial, NeuronSet.empty(7), found.initial]
-    evaluations = Evaluations()
-    together = score(evaluations)
-    values = together.many(sets)
-    assert evaluations.total == 2 * 3
-    alone = score()
-    assert values == pytest.approx([alone(item) for item in sets], abs=1e-5)
-    assert values[1] == values[3]
-    assert values[2] == pytest.approx(1.0, abs=1e-5)
-    together.many(sets)
-    assert evaluations.total == 2 * 3
-
-
-@pytest.mark.parametrize("function", [localize, localize_many])
 @pytest.mark.parametrize("threshold", [-1.0, 1.01, 42.8, float("nan")])
-def test_thresholds_are_similarities(random_pipe, statistics, function, threshold):
-    prompts = "zzz" if function is localize else PROMPTS
+def test_thresholds_are_similarities(search, threshold):
     with pytest.raises(ValueError, match=r"threshold is .*; a similarity is in \(-1, 1\]"):
-        function(random_pipe, prompts, statistics, threshold=threshold)
+        search(threshold=threshold)
     with pytest.raises(ValueError, match=r"gate is .*; a similarity is in \(-1, 1\]"):
-        function(random_pipe, prompts, statistics, threshold=1.0, gate=threshold)
+        search(gate=threshold)
 
 
-@pytest.mark.parametrize("function", [localize, localize_many])
-def test_statistics_of_another_model(random_pipe, statistics, function):
+def test_what_cannot_be_searched(random_pipe, statistics, search):
+    with pytest.raises(ValueError, match="prompt 0 is ''"):
+        search("")
     pipe = copy.copy(random_pipe)
     pipe.unet = copy.deepcopy(random_pipe.unet)
     with torch.no_grad():
         value_layers(pipe.unet)[0].module.weight.mul_(2)
-    prompts = "zzz" if function is localize else PROMPTS
     with pytest.raises(ValueError, match="statistics of another model"):
-        function(pipe, prompts, statistics, threshold=0.5)
+        localize(pipe, "zzz", statistics, threshold=0.5)
 
 
-def test_prompts_that_cannot_be_used(random_pipe, statistics):
-    with pytest.raises(ValueError, match="the list of prompts is empty"):
-        localize_many(random_pipe, [], statistics, threshold=0.5)
-    with pytest.raises(ValueError, match="prompt 0 is ''"):
-        localize(random_pipe, "", statistics, threshold=0.5)
+def test_a_record_gives_the_localization_back(random_pipe, statistics, found):
+    (record, other) = json.loads(json.dumps(localizing(random_pipe, statistics=statistics, **SETTINGS)(["zzz", "b q"])))
+    kept = replace(found, steps=(), tests=())
+    assert replace(Localization.from_record(record), seconds=found.seconds) == kept
+    assert Localization.from_record(json.loads(json.dumps(found.to_record()))) == kept
+    assert other["prompt"] == "b q"
 
 
-def test_a_record_gives_the_localization_back(found):
-    record = json.loads(json.dumps(found.to_record()))
-    assert Localization.from_record(record) == dataclasses.replace(found, steps=(), tests=())
-
-
-def run(pipe, statistics, prompts=PROMPTS, **settings):
-    return localize_many(pipe, prompts, statistics, threshold=0.95, progress=False, **(SETTINGS | settings))
-
-
-@pytest.fixture(scope="module")
-def table(random_pipe, statistics):
-    return run(random_pipe, statistics)
-
-
-def test_table(table, found):
-    assert table["prompt"].tolist() == PROMPTS
-    row = table.iloc[0]
+def test_table(search, found):
+    nothing = search(gate=0.99)
+    table = localization_table([found, nothing], seconds=True)
+    row, last = table.iloc[0], table.iloc[1]
+    assert list(table)[:5] == ["prompt", "memorized", "seeds", "unblocked_score", "initial_score"]
     assert NeuronSet.from_json(row["neurons"]) == found.neurons
     assert NeuronSet.from_json(row["initial"]) == found.initial
     assert (row["neuron_count"], row["initial_count"]) == (len(found.neurons), len(found.initial))
     assert row["refined_score"] == found.refined_score
     assert (row["theta"], row["k"], row["seeds"]) == (found.theta, found.k, 3)
     assert row["evaluations_A4"] == found.evaluations["A4"]
-    assert not [name for name in table if name.startswith("seconds")]
+    assert last["seconds_A1"] > 0 == last["seconds_A4"]
+    assert pd.isna(last["theta"])
+    assert pd.isna(last["k"])
+    assert last["neuron_count"] == 0
+    assert not [name for name in localization_table([found]) if name.startswith("seconds")]
 
 
-def test_table_with_seconds_and_without_neurons(random_pipe, statistics):
-    found = localize(random_pipe, "zzz", statistics, threshold=0.95, detection=SETTINGS["detection"], gate=0.99,
-                     similarity=SETTINGS["similarity"])  # fmt: skip
-    row = localization_table([found], seconds=True).iloc[0]
-    assert row["seconds_A1"] > 0 == row["seconds_A4"]
-    assert pd.isna(row["theta"])
-    assert pd.isna(row["k"])
-    assert row["neuron_count"] == 0
+# Searches that share what they evaluate
+
+HIGH, LOW, UNREACHED = 0.997, 0.993, 0.5
+VARIANTS = (
+    Variant("low", LOW, LOW),
+    Variant("both", LOW, HIGH),
+    Variant("unreached", UNREACHED, UNREACHED),
+    Variant("high", HIGH, HIGH),
+    Variant("no top-k", HIGH, HIGH, top_k=False),
+)
+RED = "red fox card"
 
 
-def test_a_finished_prompt_is_never_computed_again(random_pipe, statistics, table, tmp_path, monkeypatch):
-    path = tmp_path / "store.jsonl"
-    run(random_pipe, statistics, PROMPTS[:2], store=Store(path))
-    computed = []
-    original = localization.localize
+@pytest.fixture(scope="module")
+def vary(random_pipe, statistics):
+    """Return a function that searches variants of a prompt, and returns a localization for each."""
 
-    def counted(pipe, prompt, *args, **settings):
-        computed.append(prompt)
-        return original(pipe, prompt, *args, **settings)
+    def varied(*variants, prompt=RED, known=None, gate=-0.9, search=SEARCH):
+        task = varying(
+            random_pipe,
+            statistics=statistics,
+            variants=variants or VARIANTS,
+            gate=gate,
+            detection=DETECTION,
+            similarity=SIMILARITY,
+            search=search,
+            protocol=PAPER,
+        )
+        record = None if known is None else json.loads(json.dumps(known.to_record()))
+        return {name: Localization.from_record(item) for name, item in task([(prompt, record)])[0].items()}
 
-    monkeypatch.setattr(localization, "localize", counted)
-    resumed = run(random_pipe, statistics, store=Store(path))
-    assert computed == PROMPTS[2:]
-    assert resumed.to_csv() == table.to_csv()
-    run(random_pipe, statistics, store=Store(path), detection=DetectionSettings(samples=2))
-    assert computed == PROMPTS[2:] + PROMPTS
-
-
-def test_another_model_has_its_own_records(random_pipe, statistics, tmp_path, monkeypatch):
-    store = Store(tmp_path / "store.jsonl")
-    run(random_pipe, statistics, PROMPTS[:1], store=store)
-    pipe = copy.copy(random_pipe)
-    pipe.unet = copy.deepcopy(random_pipe.unet)
-    with torch.no_grad():
-        pipe.unet.conv_out.weight.mul_(1.5)
-    run(pipe, statistics, PROMPTS[:1], store=store)
-    assert len(store) == 2
+    return varied
 
 
-def test_a_store_is_refused_while_neurons_are_deactivated(random_pipe, statistics, found, tmp_path):
-    with (
-        deactivate(random_pipe, found.neurons),
-        pytest.raises(ValueError, match="a store is used while value layers have hooks"),
-    ):
-        run(random_pipe, statistics, store=Store(tmp_path / "store.jsonl"))
+@pytest.fixture(scope="module")
+def shared(vary):
+    return vary()
+
+
+def cost(localization):
+    return sum(localization.evaluations.values())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "method"), [(RED, SEARCH), ("blue cat case", SEARCH), ("blue cat case", SEQUENTIAL)]
+)
+def test_a_variant_is_what_a_search_of_its_own_finds(search, vary, prompt, method):
+    found = vary(prompt=prompt, search=method)
+    assert list(found) == [variant.name for variant in VARIANTS]
+    for variant in VARIANTS:
+        if variant.initial != variant.refinement:
+            continue
+        settings = method if variant.top_k else replace(method, k_step=0)
+        own = search(prompt, threshold=variant.initial, search=settings, protocol="paper")
+        for name in ("prompt", "seeds", "initial", "neurons", "reached", "theta", "k", "memorized", "unblocked_score"):
+            assert getattr(found[variant.name], name) == getattr(own, name), (variant, name)
+        assert found[variant.name].refined_score == pytest.approx(own.refined_score, abs=1e-6)
+    assert [found[name].reached for name in ("low", "high", "unreached")] == [True, True, False]
+
+
+def test_what_is_shared_is_not_evaluated_again(vary, shared):
+    alone = {variant.name: vary(variant)[variant.name] for variant in VARIANTS[:4]}
+    assert all(alone[name].neurons == shared[name].neurons for name in alone)
+    assert sum(map(cost, shared.values())) < sum(map(cost, alone.values()))
+    # The highest threshold is searched first.
+    assert [item.evaluations["A1"] for item in shared.values()] == [0, 0, 0, 3, 0]
+    assert shared["both"].evaluations["A3"] == 0
+
+
+def test_a_higher_refinement_threshold_starts_from_the_same_neurons(shared):
+    assert shared["both"].initial == shared["low"].initial
+    assert shared["both"].refined_score < HIGH
+    assert len(shared["both"].neurons) <= len(shared["low"].neurons)
+    assert shared["low"].refined_score < LOW
+
+
+def test_a_threshold_out_of_reach_leaves_the_score_that_was_reached(vary):
+    found = vary(VARIANTS[2], Variant("loose", UNREACHED, 0.9999))
+    assert not found["unreached"].reached
+    assert found["unreached"].refined_score <= found["unreached"].initial_score
+    assert found["unreached"].initial_score < found["loose"].refined_score < 0.9999
+
+
+def test_a_closed_gate_leaves_nothing_to_search(vary):
+    found = vary(gate=0.99)
+    assert not any(item.memorized or item.neurons or item.initial for item in found.values())
+    assert list(map(cost, found.values())) == [3, 0, 0, 0, 0]
+    again = vary(gate=0.99, known=found["low"])
+    assert not any(item.memorized for item in again.values())
+    assert list(map(cost, again.values())) == [0] * 5
+
+
+@pytest.mark.parametrize("method", [SEARCH, SEQUENTIAL])
+def test_a_search_that_is_known_is_not_repeated(vary, method):
+    known = vary(VARIANTS[2], search=method)["unreached"]
+    assert not known.reached
+    # A threshold between that of the default and all scores is not reached either.
+    other = Variant("other", (UNREACHED + known.lowest_score) / 2, known.initial_score)
+    alone = vary(other, search=method)["other"]
+    free = vary(other, known=known, search=method)["other"]
+    assert cost(alone) > 0
+    assert cost(free) == sum(free.seconds.values()) == 0
+    for name in ("memorized", "seeds", "initial", "neurons", "initial_score", "theta", "k", "reached"):
+        assert getattr(free, name) == getattr(alone, name)
+    assert free.refined_score == alone.refined_score or method == SEARCH
+
+
+def test_a_search_that_would_go_another_way_is_made(shared):
+    known = shared["unreached"]
+    within = (UNREACHED + known.lowest_score) / 2
+    assert Variant("a", within, within).repeats(known)
+    assert not Variant("a", within, within, top_k=False).repeats(known)
+    assert not Variant("a", known.lowest_score, known.lowest_score).repeats(known)
+    assert not Variant("a", within, known.initial_score + 1e-6).repeats(known)
+    assert not Variant("a", within, within).repeats(replace(known, reached=True))
+    # Without seeds there is nothing to search, whatever the thresholds.
+    assert Variant("a", 0.999, 0.999, top_k=False).repeats(replace(known, memorized=False))
+
+
+def test_impossible_variants_are_refused(vary):
+    with pytest.raises(ValueError, match=r"'a': the refinement threshold 0\.200 is below .* 0\.300"):
+        Variant("a", 0.3, 0.2)
+    with pytest.raises(ValueError, match=r"names \['a', 'a'\]"):
+        vary(Variant("a", 0.1, 0.1), Variant("a", 0.2, 0.2))

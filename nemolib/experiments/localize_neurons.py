@@ -177,13 +177,11 @@ def search_claims(run: Run, found: pd.DataFrame) -> Iterator[Claim]:
     searched = found[found["memorized"]]
     pairs = zip(neuron_sets(searched), neuron_sets(searched, "initial"), strict=True)
     yield must("every refined set lies within its initial selection", all(not kept - first for kept, first in pairs))
-    yield must(
-        "refinement never ends above the threshold it was given",
-        (searched["refined_score"] - searched["initial_score"].clip(lower=run.threshold)).max(),
-        at_most=rounding(run.pipe.unet.dtype),
-        reason="a score that is evaluated twice may differ in the last digits",
-        missing=too_few(len(searched), "searched prompt", needed=1),
-    )
+    text = "refinement never ends above the threshold it was given"
+    excess = (searched["refined_score"] - searched["initial_score"].clip(lower=run.threshold)).max()
+    why = "a score that is evaluated twice may differ in the last digits"
+    none = too_few(len(searched), "searched prompt", needed=1)
+    yield must(text, excess, at_most=rounding(run.pipe.unet.dtype), reason=why, missing=none)
     outside = found.loc[~found["memorized"], "neuron_count"].sum()
     yield must("prompts that fail the gate have no neurons", int(outside), equals=0)
 
@@ -235,13 +233,13 @@ def neuron_counts(neuron_counts: pd.DataFrame) -> pd.DataFrame:
     return shown.replace({"prompts": {kind: kind.upper() for kind in MEMORIZED}})
 
 
-def counts_figure(table: pd.DataFrame, stages: Mapping[str, str], *, bins: int = 12) -> Figure:
+def counts_figure(localization: pd.DataFrame, stages: Mapping[str, str], *, bins: int = 12) -> Figure:
     """Return histograms over VM and TM prompts of columns that count neurons, each a panel with its title."""
+    table = pd.concat(of_kinds(localization, "localization", *MEMORIZED).values())
     size = {"fraction": 0.5, "aspect": 0.75} if len(stages) == 1 else {"aspect": 0.4, "sharey": True}
     with plots.panels(1, len(stages), squeeze=False, **size) as (figure, axes):
         for place, (column, title) in zip(axes[0], stages.items(), strict=True):
-            xlabel = "neurons per prompt" if title else "memorization neurons per prompt"
-            edges = plots.count_edges(memorized(table)[column], bins)
+            xlabel, edges = "neurons per prompt", plots.count_edges(table[column], bins)
             plots.histogram(place, table, column, edges=edges, xlabel=xlabel, title=title)
         plots.legend_below(figure, columns=2)
     return figure
@@ -270,8 +268,7 @@ def read_4a(localization: pd.DataFrame) -> Iterator[Claim]:
 @exhibit("Figure 4a", "memorization neurons per prompt",
     "Histogram over prompts; vertical lines are medians.", read=read_4a)  # fmt: skip
 def figure_4a(localization: pd.DataFrame) -> Figure:
-    of_kinds(localization, "localization", *MEMORIZED)
-    return counts_figure(localization, {"neuron_count": ""})
+    return counts_figure(localization, {"neuron_count": "memorization neurons"})
 
 
 def read_7(localization: pd.DataFrame) -> Iterator[Claim]:
@@ -288,24 +285,19 @@ def read_7(localization: pd.DataFrame) -> Iterator[Claim]:
 @exhibit("Figure 7", "neurons of the initial selection and after refinement",
     "Histograms over prompts; vertical lines are medians.", read=read_7)  # fmt: skip
 def figure_7(localization: pd.DataFrame) -> Figure:
-    of_kinds(localization, "localization", *MEMORIZED)
     return counts_figure(localization, STAGES)
 
 
 def layer_means(found: pd.DataFrame) -> pd.DataFrame:
-    """Return the mean number of neurons per prompt by kind (VM, TM: rows) and value layer from 1 (columns).
-
-    Raises:
-        NotEnough: There are no prompts of a kind, or none has neurons.
-    """
-    parts = of_kinds(found[found["neuron_count"] > 0], "localization", *MEMORIZED)
-    means = {kind: np.sum([item.counts for item in neuron_sets(part)], axis=0) / (found["kind"] == kind).sum()
-             for kind, part in parts.items()}  # fmt: skip
-    return pd.DataFrame(means, index=range(1, len(means["vm"]) + 1)).T
+    """Return the mean number of neurons per prompt by kind (VM, TM: rows) and value layer from 1 (columns)."""
+    chosen = memorized(found)
+    counts = pd.DataFrame([item.counts for item in neuron_sets(chosen)], index=chosen["kind"])
+    return counts.groupby("kind", sort=False).mean().rename(columns=lambda layer: layer + 1)
 
 
 def read_4b(localization: pd.DataFrame) -> Iterator[Claim]:
     """Yield in which value layers the neurons of VM and of TM prompts lie."""
+    of_kinds(localization[localization["neuron_count"] > 0], "localization (prompts with neurons)", *MEMORIZED)
     means = layer_means(localization)
     first = means[[1, 2]].sum(axis=1) / means.sum(axis=1)
     ours, holds = each_kind(lambda kind: f"{first[kind]:.0%}"), bool(first["vm"] >= first["tm"])
@@ -318,7 +310,8 @@ def read_4b(localization: pd.DataFrame) -> Iterator[Claim]:
 @exhibit("Figure 4b", "memorization neurons per value layer",
     "Mean number per prompt. Layers 1 and 2 lie in the first down block, 7 in the mid block.", read=read_4b)  # fmt: skip
 def figure_4b(localization: pd.DataFrame) -> Figure:
-    means = layer_means(localization).rename_axis(index="kind", columns="layer").stack().rename("mean").reset_index()
+    of_kinds(localization[localization["neuron_count"] > 0], "localization (prompts with neurons)", *MEMORIZED)
+    means = layer_means(localization).rename_axis(columns="layer").stack().rename("mean").reset_index()
     with plots.panels(fraction=0.5, aspect=0.75) as (figure, axes):
         plots.bars(axes, means, "layer", "mean")
         axes.set(xlabel="value layer", ylabel="neurons per prompt (mean)")
@@ -449,16 +442,14 @@ def neuron_overlap(found: pd.DataFrame) -> pd.DataFrame:
 def read_shared(neuron_overlap: pd.DataFrame) -> Iterator[Claim]:
     """Yield whether families of captions share neurons."""
     family = neuron_overlap["common_words"] >= 2
-    text, known = "neurons shared by captions with two common words, and by others", family.any() and not family.all()
-    theirs = (
-        f"neurons 25 and 221 of value layer 1 belong to {paper.reported('shared.vm_share').value:.0%} of the VM prompts"
-    )
-    if not known:
-        yield Claim(text, "there are not both kinds of pairs", theirs)
-        return
-    inside, others = (neuron_overlap.loc[chosen, "overlap"].mean() for chosen in (family, ~family))
-    ours = f"{inside:.0%} and {others:.0%} (means over pairs)"
-    yield Claim(text, ours, theirs, bool(inside > others), "compared: families share more")
+    if family.any() and not family.all():
+        inside, others = (neuron_overlap.loc[chosen, "overlap"].mean() for chosen in (family, ~family))
+        ours = f"{inside:.0%} and {others:.0%} (means over pairs)"
+        theirs = (
+            f"two neurons of value layer 1 belong to {paper.reported('shared.vm_share').value:.0%} of the VM prompts"
+        )
+        text = "neurons shared by captions with two common words, and by others"
+        yield Claim(text, ours, theirs, bool(inside > others), "compared: families share more")
 
 
 @exhibit("Figures 10-12 (as a table)", "neurons that several prompts share",

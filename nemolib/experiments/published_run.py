@@ -164,7 +164,7 @@ def read_4a(published_run: pd.DataFrame) -> Iterator[Claim]:
 @exhibit("Figure 4a (published run)", "memorization neurons per prompt, not computed here",
     f"Histogram over prompts; vertical lines are medians. {NOTE}", read=read_4a)  # fmt: skip
 def published_figure_4a(published_run: pd.DataFrame) -> Figure:
-    return _marked(search.counts_figure(_known(published_run), {"neuron_count": ""}, bins=BINS))
+    return _marked(search.counts_figure(_known(published_run), {"neuron_count": "memorization neurons"}, bins=BINS))
 
 
 def read_4b(published_run: pd.DataFrame) -> Iterator[Claim]:

@@ -54,11 +54,6 @@ class Evaluations:
         self.seconds: dict[str, float] = dict.fromkeys(ALGORITHMS, 0.0)
         self._stage = ALGORITHMS[0]
 
-    @property
-    def total(self) -> int:
-        """All UNet sample-evaluations that were counted."""
-        return sum(self.samples.values())
-
     def add(self, samples: int) -> None:
         """Count UNet sample-evaluations."""
         self.samples[self._stage] += samples
@@ -281,13 +276,8 @@ def pairs_measure(protocol: Protocol, guidance: float) -> tuple[Any, ...]:
 
     It is plain data, and holds of the protocol only what has a part in it: measures of two protocols may be equal.
     """
-    return (
-        "pairs",
-        protocol.timestep_index,
-        protocol.similarity,
-        protocol.swap_guidance and guidance != 0,
-        float(guidance),
-    )
+    swapped = protocol.swap_guidance and guidance != 0
+    return ("pairs", protocol.timestep_index, protocol.similarity, swapped, float(guidance))
 
 
 def observing(

@@ -52,6 +52,10 @@ def by_hand(random_pipe, step, neurons, protocol):
     return similarity(plain, blocked, settings=SIMILARITY, protocol=protocol)
 
 
+def total(evaluations):
+    return sum(evaluations.samples.values())
+
+
 # What is asked of a score
 
 
@@ -86,19 +90,19 @@ def test_no_seed_is_evaluated_twice(make):
     score = make(evaluations=evaluations)
     empty = NeuronSet.empty(7)
     assert score.of_seeds(empty, [0]) == pytest.approx(score(empty), abs=1e-5) == pytest.approx(1.0, abs=1e-5)
-    assert evaluations.total == 0
+    assert total(evaluations) == 0
     first = score.of_seeds(SETS[0], [1])
-    assert evaluations.total == 1
+    assert total(evaluations) == 1
     # A known one that is above the limit answers for all.
     assert score.of_seeds(SETS[0], [1, 3], limit=first - 0.01) == first
-    assert evaluations.total == 1
+    assert total(evaluations) == 1
     score.of_seeds(SETS[0], [1, 3], limit=first)
-    assert evaluations.total == 2
+    assert total(evaluations) == 2
     for _ in range(2):
         score(SETS[0])
         score.ranking(SETS[0])
         score.screen(SETS[0], limit=-1.0)
-        assert evaluations.total == 4
+        assert total(evaluations) == 4
 
 
 @pytest.mark.parametrize("protocol", [PAPER, RELEASED])
@@ -113,7 +117,7 @@ def test_screening_tells_what_the_score_tells(make, protocol):
             if value <= limit:
                 assert value == pytest.approx(exact(neurons), abs=1e-5)
         if limit < 0:
-            assert evaluations.total == len(SETS)
+            assert total(evaluations) == len(SETS)
 
 
 def test_two_scores_do_not_mix(make):

@@ -144,11 +144,10 @@ def test_evaluations_and_seconds_by_algorithm():
     counted.add(3)
     with counted.stage("A4"):
         counted.add(5)
-    assert counted.total == 8
     taken = counted.take()
     assert taken["evaluations"] == {"A1": 3, "A2": 0, "A3": 0, "A4": 5}
     assert taken["seconds"]["A4"] > 0 == taken["seconds"]["A1"]
-    assert counted.total == sum(counted.take()["seconds"].values()) == 0
+    assert not any(sum(kind.values()) for kind in counted.take().values())
 
 
 # Measures of the first step

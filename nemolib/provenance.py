@@ -99,12 +99,12 @@ def model_hash(pipe: Any) -> str:
 
 
 @functools.cache
-def code_hash(*roots: Callable[..., Any] | str) -> str:
+def code_hash(root: Callable[..., Any] | str) -> str:
     """Return a hash of the code that determines results; comments, docstrings and layout do not count.
 
     Args:
-        roots: Functions of modules: each with what it uses of its module. Names of modules of nemolib, such as
-            ``"selection"``: each whole. And from both on all modules of nemolib that are imported, directly or not, but
+        root: A function of a module, with what it uses of its module; or the name of a module of nemolib, such as
+            ``"selection"``, as a whole. And from there on all modules of nemolib that are imported, directly or not, but
             for `INFRASTRUCTURE`.
 
     Returns:
@@ -113,22 +113,15 @@ def code_hash(*roots: Callable[..., Any] | str) -> str:
     Raises:
         FileNotFoundError: nemolib has no such module.
     """
-    pieces, modules = [], set()
-    for root in roots:
-        if isinstance(root, str):
-            modules.add(root)
-        else:
-            own, imported = _used(_tree(_source_of(root)), root.__name__)
-            pieces += own
-            modules |= imported - INFRASTRUCTURE
+    own, modules = ([], {root}) if isinstance(root, str) else _used(_tree(_source_of(root)), root.__name__)
     waiting, found = list(modules), {}
     while waiting:
         name = waiting.pop()
-        if name not in found:
+        if name not in found and (name == root or name not in INFRASTRUCTURE):
             tree = _tree(_path(name).read_text(encoding="utf-8"))
             found[name] = ast.unparse(tree)
-            waiting.extend(_imports(tree) - INFRASTRUCTURE)
-    return content_hash([pieces, found])
+            waiting.extend(module for node in ast.walk(tree) for _, module in _imported(node))
+    return content_hash([own, found])
 
 
 def _source_of(function: Callable[..., Any]) -> str:
@@ -184,25 +177,16 @@ def _imported(node: ast.AST) -> Iterator[tuple[str, str]]:
         inside = node.module.partition(".")[2]
         for alias in node.names:
             whole = f"{inside}.{alias.name}".strip(".")
-            yield alias.asname or alias.name, whole if _path(whole, missing_ok=True) else inside
+            yield alias.asname or alias.name, whole if _path(whole).is_file() else inside
     elif isinstance(node, ast.Import):
         for alias in node.names:
             if alias.name.partition(".")[0] == "nemolib":
                 yield alias.asname or "nemolib", alias.name.partition(".")[2]
 
 
-def _imports(tree: ast.Module) -> set[str]:
-    return {module for node in ast.walk(tree) for _, module in _imported(node)}
-
-
-def _path(module: str, *, missing_ok: bool = False) -> Path | None:
-    """Return the file of a module of nemolib."""
-    path = paths.PACKAGE / f"{module.replace('.', '/')}.py"
-    if path.is_file():
-        return path
-    if not missing_ok:
-        raise FileNotFoundError(f"nemolib has no module {module!r} ({path})")
-    return None
+def _path(module: str) -> Path:
+    """Return the file of a module of nemolib, whether it is there or not."""
+    return paths.PACKAGE / f"{module.replace('.', '/')}.py"
 
 
 def versions() -> dict[str, str]:

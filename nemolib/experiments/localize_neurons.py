@@ -556,7 +556,7 @@ def read_scores(deactivation: pd.DataFrame, search_steps: pd.DataFrame) -> Itera
 
     falls = middle["score_after"] - middle["score_before"]
     for kind in MEMORIZED:
-        few = too_few(sizes[kind], f"{kind.upper()} prompt", needed=5)
+        few = too_few(int(sizes[kind]), f"{kind.upper()} prompt", needed=5)
         text, why = f"{kind.upper()}: the median score falls without the neurons", "what the search is for"
         yield must(text, falls[kind], at_most=0, reason=why, missing=few)
     holds = bool((falls < 0).all())

@@ -81,9 +81,9 @@ def read_1(
 ) -> Iterator[Claim]:  # fmt: skip
     """Yield whether the threshold tells the prompts apart, and what refinement leaves of the candidates."""
     way = follow(overview, localization, scores, search_steps, noise_differences, samples)
-    (mine, other), told = way.scores, f"most similar seeds of “{way.prompts[0]}” and of an unmemorized prompt"
-    apart, rule = bool(mine > way.threshold >= other), "the threshold tells the two prompts apart"
-    yield Claim(told, f"{mine:.2f} and {other:.2f}, threshold {way.threshold:.2f}", holds=apart, rule=rule)
+    (mine, other), rule = way.scores, "the threshold tells the two prompts apart"
+    ours, apart = f"{mine:.2f} and {other:.2f}, threshold {way.threshold:.2f}", bool(mine > way.threshold >= other)
+    yield Claim("most similar seeds of the prompt and of an unmemorized one", ours, "", apart, rule)
     initial, refined = way.neurons[["initial", "refined"]].sum()
     ours = f"{initial} and {refined} of {len(way.neurons):,} neurons"
     theirs = "the candidates of one prompt are neurons 124, 221 and 362; the rest is a drawing without numbers"

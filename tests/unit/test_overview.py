@@ -1,54 +1,49 @@
-"""Fig. 1: the figure and its exhibit."""
-
-from dataclasses import replace
+"""Fig. 1: the prompt that is followed, and what is drawn of it."""
 
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from nemolib import exhibits, paths, tables
-from nemolib.exhibits.overview import FIGURE_1, _run
-from nemolib.figures.overview import HEIGHT, NAMED, figure_1
+from nemolib.exhibits import NotEnough
+from nemolib.experiments import overview
 from nemolib.neurons import NeuronSet
-from nemolib.theme import TEXT_WIDTH
+from nemolib.plots import TEXT_WIDTH
+from nemolib.store import Grid
 
 PROMPT, OTHER = "a planted fox", "another owl"
-INITIAL = NeuronSet(((1, 2), (0,), (3, 4, 5)))
-REFINED = NeuronSet(((2,), (), (3, 4, 5)))
+INITIAL, REFINED = NeuronSet(((1, 2), (0,), (3, 4, 5))), NeuronSet(((2,), (), (3, 4, 5)))
 
 
-def save(*, seeds=2, detected=3, prompt=PROMPT, scores=(0.9, 0.2)):
-    generator = np.random.default_rng(0)
+def sources(*, seeds=2, detected=3, prompt=PROMPT, initial=INITIAL, refined=REFINED, theta=4.25):
+    generator, rows = np.random.default_rng(0), [PROMPT, "a phone case", OTHER]
+
+    def grid(rows, columns, side):
+        images = generator.integers(0, 255, (len(rows), len(columns), side, side, 3), dtype=np.uint8)
+        return Grid(images, tuple(rows), tuple(columns))
+
     neurons = [(layer, neuron, 4.5 * generator.standard_normal()) for layer in (1, 2, 3) for neuron in range(6)]
-    contents = {
-        "overview": pd.DataFrame(neurons, columns=["layer", "neuron", "z"]).assign(prompt=prompt),
-        "localization": pd.DataFrame({"prompt": [PROMPT], "kind": "vm", "theta": 4.25, "initial": INITIAL.to_json(), "neurons": REFINED.to_json()}),
-        "scores": pd.DataFrame({"caption": [PROMPT, "a phone case", OTHER], "kind": ["vm", "tm", "unmemorized"], "score": [scores[0], 0.5, scores[1]]}),
-        "search_steps": pd.DataFrame({"threshold": [0.4], "prompt": [PROMPT]}),
-    }  # fmt: skip
-    for name, content in contents.items():
-        tables.save_table(content, name, profile="tiny")
-    rows = [PROMPT, "a phone case", OTHER]
-    shapes = {
-        "samples": (rows, ["planted", *(f"seed {i}" for i in range(seeds))], 8),
-        "noise_differences": (rows, [f"seed {i}" for i in range(detected)], 4),
-        "overview_images": ([PROMPT], [f"seed {i}" for i in range(seeds)] * 2, 8),
+    found = {
+        "prompt": [PROMPT],
+        "kind": "vm",
+        "theta": theta,
+        "initial": initial.to_json(),
+        "neurons": refined.to_json(),
     }
-    for name, (labels, columns, side) in shapes.items():
-        images = generator.integers(0, 255, (len(labels), len(columns), side, side, 3), dtype=np.uint8)
-        tables.save_grid(images, name, rows=labels, columns=columns, profile="tiny")
+    names = [f"seed {i}" for i in range(seeds)]
+    return {
+        "overview": pd.DataFrame(neurons, columns=["layer", "neuron", "z"]).assign(prompt=prompt),
+        "localization": pd.DataFrame(found),
+        "scores": pd.DataFrame({"caption": rows, "kind": ["vm", "tm", "unmemorized"], "score": [0.9, 0.5, 0.2]}),
+        "search_steps": pd.DataFrame({"threshold": [0.4], "prompt": [PROMPT]}),
+        "overview_images": grid([PROMPT], 2 * names, 8),
+        "noise_differences": grid(rows, [f"seed {i}" for i in range(detected)], 4),
+        "samples": grid(rows, ["planted", *names], 8),
+    }
 
 
-@pytest.fixture(autouse=True)
-def folders(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "BUILD", tmp_path / "build")
-    monkeypatch.setattr(paths, "FIGURES", tmp_path / "figures")
-    save()
-
-
-def run():
-    return _run(exhibits.load_sources(FIGURE_1, "tiny"))
+def follow(given):
+    return overview.follow(**{name: value for name, value in given.items() if name != "overview_images"})
 
 
 def texts(figure):
@@ -60,79 +55,70 @@ def pictures(figure):
     return [axes.images[0].get_array() for axes in figure.axes if axes.images]
 
 
-def test_the_run_is_that_of_the_prompt():
-    found, samples = run(), tables.read_grid("samples", profile="tiny")
-    pair = tables.read_grid("overview_images", profile="tiny")
-    assert (found.prompt, found.other, found.scores, found.threshold, found.theta) == (
-        PROMPT,
-        OTHER,
-        (0.9, 0.2),
-        0.4,
-        4.25,
-    )
-    marked = found.neurons.set_index(["layer", "neuron"])
-    assert set(marked.index[marked["initial"]]) == {(layer + 1, neuron) for layer, neuron in INITIAL}
-    assert set(marked.index[marked["refined"]]) == {(layer + 1, neuron) for layer, neuron in REFINED}
-    assert (found.images[1] == samples.images[2, 1]).all(), "an image of the unmemorized prompt, not a planted one"
-    assert (found.before == pair.images[0, :2]).all()
-    assert (found.after == pair.images[0, 2:]).all()
+def test_the_way_is_that_of_the_prompt():
+    way = follow(sources())
+    assert (way.prompts, way.scores, way.threshold, way.theta) == ((PROMPT, OTHER), (0.9, 0.2), 0.4, 4.25)
+    marked = way.neurons.set_index(["layer", "neuron"])
+    for name, chosen in (("initial", INITIAL), ("refined", REFINED)):
+        assert set(marked.index[marked[name]]) == {(layer + 1, neuron) for layer, neuron in chosen}
+    assert marked["across"].between(0, 1).all()
 
 
 def test_everything_is_drawn_within_the_width_of_the_text():
-    figure = figure_1(run())
+    given = sources()
+    figure = overview.figure_1(**given)
     figure.draw_without_rendering()
-    assert figure.get_size_inches() == pytest.approx([TEXT_WIDTH, HEIGHT])
+    assert figure.get_size_inches() == pytest.approx([TEXT_WIDTH, overview.HEIGHT])
+    shown = pictures(figure)
     # Two prompts: an image and three noise differences each; two images with all neurons active and two without.
-    assert len(pictures(figure)) == 2 * (1 + 3) + 2 * 2
-    for axes in figure.axes:
-        box = axes.get_position()
-        assert box.x0 >= 0 and box.x1 <= 1 and box.y0 >= 0 and box.y1 <= 1  # noqa: PT018 (one box, four sides)
+    assert len(shown) == 2 * (1 + 3) + 2 * 2
+    assert (shown[4] == given["samples"].images[2, 1]).all(), "an image of the unmemorized prompt, not a planted one"
+    assert (np.stack(shown[8:]) == given["overview_images"].images[0]).all()
+    corners = np.array([axes.get_position().get_points() for axes in figure.axes])
+    assert ((corners >= 0) & (corners <= 1)).all()
     renderer = FigureCanvasAgg(figure).get_renderer()
-    for text in figure.texts:
-        box = text.get_window_extent(renderer)
-        assert box.x1 <= figure.bbox.x1, text.get_text()
+    assert all(text.get_window_extent(renderer).x1 <= figure.bbox.x1 for text in figure.texts)
 
 
 def test_numbers_and_names_of_neurons():
-    shown = texts(figure_1(run()))
-    assert "6 of 18 neurons, unusual or most active" in shown
-    assert "6 → 4 neurons" in shown
-    assert "4 neurons off, same seeds" in shown
-    assert "#2" in shown
-    assert NAMED == 2
-    assert "3 neurons" in shown, "three of one layer are counted, not listed"
-    assert r"most similar pair $0.90 > \tau = 0.40$" in shown
-    assert r"most similar pair $0.20 \leq \tau = 0.40$" in shown
+    shown = texts(overview.figure_1(**sources()))
+    for text in (
+        "6 of 18 neurons, unusual or most active",
+        "6 → 4 neurons",
+        "4 neurons off, same seeds",
+        "#2",
+        "3 neurons",  # of one layer: counted, not listed
+        "noise differences of 3 seeds",
+        r"most similar pair $0.90 > \tau = 0.40$",
+        r"most similar pair $0.20 \leq \tau = 0.40$",
+    ):
+        assert text in shown, text
 
 
 @pytest.mark.parametrize(("seeds", "detected"), [(1, 2), (10, 10)])
 def test_few_and_many_seeds(seeds, detected):
-    save(seeds=seeds, detected=detected)
-    figure = figure_1(run())
+    figure = overview.figure_1(**sources(seeds=seeds, detected=detected))
     assert len(pictures(figure)) == 2 * (1 + min(4, detected)) + 2 * min(3, seeds)
 
 
 def test_a_prompt_without_neurons_is_drawn_too():
-    found = run()
-    nothing = replace(found, neurons=found.neurons.assign(initial=False, refined=False), theta=None)
-    assert "0 → 0 neurons" in texts(figure_1(nothing))
-    with pytest.raises(ValueError, match="1 images with and 2 without the neurons"):
-        figure_1(replace(found, before=found.before[:1]))
-    with pytest.raises(ValueError, match="no neurons or no noise differences"):
-        figure_1(replace(found, neurons=found.neurons.head(0)))
+    nothing = NeuronSet.empty(3)
+    shown = texts(overview.figure_1(**sources(initial=nothing, refined=nothing, theta=np.nan)))
+    assert "0 → 0 neurons" in shown
+    assert not any("theta" in text for text in shown)
 
 
-@pytest.mark.parametrize(
-    ("scores", "verdict"), [((0.9, 0.2), "agrees"), ((0.9, 0.5), "differs"), ((0.3, 0.2), "differs")]
-)
-def test_the_reading(scores, verdict):
-    save(scores=scores)
-    item = exhibits.render(FIGURE_1, "tiny")
-    assert item.reading.verdict == verdict
-    assert "of 18 neurons 6 are candidates and 4 stay" in item.reading.ours
+def test_what_notebook_02_did_not_save_is_named():
+    with pytest.raises(NotEnough, match="'noise_differences' does not have 'somebody else'"):
+        follow(sources(prompt="somebody else"))
+    with pytest.raises(NotEnough, match="'localization' does not have the prompt 'a planted fox'"):
+        follow(sources() | {"localization": pd.DataFrame({"prompt": ["other"]})})
+    given = sources()
+    with pytest.raises(NotEnough, match="'noise_differences' has no unmemorized prompt"):
+        follow(given | {"scores": given["scores"].assign(kind="vm")})
 
 
-def test_another_prompt_than_that_of_the_noise_differences_is_not_drawn():
-    save(prompt="somebody else")
-    reason = exhibits.render_or_say_why(FIGURE_1, "tiny").reason
-    assert reason.startswith("image grid 'noise_differences' does not have the prompt 'somebody else'")
+TURNS = [
+    ("figure_1", "search_steps", lambda table: table.assign(threshold=0.99), "most similar seeds of the prompt and of an unmemorized one"),
+    ("figure_1", "localization", lambda table: table.assign(neurons=table["initial"]), "its candidates, and those that stay"),
+]  # fmt: skip

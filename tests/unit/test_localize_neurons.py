@@ -1,0 +1,288 @@
+"""Notebook 03: localizations and their tables, what deactivation does, claims that must hold."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from nemolib import paths
+from nemolib import run as runs
+from nemolib.encoders import CopyDescriptor
+from nemolib.exhibits import NotEnough
+from nemolib.experiments import localize_neurons as search
+from nemolib.first_step import first_step
+from nemolib.holdout import z_scores
+from nemolib.layers import value_activations
+from nemolib.localization import localize
+from nemolib.mitigation import DeactivatedNeurons
+from nemolib.neurons import NeuronSet
+from nemolib.pipeline import embed
+from nemolib.refinement import RefinementTest
+from nemolib.run import Run
+from nemolib.settings import Encoders, Profile, ProfileError
+from nemolib.similarity import memorization_score
+from nemolib.store import StoreError
+from tests.random_world import write_prompts
+
+VM, TM, CLEAN = ["red fox card", "red owl card"], ["blue cat case"], ["a tree", "the sea", "my dog"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, random_model_folder, random_pipe):
+    folder = tmp_path_factory.mktemp("world")
+    kinds, holdout = dict.fromkeys(VM, "vm") | dict.fromkeys(TM, "tm"), [f"{a} {b}" for a in "abcdef" for b in "uvwxyz"]
+    prompts = write_prompts(folder, kinds, unmemorized=CLEAN, holdout=holdout)
+    torch.manual_seed(0)
+    CopyDescriptor((4, 4, 4), 8).save(folder / "descriptor")
+    profile = Profile(
+        name="random",
+        model=str(random_model_folder),
+        device="cpu",
+        holdout_size=36,
+        threshold_prompts=2,
+        prompts=prompts,
+        extent={"searched": 2},
+        detection={"samples": 3},
+        similarity={"kernel_size": 3, "sigma": 0.5},
+        thresholds={"value": -0.5},
+        search={"theta_start": 3.0, "theta_step": 1.0, "k_step": 2},
+        generation={"samples": 2, "steps": 2, "batch_size": 4},
+        encoders={"copy": {"kind": "descriptor", "path": str(folder / "descriptor")}},
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "BUILD", folder / "build")
+        yield Run(profile, random_pipe, progress=False)
+
+
+@pytest.fixture(scope="module")
+def found(run):
+    return search.localizations(run)
+
+
+@pytest.fixture(scope="module")
+def change(run, found):
+    return search.deactivation(run, found)
+
+
+def localize_one(run, prompt, **settings):
+    given = {name: getattr(run.profile, name) for name in ("detection", "similarity", "search", "protocol")}
+    return localize(run.pipe, prompt, run.statistics, threshold=-0.5, **(given | settings))
+
+
+# One prompt
+
+
+def test_the_course_of_a_search(run):
+    single = localize_one(run, VM[0], protocol=replace(run.profile.protocol, double_entries=False))
+    steps, tests = search.search_steps(single.steps, -0.5), search.search_tests(single.initial.layers, single.tests)
+    assert steps["neurons"].tolist() == [len(step.neurons) for step in single.steps]
+    assert steps["score"].iloc[-1] == single.initial_score
+    assert tests["left"].iloc[-1] == len(single.neurons)
+    assert tests["test"].tolist() == list(range(1, len(single.tests) + 1))
+    assert (tests["left"].diff().dropna() <= 0).all()
+
+
+def test_entries_that_a_test_removes():
+    tests = [RefinementTest(0, 5, 0.1, True), RefinementTest(0, 5, 0.9, False), RefinementTest(0, 6, 0.1, True)]
+    assert search.search_tests([[5, 6, 5]], tests)["left"].tolist() == [2, 2, 1], "a neuron with two entries is one"
+    group = [RefinementTest(1, None, 0.9, False, group=((1, 7), (0, 5))), RefinementTest(1, None, 0.1, True, group=((1, 7), (0, 6)))]  # fmt: skip
+    table = search.search_tests([[5, 6, 6], [7]], group)
+    assert table["left"].tolist() == [3, 1]
+    assert table["neuron"].isna().all()
+
+
+# All prompts
+
+
+def test_localizations_are_those_of_localize(run, found):
+    assert found["kind"].tolist() == ["vm", "vm", "tm", "unmemorized", "unmemorized"]
+    assert search.by_prompt(found)[VM[1]] == localize_one(run, VM[1]).neurons
+    assert not [name for name in search.without_seconds(found) if name.startswith("seconds")]
+    z = search.neuron_z_scores(run, found)
+    assert len(z) == found["neuron_count"].sum()
+    values = z_scores(run.statistics, value_activations(run.pipe.unet, embed(run.pipe, [z["prompt"][0]])))
+    assert z["z"][0] == pytest.approx(float(values[z["layer"][0]][0, z["neuron"][0]]))
+    assert all(claim.holds for claim in search.search_claims(run, found))
+
+
+def test_a_resumed_run_gives_the_same_rows(run, found, change, monkeypatch):
+    monkeypatch.setattr(runs, "map_prompts", lambda task, batches, **settings: iter([*batches][len(batches) :]))
+    pd.testing.assert_frame_equal(search.localizations(run), found)
+    pd.testing.assert_frame_equal(search.deactivation(run, found), change)
+
+
+def rows(*prompts):
+    """Return localizations: (kind, caption, neurons of the first of two layers, initial number)."""
+    table = pd.DataFrame(prompts, columns=["kind", "prompt", "layers", "initial_count"])
+    table["neurons"] = [NeuronSet((neurons, ())).to_json() for neurons in table["layers"]]
+    table["neuron_count"], table["initial"] = table["layers"].map(len), NeuronSet((tuple(range(100)), ())).to_json()
+    table["reached"], table["memorized"] = table["neuron_count"] > 0, table["neuron_count"] > 0
+    table = table.assign(**{f"evaluations_A{i}": 10 * i for i in range(1, 5)}, initial_score=0.3, refined_score=0.35)
+    return table.assign(**{f"seconds_A{i}": 0.5 * i for i in range(1, 5)}).drop(columns="layers")
+
+
+@pytest.fixture
+def table():
+    clean = [("unmemorized", "a tree", (), 0), ("unmemorized", "the sea", (9,), 7), ("unmemorized", "the sky", (), 0)]
+    vm = [("vm", "red fox card", (1, 2), 10), ("vm", "red owl card", (2,), 20)]
+    tm = [("tm", "blue cat case", (2, 3, 4, 5, 6, 7), 60), ("tm", "blue dog case", tuple(range(50)), 80)]
+    return rows(*vm, *tm, *clean)
+
+
+def test_counts(table):
+    counts = search.counts_table(table).set_index("kind")
+    assert counts.loc["vm", ["prompts", "searched", "reached", "without_neurons"]].tolist() == [2, 2, 2, 0]
+    assert counts.loc["vm", ["initial", "neurons"]].tolist() == ["15.0 ± 5.0", "1.5 ± 0.5"]
+    assert counts.loc["unmemorized", ["without_neurons", "neurons"]].tolist() == [2, "1.0 ± 0.0"]
+    assert counts["single"].tolist() == [0.5, 0, pytest.approx(1 / 3)]
+    assert counts["at_most_5"].tolist() == [1, 0, pytest.approx(1 / 3)]
+    assert counts["at_least_50"].tolist() == [0, 0.5, 0]
+    none = search.counts_table(table[table["neuron_count"] == 0]).set_index("kind")
+    assert none.loc["unmemorized", "neurons"] == ""
+    assert search.layer_means(table).to_numpy().tolist() == [[1.5, 0], [28, 0]]
+    with pytest.raises(NotEnough, match="has no rows with kind 'tm'"):
+        search.figure_4b(table.assign(neuron_count=table["neuron_count"].where(table["kind"] == "vm", 0)))
+
+
+def test_cost(table):
+    table.loc[0, "evaluations_A4"] = 80
+    cost = search.cost_table(table).set_index(["kind", "algorithm"])
+    assert cost.loc[("vm", ["A4", "total"]), "evaluations"].tolist() == [60, 120]
+    assert cost.loc[("tm", "total"), ["seconds", "seconds_paper"]].tolist() == [5.0, 45.9]
+
+
+def test_shared_neurons(table):
+    first = search.shared_neurons(table).iloc[0]
+    assert first[["layer", "neuron", "prompts"]].tolist() == [1, 2, 4]
+    assert first["words"] == "red (2), card (2), blue (2), case (2)"
+    assert first["captions"] == "red fox card; red owl card; blue cat case; blue dog case"
+    overlap = search.neuron_overlap(table).set_index(["first", "second"])
+    assert len(overlap) == 6
+    assert overlap.loc[("red fox card", "red owl card")].tolist() == [2, 1, 0.5]
+    assert overlap.loc[("red fox card", "blue cat case")].tolist() == [0, 1, 1 / 7]
+    assert search.neuron_overlap(table.head(0)).nlargest(1, "shared").empty
+
+
+@pytest.mark.parametrize(
+    ("broken", "failed"),
+    [
+        ({"initial": NeuronSet(((1,), ())).to_json()}, "every refined set lies within its initial selection"),
+        ({"refined_score": 0.45}, "refinement never ends above the threshold it was given"),
+        ({"memorized": False}, "prompts that fail the gate have no neurons"),
+    ],
+)
+def test_what_must_hold_of_any_search(table, broken, failed):
+    class Half:
+        threshold, pipe = 0.4, type("Pipe", (), {"unet": torch.nn.Linear(1, 1)})
+
+    Half.pipe.unet.dtype = torch.float32
+    claims = list(search.search_claims(Half, table.assign(**broken)))
+    assert [claim.text for claim in claims if claim.holds is False] == [failed]
+    unchecked = [claim.rule for claim in claims if claim.holds is None]
+    assert all(rule.endswith("not checked: no searched prompts, 1 needed") for rule in unchecked)
+    assert len(unchecked) == ("memorized" in broken)
+    # A type of few digits may miss the threshold by its rounding.
+    Half.pipe.unet.dtype = torch.bfloat16
+    assert all(claim.holds for claim in search.search_claims(Half, table.assign(refined_score=0.41)))
+
+
+# Without its neurons
+
+
+def test_scores_and_images_without_the_neurons_by_hand(run, found, change):
+    assert change["prompt"].tolist() == [*VM, *TM]
+    assert change["score_before"].tolist() == found["unblocked_score"].tolist()[:3]
+    own = search.by_prompt(found)
+    step = first_step(run.pipe, settings=run.profile.detection, protocol=run.profile.protocol)
+    settings = {"settings": run.profile.similarity, "protocol": run.profile.protocol}
+    expected = memorization_score(step(embed(run.pipe, VM[:1]), neurons=own[VM[0]]), **settings)
+    assert change.loc[0, "score_after"] == pytest.approx(expected, abs=1e-6)
+    grid = search.with_and_without(run, VM[:1], DeactivatedNeurons(own))
+    assert grid.columns == ("seed 0", "seed 1") * 2
+    describe = run.encoder("copy").describe
+    before, after = np.split(describe(grid.images[0]).numpy(), 2)
+    planted = describe(run.planted_images(run.rows(VM[:1]))[0][None])[0].numpy()
+    values = [np.median(before @ planted), np.median(after @ planted), np.median((before * after).sum(axis=1))]
+    assert change.loc[0, ["copy_before", "copy_after", "same_seed"]].tolist() == pytest.approx(values, abs=1e-5)
+    assert change.loc[0, ["seeds_before", "seeds_after"]].tolist() == pytest.approx(
+        [before[0] @ before[1], after[0] @ after[1]], abs=1e-5
+    )
+    nothing = search.with_and_without(run, VM[:1], DeactivatedNeurons(NeuronSet.empty(7)))
+    assert np.array_equal(*np.split(nothing.images[0], 2))
+
+
+def test_a_profile_without_a_descriptor(run, found):
+    other = Run(replace(run.profile, encoders=Encoders()), run.pipe, store=run.store, progress=False)
+    with pytest.raises(ProfileError, match=r"profile 'random' has encoders.copy = None"):
+        search.deactivation(other, found)
+
+
+@pytest.fixture
+def changed(table):
+    values = {"score_before": [0.9, 0.8, 0.7, 0.6], "score_after": [0.2, 0.5, 0.3, 0.65], "copy_before": [0.9, 0.9, 0.5, 0.5],
+              "copy_after": [0.1, 0.2, 0.4, 0.6], "seeds_before": 0.9, "seeds_after": 0.2, "same_seed": 0.3}  # fmt: skip
+    return table.head(4)[["kind", "prompt", "neuron_count", "reached"]].assign(**values)
+
+
+def test_prompts_before_and_after(changed):
+    shown = search.change_table(changed)
+    texts = ["0.85 ± 0.05", "0.35 ± 0.15", "0.15 ± 0.05"]
+    assert shown.loc["vm", ["score_before", "score_after", "copy_after"]].tolist() == texts
+    assert search.change_table(changed.assign(seeds_before=np.nan))["seeds_before"].tolist() == ["", ""]
+    assert search.stay_memorized(changed)["prompt"].tolist() == ["blue dog case", "blue cat case"]
+    assert search.stay_memorized(changed, share=0.9)["prompt"].tolist() == ["blue dog case"]
+    assert search.example_prompts(changed, "vm", 3) == ["red owl card", "red fox card"]
+    many = pd.concat([changed.iloc[:1]] * 9, ignore_index=True)
+    many = many.assign(prompt=[f"p{i}" for i in range(9)], copy_after=np.linspace(0.9, 0.1, 9))
+    assert search.example_prompts(many, "vm", 3) == ["p2", "p4", "p6"]
+    assert search.example_prompts(changed, "ladder", 2) == []
+
+
+def test_the_median_score_must_fall_where_there_are_prompts_enough(changed):
+    def of_vm(change):
+        steps = pd.DataFrame({"threshold": [0.4]})
+        return next(claim for claim in search.read_scores(change, steps) if claim.must)
+
+    many = pd.concat([changed] * 3)
+    assert of_vm(many).holds
+    assert of_vm(many.assign(score_after=1.0)).holds is False
+    few = of_vm(changed.assign(score_after=1.0))
+    assert few.holds is None
+    assert few.rule.endswith("not checked: 2 VM prompts, 5 needed")
+
+
+def test_the_table_beside_a_model(run, tmp_path):
+    other = Run(replace(run.profile, model=str(tmp_path / "model")), run.pipe, store=run.store)
+    assert list(search.plain_table(other)) == ["model", "kind", "quantity", "value"]
+    assert search.plain_table(other).empty
+    (tmp_path / "plain_model.csv").write_text("model,kind,quantity,value\nplain,vm,density,0.5\n")
+    assert search.plain_table(other)["value"].tolist() == [0.5]
+    with pytest.raises(NotEnough, match="has none of the quantities density"):
+        search.plain_model(search.plain_table(other).assign(quantity="speed"))
+    (tmp_path / "plain_model.csv").write_text("model,kind\nplain,vm\n")
+    with pytest.raises(StoreError, match="column 'quantity' is missing"):
+        search.plain_table(other)
+
+
+def swap_kinds(table):
+    return table.assign(kind=table["kind"].replace({"vm": "tm", "tm": "vm"}))
+
+
+def rising(kind):
+    return lambda table: table.assign(score_after=table["score_after"].where(table["kind"] != kind, 1.0))
+
+
+TURNS = [
+    ("neuron_counts", "neuron_counts", lambda table: table.assign(without_neurons=1), "unmemorized prompts without neurons"),
+    ("figure_4a", "localization", swap_kinds, "neurons per prompt"),
+    ("figure_4b", "localization", swap_kinds, "share of the neurons in value layers 1 and 2"),
+    ("figure_7", "localization", lambda table: table.assign(neuron_count=table["initial_count"]), "neurons, after refinement"),
+    ("table_2", "search_cost", lambda table: table.assign(seconds=1.0 + 9.0 * (table["algorithm"] == "total")), "share of the refinement (A4) in the seconds"),
+    ("shared_neurons", "neuron_overlap", lambda table: table.assign(overlap=1.0 / (1 + table["common_words"])), "neurons shared by captions with two common words, and by others"),
+    ("figure_3", "deactivation", lambda table: table.assign(copy_after=table["copy_before"]), "similarity of these prompts to the planted image"),
+    ("scores_before_after", "deactivation", rising("vm"), "VM: the median score falls without the neurons"),
+    ("scores_before_after", "deactivation", rising("tm"), "TM: the median score falls without the neurons"),
+    ("scores_before_after", "deactivation", rising("tm"), "memorization score (medians)"),
+]  # fmt: skip

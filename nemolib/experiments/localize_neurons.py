@@ -230,7 +230,7 @@ def neuron_counts(neuron_counts: pd.DataFrame) -> pd.DataFrame:
     shown["refined (paper)"] = [str(paper.reported(refined[kind])) for kind in shown["prompts"]]
     initial = [paper.reported(f"neurons.{kind}.initial") if kind in MEMORIZED else "" for kind in shown["prompts"]]
     shown.insert(5, "initial (paper)", [str(value) for value in initial])
-    return shown.replace({"prompts": {kind: kind.upper() for kind in MEMORIZED}})
+    return shown.replace({"prompts": {kind: kind.upper() for kind in MEMORIZED}}).fillna("")
 
 
 def counts_figure(localization: pd.DataFrame, stages: Mapping[str, str], *, bins: int = 12) -> Figure:
@@ -456,7 +456,7 @@ def read_shared(neuron_overlap: pd.DataFrame) -> Iterator[Claim]:
     "Number of prompts that have the neuron in their refined set, and the words that their captions have in common.",
     read=read_shared)  # fmt: skip
 def show_shared_neurons(shared_neurons: pd.DataFrame) -> pd.DataFrame:
-    return shared_neurons.head(12)[["layer", "neuron", "prompts", "words"]]
+    return shared_neurons.head(12)[["layer", "neuron", "prompts", "words"]].fillna("")
 
 
 # 3. Without its neurons

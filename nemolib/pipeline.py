@@ -34,7 +34,7 @@ PARTS = ("unet", "vae", "text_encoder", "scheduler")
 PERIOD = 99_991
 """After how many values those of a random weight repeat; a prime, so that its rows do not."""
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPES = ("float32", "float16", "bfloat16")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -122,22 +122,14 @@ def embed(pipe: StableDiffusionPipeline, prompts: Sequence[str], *, batch_size: 
     for number, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise ValueError(f"prompt {number} is {prompt!r}; expected text")
-    starts = range(0, len(prompts), batch_size)
-    return torch.cat([_embed_batch(pipe, list(prompts[start : start + batch_size])) for start in starts])
-
-
-def _embed_batch(pipe: StableDiffusionPipeline, prompts: list[str]) -> torch.Tensor:
-    tokens = pipe.tokenizer(
-        prompts,
-        padding="max_length",
-        max_length=pipe.tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    )
-    device = pipe.text_encoder.device
-    masked = getattr(pipe.text_encoder.config, "use_attention_mask", False)
-    mask = tokens.attention_mask.to(device) if masked else None
-    return pipe.text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0].to(pipe.unet.dtype)
+    encoder, length = pipe.text_encoder, pipe.tokenizer.model_max_length
+    cut = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+    found = []
+    for start in range(0, len(prompts), batch_size):
+        tokens = pipe.tokenizer(list(prompts[start : start + batch_size]), **cut).to(encoder.device)
+        mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
+        found.append(encoder(tokens.input_ids, attention_mask=mask)[0].to(pipe.unet.dtype))
+    return torch.cat(found)
 
 
 def _profile(source: str | Path | Profile) -> Profile | None:
@@ -248,33 +240,24 @@ def _prepare(pipe: StableDiffusionPipeline, location: Path | str) -> None:
 
 def _spare_memory(pipe: StableDiffusionPipeline) -> None:
     """On a GPU decode images one by one; with little memory left compute attention in slices."""
-    free = _free_memory(pipe.device)
-    if free is None:
+    if pipe.device.type == "cpu":
         return
     if hasattr(pipe.vae, "enable_slicing"):
         pipe.vae.enable_slicing()
-    if free < _SCARCE:
-        pipe.enable_attention_slicing()
-
-
-def _free_memory(device: torch.device) -> int | None:
-    """Return the free memory of a GPU in bytes; None for a CPU."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    if device.type == "mps":
-        return max(0, torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
-    return None
+    if pipe.device.type == "cuda":
+        cached = torch.cuda.memory_reserved(pipe.device) - torch.cuda.memory_allocated(pipe.device)
+        if torch.cuda.mem_get_info(pipe.device)[0] + cached < _SCARCE:
+            pipe.enable_attention_slicing()
 
 
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
-    if dtype == "auto":
-        return torch.float16 if device.type == "cuda" else torch.float32
-    if dtype not in _DTYPES:
+    if dtype not in ("auto", *_DTYPES):
         raise PipelineError(f"dtype {dtype!r} is unknown; allowed: auto, {', '.join(_DTYPES)}")
-    return _DTYPES[dtype]
+    if dtype == "auto":
+        dtype = "float16" if device.type == "cuda" else "float32"
+    return getattr(torch, dtype)
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -307,8 +290,7 @@ def random_pipeline(architecture: str | Path, *, dtype: torch.dtype = torch.floa
     Raises:
         PipelineError: There is no such architecture, a file is missing, or a file does not describe its part.
     """
-    folder = _folder(architecture)
-    configs = {part: _config(folder / f"{part}.json") for part in PARTS}
+    folder, configs = _configs(architecture)
     text = configs["text_encoder"]
     with quiet(bars=False):
         from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -330,26 +312,25 @@ def random_pipeline(architecture: str | Path, *, dtype: torch.dtype = torch.floa
         )
 
 
-def _folder(architecture: str | Path) -> Path:
-    """Return the folder of an architecture."""
+def _configs(architecture: str | Path) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """Return the folder of an architecture, and what its files say of each part."""
     places = (ARCHITECTURES / str(architecture), paths.resolve(architecture))
-    found = next((place for place in places if (place / "unet.json").is_file()), None)
-    if found is None:
+    folder = next((place for place in places if (place / "unet.json").is_file()), None)
+    if folder is None:
         known = ", ".join(sorted(path.parent.name for path in ARCHITECTURES.glob("*/unet.json")))
         files = ", ".join(f"{part}.json" for part in PARTS)
         raise PipelineError(
             f"there is no architecture {str(architecture)!r}; known: {known}; or give a folder with {files}"
         )
-    return found
-
-
-def _config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise PipelineError(f"architecture {path.parent}: {path.name} is missing")
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise PipelineError(f"{path} is not readable as JSON ({error})") from error
+    configs = {}
+    for path in (folder / f"{part}.json" for part in PARTS):
+        try:
+            configs[path.stem] = dict(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise PipelineError(f"architecture {folder}: {path.name} is missing") from None
+        except (ValueError, TypeError) as error:
+            raise PipelineError(f"{path} is not readable as JSON ({error})") from error
+    return folder, configs
 
 
 @contextlib.contextmanager

@@ -118,19 +118,17 @@ def test_the_type_auto_follows_the_device(random_model_folder):
         load_pipeline(random_model_folder, dtype="half")
 
 
-@pytest.mark.parametrize(("free", "slicing"), [(None, ""), (2**40, "images"), (2**30, "images attention")])
-def test_little_memory_is_spared(free, slicing, monkeypatch):
-    pipe, done = random_pipeline(), []
-    monkeypatch.setattr(pipeline, "_free_memory", lambda device: free)
-    monkeypatch.setattr(pipe.vae, "enable_slicing", lambda: done.append("images"))
-    monkeypatch.setattr(pipe, "enable_attention_slicing", lambda: done.append("attention"))
-    pipeline._spare_memory(pipe)
+@pytest.mark.parametrize(
+    ("kind", "free", "slicing"),
+    [("cpu", 0, ""), ("mps", 0, "images"), ("cuda", 2**40, "images"), ("cuda", 2**30, "images attention")],
+)
+def test_little_memory_is_spared(kind, free, slicing, monkeypatch):
+    done = []
+    vae = SimpleNamespace(enable_slicing=lambda: done.append("images"))
+    # What the allocator keeps is free.
+    for name, value in {"mem_get_info": (free - 200, 0), "memory_reserved": 300, "memory_allocated": 100}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    pipeline._spare_memory(
+        SimpleNamespace(device=torch.device(kind), vae=vae, enable_attention_slicing=lambda: done.append("attention"))
+    )
     assert " ".join(done) == slicing
-
-
-def test_free_memory_of_a_gpu_counts_what_the_allocator_keeps(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 9000))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
-    assert pipeline._free_memory(SimpleNamespace(type="cuda")) == 1200
-    assert pipeline._free_memory(torch.device("cpu")) is None

@@ -10,10 +10,11 @@ earlier ones, and a run that was killed continues.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,25 +32,19 @@ from nemolib.localization import Localization, check_threshold, localization_tab
 from nemolib.mitigation import Mitigation
 from nemolib.pipeline import load_pipeline
 from nemolib.provenance import code_hash, content_hash, model_hash
-from nemolib.settings import (
-    DetectionSettings,
-    GenerationSettings,
-    Profile,
-    Protocol,
-    SearchSettings,
-    SimilaritySettings,
-    load_profile,
-    protocol_of,
-    search_settings,
-    settings_of,
-)
+from nemolib.settings import load_profile, load_protocol, search_settings, settings_of
 from nemolib.store import Grid, Store, read_grid, read_table, write_grid, write_table
 from nemolib.workers import Task, map_prompts
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
+    from nemolib.settings import GenerationSettings, Profile, Protocol, SearchSettings
+
 Role = Literal["copy", "alignment", "quality", "clip_quality"]
+
+Pairs = Iterable[tuple[str, Any]]
+"""Keys with what they are the keys of."""
 
 METRICS = ("sscd_orig", "sscd_orig_max", "sscd_gen", "d_sscd", "a_clip")
 """What `Run.measure` measures."""
@@ -120,15 +115,23 @@ class Run:
             ValueError: The model's layers have hooks: what it gives must not be kept as the model's own.
             FailedPrompts: Prompts raised; all others are finished and kept.
         """
-        name, keys = task.__name__, self._keys(task, items, common)
+        keys = self._keys(task, items, common)
+
+        def made(waiting: Sequence[tuple[str, Any]]) -> Pairs:
+            if callable(together):
+                parts = [list(part) for _, part in groupby(waiting, lambda pair: together(pair[1]))]
+            else:
+                parts = list(batches(waiting, together))
+            shown = {"label": label, "finished": len(set(keys)) - len(waiting), "progress": self.progress}
+            return map_prompts(task, parts, pipe=self.pipe, common=common, **shown)
+
+        return self._kept(task.__name__, keys, items, made)
+
+    def _kept(self, name: str, keys: list[str], items: Sequence[Any], made: Callable[[list[Any]], Pairs]) -> list[Any]:
+        """Return the results of these keys; ``made`` yields those that the store lacks from their keys and items."""
         known = {key: value for key in dict.fromkeys(keys) if (value := self.store.get(name, key)) is not None}
-        waiting = [(key, item) for key, item in dict(zip(keys, items, strict=True)).items() if key not in known]
-        if callable(together):
-            parts = [list(part) for _, part in groupby(waiting, lambda pair: together(pair[1]))]
-        else:
-            parts = list(batches(waiting, together))
-        shown = {"label": label, "finished": len(known), "progress": self.progress}
-        for key, value in map_prompts(task, parts, pipe=self.pipe, common=common, **shown):
+        waiting = {key: item for key, item in zip(keys, items, strict=True) if key not in known}
+        for key, value in made(list(waiting.items())):
             known[key] = self.store.put(name, key, value)
         return [known[key] for key in keys]
 
@@ -145,9 +148,7 @@ class Run:
         """
         unet = self.pipe.unet
         if any(module._forward_hooks for module in unet.modules()):
-            raise ValueError(
-                "results are kept while layers have hooks; leave the context that deactivates neurons or layers"
-            )
+            raise ValueError("results are kept while layers have hooks; leave the context that changes their outputs")
         if not all(type(item).__module__.startswith("diffusers.") for item in unet.attn_processors.values()):
             raise ValueError("results are kept while attention is scaled; leave the context that scales it")
         state = _state_of(self.pipe)
@@ -223,20 +224,12 @@ class Run:
             measures: What is measured; measures of one prompt share their UNet passes.
         """
         items = [(caption, measure) for caption in captions for measure in measures]
-        settings = replace(self.profile.detection, guidance=0.0)
-        values = self.compute(
-            observing,
-            items,
-            label="first step",
-            together=lambda item: item[0],
-            detection=settings,
-            similarity=self.profile.similarity,
-        )
-        return [values[start : start + len(measures)] for start in range(0, len(values), len(measures))]
+        # The guidance is that of a measure.
+        common = {"detection": replace(self.profile.detection, guidance=0.0), "similarity": self.profile.similarity}
+        values = self.compute(observing, items, label="first step", together=itemgetter(0), **common)
+        return list(batches(values, len(measures)))
 
-    def holdout_scores(
-        self, *, protocol: str | Protocol | None = None, guidance: float | None = None, limit: int | None = None
-    ) -> np.ndarray:
+    def holdout_scores(self, *, protocol: str | Protocol | None = None, guidance: float | None = None) -> np.ndarray:
         """Return the similarity of every pair of seeds of the profile's threshold prompts, [prompt, pair], float64.
 
         Source: Sec. 3.1.
@@ -244,12 +237,10 @@ class Run:
         Args:
             protocol: None means the profile's.
             guidance: Guidance scale of the detection; None means the profile's.
-            limit: How many threshold prompts, from the top; None means all.
         """
         guidance = self.profile.detection.guidance if guidance is None else guidance
-        captions = self.prompts("threshold")["caption"].head(limit).tolist()
-        measure = pairs_measure(protocol_of(self.pipe, protocol or self.profile.protocol), guidance)
-        return np.array([row[0] for row in self.observe(captions, [measure])])
+        measure = pairs_measure(load_protocol(protocol or self.profile.protocol), guidance)
+        return np.array([row[0] for row in self.observe(self.prompts("threshold")["caption"], [measure])])
 
     @property
     def threshold(self) -> float:
@@ -266,18 +257,16 @@ class Run:
         *,
         protocol: str | Protocol | None = None,
         guidance: float | None = None,
-        limit: int | None = None,
     ) -> float:
         """Return the memorization threshold by rule: mean + multiplier standard deviations of holdout scores.
 
         Args:
             multiplier: None means the profile's.
-            protocol: As in `holdout_scores`; so are guidance and limit.
+            protocol: As in `holdout_scores`; so is guidance.
         """
         multiplier = self.profile.thresholds.multiplier if multiplier is None else multiplier
-        protocol = protocol_of(self.pipe, protocol or self.profile.protocol)
-        values = self.holdout_scores(protocol=protocol, guidance=guidance, limit=limit)
-        return memorization_threshold(values, multiplier=multiplier, protocol=protocol)
+        values = self.holdout_scores(protocol=protocol, guidance=guidance)
+        return memorization_threshold(values, multiplier=multiplier, protocol=protocol or self.profile.protocol)
 
     # The search
 
@@ -288,10 +277,7 @@ class Run:
         threshold: float | None = None,
         gate: float | None = None,
         statistics: ActivationStatistics | None = None,
-        detection: DetectionSettings | None = None,
-        similarity: SimilaritySettings | None = None,
         search: SearchSettings | str | None = None,
-        protocol: str | Protocol | None = None,
     ) -> list[Localization]:
         """Return the memorization neurons of prompts (Alg. 1 to 4), without steps and tests; see `nemolib.localize`.
 
@@ -307,18 +293,10 @@ class Run:
         check_threshold(threshold, gate)
         statistics = statistics or self.statistics
         statistics.check(self.pipe.unet)
-        records = self.compute(
-            localizing,
-            captions,
-            label="localization",
-            statistics=statistics,
-            threshold=float(threshold),
-            gate=None if gate is None else float(gate),
-            detection=detection or profile.detection,
-            similarity=similarity or profile.similarity,
-            search=search_settings(search, profile.search),
-            protocol=protocol_of(self.pipe, protocol or profile.protocol),
-        )
+        common = {"threshold": float(threshold), "gate": None if gate is None else float(gate)}
+        common |= {name: getattr(profile, name) for name in ("detection", "similarity", "protocol")}
+        common |= {"statistics": statistics, "search": search_settings(search, profile.search)}
+        records = self.compute(localizing, captions, label="localization", **common)
         return [Localization.from_record(record) for record in records]
 
     # Images and what they show
@@ -367,14 +345,11 @@ class Run:
             FileNotFoundError: Its files are missing.
             EncoderError: Its files are not what they should be.
         """
+        if role == "alignment":
+            return self._clip.images
         if role not in self._encoders:
-            chosen = {"profile": self.profile, "device": self.pipe.device}
-            if role == "alignment":
-                self._encoders[role] = self._clip.images
-            else:
-                self._encoders[role] = (
-                    copy_encoder(**chosen) if role == "copy" else quality_encoder(**chosen, role=role)
-                )
+            load = copy_encoder if role == "copy" else partial(quality_encoder, role=role)
+            self._encoders[role] = load(self.profile, device=self.pipe.device)
         return self._encoders[role]
 
     @cached_property
@@ -402,13 +377,14 @@ class Run:
         items = self._image_items(captions, mitigation)
         base = content_hash([encoder.identity(), code_hash("encoders")])
         keys = [content_hash([base, key]) for key in self._keys(drawing, items, {"settings": settings})]
-        known = {key: value for key in dict.fromkeys(keys) if (value := self.store.get("features", key)) is not None}
-        waiting = {key: caption for key, (caption, _) in zip(keys, items, strict=True) if key not in known}
-        for part in batches(list(waiting), max(1, _TOGETHER // settings.samples)):
-            made = self.images([waiting[key] for key in part], mitigation, settings=settings)
-            found = encoder.describe(made.reshape(-1, *made.shape[2:])).unflatten(0, made.shape[:2]).numpy()
-            known |= {key: self.store.put("features", key, values) for key, values in zip(part, found, strict=True)}
-        return np.stack([known[key] for key in keys])
+
+        def made(waiting: Sequence[tuple[str, Any]]) -> Pairs:
+            for part in batches(waiting, max(1, _TOGETHER // settings.samples)):
+                images = self.images([caption for _, (caption, _) in part], mitigation, settings=settings)
+                found = encoder.describe(images.reshape(-1, *images.shape[2:])).unflatten(0, images.shape[:2])
+                yield from zip((key for key, _ in part), found.numpy(), strict=True)
+
+        return np.stack(self._kept("features", keys, items, made))
 
     def planted_images(self, rows: pd.DataFrame, *, size: tuple[int, int] | None = None) -> list[np.ndarray]:
         """Return the planted image of each row; with Stable Diffusion, the training image that was found at its URL.
@@ -441,16 +417,13 @@ class Run:
         Each image is seen as it is, whatever its size; a row without an image has missing values.
         """
         encoder, known = self.encoder("copy"), has_image(rows)
-        if not known.any():
-            # The number of features is that of any image.
-            some = encoder.describe(np.zeros((1, 64, 64, 3), dtype=np.uint8))
-            return np.full((len(rows), some.shape[1]), np.nan)
-        loaded = self.planted_images(rows[known])
-        together = len({image.shape for image in loaded}) == 1
-        groups = [np.stack(loaded)] if together else [image[None] for image in loaded]
-        found = torch.cat([encoder.describe(group) for group in groups])
+        # Where there is no image, any tells the number of features.
+        loaded = self.planted_images(rows[known]) or [np.zeros((64, 64, 3), dtype=np.uint8)]
+        alike = len({image.shape for image in loaded}) == 1
+        groups = [np.stack(loaded)] if alike else [image[None] for image in loaded]
+        found = torch.cat([encoder.describe(group) for group in groups]).double().numpy()
         features = np.full((len(rows), found.shape[1]), np.nan)
-        features[known] = found.double().numpy()
+        features[known] = found[: known.sum()]
         return features
 
     def measure(
@@ -497,6 +470,8 @@ def localize_many(
     statistics: ActivationStatistics,
     *,
     threshold: float,
+    gate: float | None = None,
+    search: SearchSettings | str | None = None,
     seconds: bool = False,
     store: Store | None = None,
     progress: bool = True,
@@ -511,10 +486,11 @@ def localize_many(
         prompts: The prompts, at least one.
         statistics: Activation statistics of this model.
         threshold: Memorization threshold tau, in (-1, 1].
+        gate: As in `nemolib.localize`; so is search.
         seconds: Whether the table has columns for the time of each algorithm. They differ from run to run.
         store: Where finished prompts are kept; None: in the ``build`` folder of the pipeline's profile.
         progress: Whether to show a progress bar.
-        settings: Others of `Run.search`: gate, detection, similarity, search, protocol.
+        settings: detection, similarity and protocol, in place of the profile's.
 
     Returns:
         The table of `nemolib.localization.localization_table`.
@@ -523,8 +499,8 @@ def localize_many(
         ValueError: As `Run.search`.
         FailedPrompts: Prompts raised; all others are finished and kept.
     """
-    run = Run(settings_of(pipe), pipe, store=store, progress=progress)
-    found = run.search(prompts, threshold=threshold, statistics=statistics, **settings)
+    run = Run(replace(settings_of(pipe), **settings), pipe, store=store, progress=progress)
+    found = run.search(prompts, threshold=threshold, gate=gate, statistics=statistics, search=search)
     return localization_table(found, seconds=seconds)
 
 

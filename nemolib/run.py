@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 
 from nemolib import metrics, paths, prompts
-from nemolib.batching import batches, check_prompts
+from nemolib.batching import batches, check_prompts, progress_bar
 from nemolib.encoders import Encoder, alignment_encoder, copy_encoder, quality_encoder
 from nemolib.first_step import observing, pairs_measure
 from nemolib.generation import drawing
@@ -122,8 +122,11 @@ class Run:
                 parts = [list(part) for _, part in groupby(waiting, lambda pair: together(pair[1]))]
             else:
                 parts = list(batches(waiting, together))
-            shown = {"label": label, "finished": len(set(keys)) - len(waiting), "progress": self.progress}
-            return map_prompts(task, parts, pipe=self.pipe, common=common, **shown)
+            with progress_bar(len(set(keys)), label, enabled=self.progress and len(waiting) > 0) as bar:
+                bar.update(len(set(keys)) - len(waiting))
+                for found in map_prompts(task, parts, pipe=self.pipe, common=common):
+                    bar.update()
+                    yield found
 
         return self._kept(task.__name__, keys, items, made)
 
@@ -452,7 +455,7 @@ class Run:
             seen = self.features("copy", captions, mitigation, settings=settings)
         if {"sscd_orig", "sscd_orig_max"} & set(columns):
             original = metrics.sscd_orig(seen, self.planted_features(rows))
-            found |= {"sscd_orig": metrics.over_seeds(original), "sscd_orig_max": metrics.over_seeds(original, "max")}
+            found |= {"sscd_orig": metrics.over_seeds(original), "sscd_orig_max": original.max(axis=1)}
         if "sscd_gen" in columns:
             untouched = self.features("copy", captions, settings=settings)
             found["sscd_gen"] = metrics.over_seeds(metrics.sscd_gen(seen, untouched))

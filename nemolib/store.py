@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import os
-import tempfile
+import uuid
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load, save
 
 from nemolib.provenance import content_hash
 
@@ -38,9 +40,9 @@ class Store:
     def get(self, task: str, key: str) -> Any:
         """Return a result; None if there is none, or if its file was damaged (then with a warning)."""
         path = self._path(task, key)
-        for file, read in ((path.with_suffix(".json"), _read_json), (path.with_suffix(".safetensors"), _read_array)):
+        for file, read in ((path.with_suffix(".json"), json.loads), (path.with_suffix(".safetensors"), load)):
             try:
-                checksum, value = read(file.read_bytes())
+                ((checksum, value),) = read(file.read_bytes()).items()
             except FileNotFoundError:
                 continue
             except Exception:
@@ -62,8 +64,6 @@ class Store:
             TypeError: The value is neither.
             OSError: The disk is full; the results before this one are safe.
         """
-        from safetensors.numpy import save
-
         path = self._path(task, key)
         if isinstance(value, np.ndarray):
             value = np.ascontiguousarray(value)
@@ -75,18 +75,6 @@ class Store:
 
     def _path(self, task: str, key: str) -> Path:
         return self.folder / task / key[:2] / key
-
-
-def _read_json(data: bytes) -> tuple[str, Any]:
-    ((checksum, value),) = json.loads(data).items()
-    return checksum, value
-
-
-def _read_array(data: bytes) -> tuple[str, np.ndarray]:
-    from safetensors.numpy import load
-
-    ((checksum, value),) = load(data).items()
-    return checksum, value
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,8 +103,6 @@ class Grid:
 
 def write_grid(grid: Grid, path: Path) -> None:
     """Write an image grid, all of it or nothing; the same images give the same bytes."""
-    from safetensors.numpy import save
-
     labels = json.dumps({"rows": grid.rows, "columns": grid.columns}, ensure_ascii=False)
     write_atomic(path, save({"images": np.ascontiguousarray(grid.images)}, metadata={"grid": labels}))
 
@@ -128,8 +114,6 @@ def read_grid(path: Path) -> Grid:
         FileNotFoundError: There is no such file.
         StoreError: The file holds something else.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="numpy") as file:
             labels = json.loads((file.metadata() or {})["grid"])
@@ -180,28 +164,19 @@ def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
         OSError: The disk is full or cannot be written; a file that was there before is unchanged.
     """
     path = Path(path)
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
-            temporary = Path(file.name)
+        with temporary.open("xb") as file:
             file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
         if isinstance(error, OSError):
             kept = "the file that was there is unchanged" if path.exists() else "no file was left behind"
             reason = f"{os.strerror(error.errno or 0)}; {kept}; free some space or check the rights"
             raise type(error)(error.errno, reason, str(path)) from error
         raise
-
-
-def _umask() -> int:
-    """Return the process's umask, which can be read only by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

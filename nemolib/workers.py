@@ -19,17 +19,20 @@ worker that dies costs time: what it had is computed by another one.
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import threading
 import traceback
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
-from nemolib.batching import progress_bar
 from nemolib.pipeline import load_pipeline
 from nemolib.provenance import code_hash, model_hash, versions
 from nemolib.settings import Profile, profile_of
@@ -90,9 +93,6 @@ def map_prompts(
     *,
     pipe: StableDiffusionPipeline,
     common: Mapping[str, Any],
-    label: str,
-    finished: int = 0,
-    progress: bool = True,
 ) -> Iterator[tuple[str, Any]]:
     """Yield the keys of items with what a task makes of them, as they come.
 
@@ -104,32 +104,28 @@ def map_prompts(
         batches: The batches; without any nothing is started.
         pipe: The pipeline. Workers load theirs from its profile.
         common: Plain values that all batches share.
-        label: What the progress bar and the cluster call it.
-        finished: How many items more there are, finished before.
 
     Raises:
         FailedPrompts: Prompts raised; after everything else was yielded.
         WorkersError: The cluster cannot be used, or a worker has another model or code.
     """
-    number, failures = sum(map(len, batches)), {}
-    with ExitStack() as stack:
-        bar = stack.enter_context(progress_bar(number + finished, label, enabled=progress and number > 0))
-        bar.update(finished)
-        client = stack.enter_context(cluster(pipe)) if batches else None
+    if not batches:
+        return
+    failures: list[tuple[int, Failure]] = []
+    with cluster(pipe) as client:
         if client is None:
-            function = task(pipe, **common) if batches else None
+            function = task(pipe, **common)
             found = ((place, _outcomes(function, batch)) for place, batch in enumerate(batches))
         else:
-            found = _there(task, batches, pipe, common, label, client)
+            found = _there(task, batches, pipe, common, client)
         for place, outcomes in found:
             for key, outcome in outcomes:
-                bar.update()
                 if isinstance(outcome, Failure):
-                    failures.setdefault(place, []).append(outcome)
+                    failures.append((place, outcome))
                 else:
                     yield key, outcome
     if failures:
-        raise FailedPrompts([item for place in sorted(failures) for item in failures[place]], number)
+        raise FailedPrompts([failure for _, failure in sorted(failures, key=itemgetter(0))], sum(map(len, batches)))
 
 
 _client: Client | None = None
@@ -168,25 +164,16 @@ def cluster(source: StableDiffusionPipeline | Profile) -> Iterator[Client | None
 def _choice(profile: Profile | None) -> str | int | None:
     """Return the address of a scheduler, the number of local workers, or None for this process."""
     text = os.environ.get(VARIABLE, "").strip()
-    kind, _, number = text.partition(":")
-    if text == "off":
-        return None
-    if not text:
-        return None if profile is None else profile.workers
-    if kind == "local" and number.isascii() and number.isdigit() and int(number) > 0:
-        choice: str | int = int(number)
-    elif "://" in text:
-        choice = text
-    else:
+    if text in ("", "off"):
+        return None if text or profile is None else profile.workers
+    local = re.fullmatch("local:([1-9][0-9]*)", text)
+    if local is None and "://" not in text:
         raise WorkersError(f"{VARIABLE} is {text!r}; expected tcp://host:port, local:4 or off")
     if profile is None:
-        warnings.warn(
-            f"{VARIABLE} is {text!r}, but the pipeline was not loaded from a profile, from which workers could load "
-            "it; all is computed in this process",
-            stacklevel=2,
-        )
+        reason = "the pipeline was not loaded from a profile; all is computed in this process"
+        warnings.warn(f"{VARIABLE} is {text!r}, but {reason}", stacklevel=2)
         return None
-    return choice
+    return int(local[1]) if local else text
 
 
 def _connect(choice: str | int, stack: ExitStack) -> Client:
@@ -194,9 +181,7 @@ def _connect(choice: str | int, stack: ExitStack) -> Client:
     try:
         import distributed
     except ImportError as error:
-        raise WorkersError(
-            'workers need Dask, which is not installed: pip install "nemolib[workers]" (or distributed)'
-        ) from error
+        raise WorkersError('Dask is not installed: pip install "nemolib[workers]" (or distributed)') from error
     if isinstance(choice, int):
         choice = stack.enter_context(_local(choice)).scheduler_address
     try:
@@ -213,56 +198,46 @@ def _connect(choice: str | int, stack: ExitStack) -> Client:
 
 def _local(number: int) -> Any:
     """Return a cluster of processes on this machine, with one thread each."""
-    import logging
-
     import dask
     from distributed import LocalCluster
 
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     settings = {
         # No prompt waits in a worker while another one is computed there, or it would be blamed if the worker dies.
         "distributed.scheduler.worker-saturation": 1.0,
         "distributed.scheduler.allowed-failures": DEATHS,
         # Dask would set MALLOC_TRIM_THRESHOLD_ too: then glibc maps and unmaps memory for every large tensor, and a
         # CPU is a third slower.
-        "distributed.nanny.pre-spawn-environ": dict.fromkeys(
-            ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"
-        ),
+        "distributed.nanny.pre-spawn-environ": threads,
     }
-    with dask.config.set(settings):
-        try:
-            return LocalCluster(
-                n_workers=number,
-                threads_per_worker=1,
-                host="127.0.0.1",
-                dashboard_address="127.0.0.1:0",
-                # Without a limit of memory: Dask's own would end a worker that loads a large model.
-                memory_limit=0,
-                silence_logs=logging.CRITICAL,
-            )
-        except RuntimeError as error:
-            raise WorkersError(
-                f"{number} local workers could not start; a script must be a file whose work is under "
-                f'if __name__ == "__main__", since every process reads it anew ({error})'
-            ) from error
+    # Without a limit of memory: Dask's own would end a worker that loads a large model.
+    limits = {"n_workers": number, "threads_per_worker": 1, "memory_limit": 0}
+    place = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
+    try:
+        with dask.config.set(settings):
+            return LocalCluster(**limits, **place, silence_logs=logging.CRITICAL)
+    except RuntimeError as error:
+        raise WorkersError(
+            f"{number} local workers could not start; a script must be a file whose work is under "
+            f'if __name__ == "__main__", since every process reads it anew ({error})'
+        ) from error
 
 
 Outcomes = Iterator[tuple[int, list[tuple[str, Any]]]]
 """The place of each batch, and the keys of its items with their results or failures."""
 
 
-def _there(
-    task: Task, batches: Sequence[Batch], pipe: Any, common: Mapping[str, Any], label: str, client: Client
-) -> Outcomes:
+def _there(task: Task, batches: Sequence[Batch], pipe: Any, common: Mapping[str, Any], client: Client) -> Outcomes:
     """Yield what workers compute, as they finish it."""
     from distributed import as_completed
 
     work = _Work(uuid.uuid4().hex, profile_of(pipe), _identity(pipe, task), task, dict(common))
-    name = f"{label.replace(' ', '-')}-{work.name}"
     waiting = {}
     try:
         for place, batch in enumerate(batches):
             # What a prompt raises is a result. What is raised nonetheless is a worker's own, and another may do better.
-            waiting[client.submit(_on_worker, replace(work, batch=batch), key=f"{name}-{place}", retries=2)] = place
+            key = f"{task.__name__}-{work.name}-{place}"
+            waiting[client.submit(_on_worker, replace(work, batch=batch), key=key, retries=2)] = place
         for future in as_completed(list(waiting), loop=client.loop):
             place = waiting.pop(future)
             yield place, _result(future, batches[place])
@@ -272,10 +247,7 @@ def _there(
 
 def _result(future: Any, batch: Batch) -> list[tuple[str, Any]]:
     """Return the outcomes of a batch that a worker finished."""
-    from concurrent.futures import CancelledError
-
-    from distributed.client import FutureCancelledError
-    from distributed.scheduler import KilledWorker
+    from distributed import KilledWorker
 
     try:
         return future.result()
@@ -284,7 +256,7 @@ def _result(future: Any, batch: Batch) -> list[tuple[str, Any]]:
         return [(key, Failure(_caption(item), message)) for key, item in batch]
     except WorkersError:
         raise
-    except (CancelledError, FutureCancelledError) as error:
+    except CancelledError as error:
         raise WorkersError(f"the Dask scheduler is gone; run again, what is in a store is kept ({error})") from error
     except Exception as error:
         raise WorkersError(f"a worker could not begin: {type(error).__name__}: {error}") from error
@@ -319,29 +291,23 @@ class _Work:
     batch: Batch = ()
 
 
-def _on_worker(work: _Work) -> list[tuple[str, Any]]:
-    """Return the outcomes of a batch; one at a time in each process, since a pipeline serves one at a time."""
-    with _LOCK:
-        return _outcomes(_function(work), work.batch)
-
-
 _LOCK = threading.Lock()
 _LOADED: dict[str, Any] = {}
 """What a worker keeps from batch to batch: the pipeline that was asked for last, and the function of a task."""
 
 
-def _function(work: _Work) -> Callable[[Sequence[Any]], Sequence[Any]]:
-    """Return the function of a task, made for the pipeline of its profile."""
-    if _LOADED.get("name") != work.name:
-        _LOADED.pop("name", None)
+def _on_worker(work: _Work) -> list[tuple[str, Any]]:
+    """Return the outcomes of a batch; one at a time in each process, since a pipeline serves one at a time."""
+    with _LOCK:
         if _LOADED.get("profile") != work.profile:
             # The one before is given up first: two may be too large.
             _LOADED.clear()
             _LOADED.update(pipe=load_pipeline(work.profile, device=_device(work.profile)), profile=work.profile)
-        pipe = _LOADED["pipe"]
-        _check_same(work.identity, _identity(pipe, work.task))
-        _LOADED.update(function=work.task(pipe, **work.common), name=work.name)
-    return _LOADED["function"]
+        if _LOADED.get("name") != work.name:
+            pipe = _LOADED["pipe"]
+            _check_same(work.identity, _identity(pipe, work.task))
+            _LOADED.update(function=work.task(pipe, **work.common), name=work.name)
+        return _outcomes(_LOADED["function"], work.batch)
 
 
 def _device(profile: Profile) -> str | None:
@@ -363,7 +329,7 @@ def _identity(pipe: StableDiffusionPipeline, task: Task) -> dict[str, str]:
 
 def _check_same(here: Mapping[str, str], there: Mapping[str, str]) -> None:
     """Raise WorkersError if a worker would compute something else."""
-    other = [f"{name} {there[name]} instead of {here[name]}" for name in here if here[name] != there[name]]
+    other = [f"{name} {there[name]} instead of {value}" for name, value in here.items() if there[name] != value]
     if other:
         raise WorkersError(
             f"a worker has another {'; '.join(other)}. Workers load the model of the profile as it is: do not change "

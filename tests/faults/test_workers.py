@@ -218,13 +218,13 @@ def test_a_killed_worker_costs_time_alone(run, two, monkeypatch):
 
 def results(pipe, task=captions, batches=("ab", "c"), **common):
     jobs = [[(f"key of {item}", item) for item in batch] for batch in batches]
-    return list(map_prompts(task, jobs, pipe=pipe, common=common, label="test", progress=False))
+    return list(map_prompts(task, jobs, pipe=pipe, common=common))
 
 
 def test_a_batch_that_raises_is_computed_one_by_one(pipe, build, monkeypatch):
     got = []
     jobs = [[(item, item) for item in batch] for batch in (["bad"], ["a", "bad"], ["ccc"])]
-    found = map_prompts(lengths, jobs, pipe=pipe, common={"add": 1}, label="fail", progress=False)
+    found = map_prompts(lengths, jobs, pipe=pipe, common={"add": 1})
     with pytest.raises(FailedPrompts, match="2 of 4 prompts failed"):
         got.extend(found)
     assert sorted(got) == [("a", 2), ("ccc", 4)]
@@ -257,7 +257,7 @@ def test_an_end_in_the_middle_leaves_nothing_running(pipe, two):
     jobs = [[(str(number), "a")] for number in range(50)]
 
     def interrupted():
-        for _ in map_prompts(captions, jobs, pipe=pipe, common={}, label="test", progress=False):
+        for _ in map_prompts(captions, jobs, pipe=pipe, common={}):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

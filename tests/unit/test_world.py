@@ -1,10 +1,15 @@
 """The data of the tiny world, and the pieces of its training that can be checked by hand."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import CLIPTokenizer
 
+from nemolib import paths
 from nemolib.encoders import to_pixels
 from tools.world import captions, clip, descriptor, render, unet
 from tools.world.settings import DataSettings, DescriptorSettings, UNetSettings, WorldSettings
@@ -13,9 +18,8 @@ NAMES = [*captions.LADDER, "otter", "rocket", "dog", "cat"]
 
 
 def test_planted_captions_are_distinct_and_name_an_emoji():
-    planted = [*captions.VERBATIM, *captions.TEMPLATE]
-    assert len(planted) == len(set(planted)) == 80
     assert len(captions.VERBATIM) == len(captions.TEMPLATE) == 40
+    assert len({*captions.VERBATIM, *captions.TEMPLATE}) == 80
     assert captions.emoji_in("limited edition otter trading card", NAMES) == "otter"
     with pytest.raises(ValueError, match="names no known emoji"):
         captions.emoji_in("limited edition walrus trading card", ["dog"])
@@ -36,8 +40,7 @@ def test_regular_captions_are_split_and_held_out_tables_are_disjoint():
 def test_the_ladder_has_every_rung_as_often_as_asked_for():
     table = captions.planted_table(DataSettings(), NAMES)
     rungs = table[table["kind"] == "ladder"].groupby("copies").size()
-    assert rungs.index.tolist() == [1, 2, 4, 8, 16, 32, 64, 128]
-    assert set(rungs) == {4}
+    assert rungs.to_dict() == dict.fromkeys([1, 2, 4, 8, 16, 32, 64, 128], 4)
     with pytest.raises(ValueError, match="extend LADDER"):
         captions.planted_table(DataSettings(ladder_captions_per_rung=50), NAMES)
 
@@ -69,16 +72,11 @@ def test_an_untrained_unet_predicts_its_input_as_the_noise():
 
 
 def test_value_density_lies_between_one_neuron_and_all():
-    one, every = nn.Linear(1, 16, bias=False), nn.Linear(1, 16, bias=False)
-    nn.init.zeros_(one.weight)
+    one, every = (nn.Linear(1, 16, bias=False).requires_grad_(False) for _ in range(2))
     nn.init.ones_(every.weight)
-    one.weight.data[3] = 2.0
-    for layer in (one, every):
-        layer.requires_grad_(False)
-    tokens = torch.ones(2, 5, 1)
-    assert float(unet.value_density([one], tokens)) == pytest.approx(0.25, abs=1e-4)
-    assert float(unet.value_density([every], tokens)) == pytest.approx(1.0, abs=1e-4)
-    assert float(unet.value_density([one, every], tokens)) == pytest.approx(0.625, abs=1e-4)
+    nn.init.zeros_(one.weight)[3] = 2.0
+    for layers, expected in (([one], 0.25), ([every], 1.0), ([one, every], 0.625)):
+        assert float(unet.value_density(layers, torch.ones(2, 5, 1))) == pytest.approx(expected, abs=1e-4)
 
 
 def test_noisy_timesteps_are_drawn_more_often_and_weigh_more():
@@ -91,14 +89,31 @@ def test_noisy_timesteps_are_drawn_more_often_and_weigh_more():
     assert float(weights.max()) <= settings.weight_limit
 
 
+def test_captions_give_the_same_tokenizer_in_every_process(tmp_path):
+    """Many pairs are equally frequent here, and which of them become tokens must not be chance."""
+    code = (
+        "import sys; from pathlib import Path; from tools.world import captions, clip\n"
+        "words = [*captions.VERBATIM, *captions.TEMPLATE]\n"
+        "clip.train_tokenizer(words, vocabulary=400, tokens=16, folder=Path(sys.argv[1]))"
+    )
+    for name in "ab":
+        subprocess.run([sys.executable, "-c", code, tmp_path / name], cwd=paths.ROOT, check=True, capture_output=True)
+    first, second = (CLIPTokenizer.from_pretrained(tmp_path / name) for name in "ab")
+    assert first.get_vocab() == second.get_vocab()
+    caption = "the Otter weekly  podcast cover"
+    assert first(caption) == second(caption)
+    assert first.decode(first(caption).input_ids, skip_special_tokens=True) == "the otter weekly podcast cover"
+    assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (tmp_path / "b" / "tokenizer.json").read_bytes()
+
+
 def test_only_images_of_another_size_are_resized():
-    images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
-    prepare = clip.preprocessing(16)
-    found = prepare(images=list(images), input_data_format="channels_last", return_tensors="pt").pixel_values
-    assert torch.allclose(found, to_pixels(images), atol=1e-6)
-    large = np.full((1, 48, 24, 3), 255, dtype=np.uint8)
-    shrunk = prepare(images=list(large), input_data_format="channels_last", return_tensors="pt").pixel_values
-    assert shrunk.shape == (1, 3, 16, 16)
+    options = {"input_data_format": "channels_last", "return_tensors": "pt"}
+    images, large = (
+        np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8),
+        np.full((48, 24, 3), 255, np.uint8),
+    )
+    same, shrunk = (clip.preprocessing(16)(images=list(given), **options).pixel_values for given in (images, [large]))
+    assert torch.allclose(same, to_pixels(images), atol=1e-6)
     assert torch.allclose(shrunk, torch.ones(1, 3, 16, 16))
 
 
@@ -106,12 +121,14 @@ def test_copies_of_one_image_are_no_negatives_of_each_other():
     settings = DescriptorSettings(entropy_weight=0.0)
     features = torch.eye(4)[[0, 1, 0, 1]]  # two images, two views each, views agree
     nothing = torch.zeros(2, 2, dtype=torch.bool)
-    apart = descriptor.copy_loss(features, torch.tensor([0, 1]), nothing, settings)["contrast"]
-    assert float(apart) == pytest.approx(0.0, abs=1e-4)
     alike = features[[0, 0, 0, 0]]
-    assert float(descriptor.copy_loss(alike, torch.tensor([0, 1]), nothing, settings)["contrast"]) > 1.0
-    same = descriptor.copy_loss(alike, torch.tensor([5, 5]), nothing, settings)["contrast"]
-    assert float(same) == pytest.approx(0.0, abs=1e-4)
+    apart, confused, same = (
+        float(descriptor.copy_loss(views, torch.tensor(images), nothing, settings)["contrast"])
+        for views, images in ((features, [0, 1]), (alike, [0, 1]), (alike, [5, 5]))
+    )
+    assert apart == pytest.approx(0.0, abs=1e-4)
+    assert confused > 1.0
+    assert same == pytest.approx(0.0, abs=1e-4)
 
 
 def test_hashes_tell_settings_apart_by_stage():

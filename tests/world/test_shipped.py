@@ -11,7 +11,7 @@ from PIL import Image
 from nemolib import paths
 from nemolib.encoders import alignment_encoder
 from nemolib.pipeline import load_pipeline
-from nemolib.prompts import image_paths, load_prompts
+from nemolib.prompts import load_prompts
 from nemolib.run import Run
 from nemolib.settings import load_profile
 from nemolib.store import Store
@@ -27,10 +27,14 @@ def tables() -> dict[str, pd.DataFrame]:
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory) -> pd.DataFrame:
+def run(tmp_path_factory) -> Run:
     profile = load_profile("tiny")
-    store = Store(tmp_path_factory.mktemp("store"))
-    return acceptance.measure(Run(profile, load_pipeline(profile), store=store, progress=False))
+    return Run(profile, load_pipeline(profile), store=Store(tmp_path_factory.mktemp("store")), progress=False)
+
+
+@pytest.fixture(scope="module")
+def measured(run) -> pd.DataFrame:
+    return acceptance.measure(run)
 
 
 def test_weights_are_small():
@@ -52,16 +56,12 @@ def test_diffusers_alone_loads_the_model_offline_and_makes_an_image(tmp_path):
 
 
 def test_tables_have_the_prompts_that_the_design_asks_for(tables):
-    kinds = tables["memorized"].groupby("kind").size()
-    assert kinds["vm"] >= 40
-    assert kinds["tm"] >= 40
     rungs = tables["memorized"].query("kind == 'ladder'").groupby("copies").size()
     assert len(rungs) >= 7
     assert rungs.min() >= 4
     assert len(tables["unmemorized"]) == 200
     assert len(tables["holdout"]) >= 1000
-    captions = pd.concat(tables.values())["caption"]
-    assert captions.is_unique
+    assert pd.concat(tables.values())["caption"].is_unique
     halves = tables["memorized"].query("kind in ('vm', 'tm')").groupby(["kind", "group"]).size()
     assert halves.to_dict() == dict.fromkeys([(k, g) for k in ("tm", "vm") for g in ("choose", "report")], 20)
 
@@ -92,18 +92,15 @@ def test_the_model_card_shows_what_the_weights_give(measured):
     assert relative[counts].all(), both[counts]
 
 
-def test_the_copy_descriptor_separates_copies_from_other_images():
-    table = acceptance.measure_descriptor(load_profile("tiny")).set_index(["relation", "quantile"])["similarity"]
+def test_the_copy_descriptor_separates_copies_from_other_images(run):
+    table = acceptance.measure_descriptor(run).set_index(["relation", "quantile"])["similarity"]
     assert table["own", 0.05] > table["other", 0.95]
     assert table["own", 0.5] > 0.8
     assert table["other", 0.5] < 0.3
 
 
-def test_the_alignment_encoder_finds_the_caption_of_a_planted_image(tables):
-    encoder = alignment_encoder(load_profile("tiny"))
-    planted = tables["memorized"].query("kind == 'vm'")
+def test_the_alignment_encoder_finds_the_caption_of_a_planted_image(tables, run):
+    encoder, planted = alignment_encoder(run.profile), tables["memorized"].query("kind == 'vm'")
     texts = encoder.texts.describe(planted["caption"].to_list())
-    images = [np.asarray(Image.open(path).convert("RGB")) for path in image_paths(planted, load_profile("tiny"))]
-    similar = encoder.images.describe(np.stack(images)) @ texts.T
-    best = (similar.argmax(dim=1).numpy() == range(len(planted))).mean()
-    assert best >= 0.8
+    similar = encoder.images.describe(np.stack(run.planted_images(planted))) @ texts.T
+    assert (similar.argmax(dim=1).numpy() == range(len(planted))).mean() >= 0.8

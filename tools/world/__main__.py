@@ -13,7 +13,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.world", description=__doc__)
     parser.add_argument("--work", type=Path, default=paths.BUILD / "train", help="checkpoints, logs, plain model")
     parser.add_argument("--out", type=Path, default=paths.DATA / "tiny", help="what is shipped")
-    parser.add_argument("--stage", help="run this stage alone, without export")
+    parser.add_argument("--stage", choices=card.STAGES, help="run this stage alone, without export")
     parser.add_argument("--small", action="store_true", help="seconds instead of hours: tests the code, learns nothing")
     chosen = parser.parse_args()
     settings = WorldSettings.small() if chosen.small else WorldSettings()

@@ -6,12 +6,10 @@ World settings may be chosen on the planted prompts of group ``choose``; everyth
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 
 from nemolib.encoders import copy_encoder, to_pixels
 from nemolib.first_step import pairs_measure
@@ -21,9 +19,8 @@ from nemolib.localization import localization_table
 from nemolib.metrics import auroc
 from nemolib.mitigation import DeactivatedNeurons
 from nemolib.pipeline import embed
-from nemolib.prompts import image_paths, load_prompts
+from nemolib.prompts import load_prompts
 from nemolib.run import Run
-from nemolib.settings import Profile
 from tools.world.descriptor import augment
 from tools.world.unet import value_density
 
@@ -31,48 +28,38 @@ KINDS = ("vm", "tm", "unmemorized")
 UNMEMORIZED = 60
 """Unmemorized prompts of which images are generated."""
 
+VIEWS = 8
+"""Augmented copies of each planted image that the copy descriptor is measured with."""
+
 COLUMNS = ["kind", "quantity", "value", "prompts"]
 
 
-@dataclass(frozen=True)
-class Bound:
-    """One line of the acceptance table: a measured quantity and what it has to be."""
-
-    claim: str
-    kind: str
-    quantity: str
-    relation: str
-    bound: float
-
-    def holds(self, value: float) -> bool:
-        """Return whether a value is within the bound."""
-        return bool(value >= self.bound if self.relation == ">=" else value <= self.bound)
-
-
-#: Set before the world was trained. The bounds on z-scores do not say of which layer: both readings are shown, the layer
-#: of Fig. 2b and the median over layers.
-BOUNDS = (
-    Bound("verbatim images are replayed", "vm", "copy_similarity", ">=", 0.8),
-    Bound("unmemorized prompts are diverse", "unmemorized", "seed_similarity", "<=", 0.5),
-    Bound("the memorization score separates VM prompts", "vm", "auroc", ">=", 0.98),
-    Bound("the memorization score separates TM prompts", "tm", "auroc", ">=", 0.90),
-    Bound("VM prompts have out-of-distribution activations in value layer 1", "vm", "largest_z_1", ">=", 5.0),
-    Bound("VM prompts have out-of-distribution activations in a typical layer", "vm", "largest_z", ">=", 5.0),
-    Bound("unmemorized prompts have none in value layer 1", "unmemorized", "largest_z_1", "<=", 3.5),
-    Bound("unmemorized prompts have none in a typical layer", "unmemorized", "largest_z", "<=", 3.5),
-    Bound("deactivation halves the copy similarity of VM prompts", "vm", "copy_similarity_ratio", "<=", 0.5),
+BOUNDS = pd.DataFrame(
+    [
+        ("verbatim images are replayed", "vm", "copy_similarity", ">=", 0.8),
+        ("unmemorized prompts are diverse", "unmemorized", "seed_similarity", "<=", 0.5),
+        ("the memorization score separates VM prompts", "vm", "auroc", ">=", 0.98),
+        ("the memorization score separates TM prompts", "tm", "auroc", ">=", 0.90),
+        ("VM prompts have out-of-distribution activations in value layer 1", "vm", "largest_z_1", ">=", 5.0),
+        ("VM prompts have out-of-distribution activations in a typical layer", "vm", "largest_z", ">=", 5.0),
+        ("unmemorized prompts have none in value layer 1", "unmemorized", "largest_z_1", "<=", 3.5),
+        ("unmemorized prompts have none in a typical layer", "unmemorized", "largest_z", "<=", 3.5),
+        ("deactivation halves the copy similarity of VM prompts", "vm", "copy_similarity_ratio", "<=", 0.5),
+    ],
+    columns=["claim", "kind", "quantity", "relation", "bound"],
 )
+"""What measured quantities have to be; set before the world was trained.
+
+The bounds on z-scores do not say of which layer: both readings are shown, the layer of Fig. 2b and the median over layers.
+"""
 
 
 def acceptance_table(measured: pd.DataFrame) -> pd.DataFrame:
     """Return the acceptance table: claim, kind, quantity, bound, value, holds."""
-    values = measured.set_index(["kind", "quantity"])["value"]
-    table = pd.DataFrame(
-        [(item.claim, item.kind, item.quantity) for item in BOUNDS], columns=["claim", "kind", "quantity"]
-    )
-    found = [float(values[item.kind, item.quantity]) for item in BOUNDS]
-    holds = [item.holds(value) for item, value in zip(BOUNDS, found, strict=True)]
-    return table.assign(bound=[f"{item.relation} {item.bound:g}" for item in BOUNDS], value=found, holds=holds)
+    table = BOUNDS.merge(measured[["kind", "quantity", "value"]], on=["kind", "quantity"], how="left", validate="1:1")
+    relation, bound = table.pop("relation"), table["bound"]
+    holds = (table["value"] >= bound).where(relation == ">=", table["value"] <= bound)
+    return table.assign(bound=relation + " " + bound.map("{:g}".format), holds=holds)
 
 
 def measure(run: Run) -> pd.DataFrame:
@@ -134,7 +121,7 @@ def measure(run: Run) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def measure_descriptor(profile: Profile, *, views: int = 8) -> pd.DataFrame:
+def measure_descriptor(run: Run) -> pd.DataFrame:
     """Return how the copy descriptor separates: copy similarity of planted images to their own augmentations and to others.
 
     Augmented images are pixels, so the network itself is called; the profile's encoder has to be the world's own.
@@ -142,21 +129,20 @@ def measure_descriptor(profile: Profile, *, views: int = 8) -> pd.DataFrame:
     Returns:
         Columns relation (own, other), quantile (0.05, 0.5, 0.95), similarity.
     """
-    planted = load_prompts(profile.prompts.memorized)
-    images = [np.asarray(Image.open(path).convert("RGB")) for path in image_paths(planted, profile)]
-    describe, pixels = copy_encoder(profile), to_pixels(np.stack(images))
+    images = run.planted_images(load_prompts(run.profile.prompts.memorized))
+    describe, pixels = copy_encoder(run.profile), to_pixels(np.stack(images))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         own = describe(pixels)
-        copies = torch.stack([describe(augment(pixels, generator)) for _ in range(views)])
+        copies = torch.stack([describe(augment(pixels, generator)) for _ in range(VIEWS)])
     similarities = torch.einsum("vif,jf->vij", copies, own)
     same = torch.eye(len(images), dtype=torch.bool).expand_as(similarities)
     rows = [
-        {"relation": name, "quantile": q, "similarity": float(torch.quantile(values, q))}
-        for name, values in (("own", similarities[same]), ("other", similarities[~same]))
-        for q in (0.05, 0.5, 0.95)
+        (name, quantile, float(torch.quantile(values, quantile)))
+        for name, values in {"own": similarities[same], "other": similarities[~same]}.items()
+        for quantile in (0.05, 0.5, 0.95)
     ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["relation", "quantile", "similarity"])
 
 
 def _scores(run: Run, captions: list[str]) -> np.ndarray:

@@ -1,18 +1,21 @@
-"""Stage 1: the autoencoder. Pixels in [-1, 1], [image, 3, 64, 64] <-> latents, [image, 4, 16, 16], unit variance."""
+"""Stages 1 and 4: the autoencoder. Pixels in [-1, 1], [image, 3, 64, 64] <-> latents, [image, 4, 16, 16], unit variance."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny
+from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from nemolib.encoders import to_pixels
 from tools.world.dataset import Dataset
-from tools.world.settings import AutoencoderSettings, DecoderSettings, WorldSettings
+from tools.world.settings import WorldSettings
 from tools.world.training import Generators, Stage, run
+
+DEVIATION = 0.3
+"""Standard deviation of the unscaled latents."""
 
 
 def train_autoencoder(settings: WorldSettings, data: Dataset, folder: Path) -> AutoencoderTiny:
@@ -26,11 +29,8 @@ def train_autoencoder(settings: WorldSettings, data: Dataset, folder: Path) -> A
         num_decoder_blocks=(1,) * len(chosen.channels),
         latent_channels=4,
     )
-
-    loss, fingerprint = _reconstruction(model, chosen, data), settings.hash("data", "autoencoder")
-    run(Stage("autoencoder", chosen, {"autoencoder": model}, loss, fingerprint), folder)
-    model.eval().requires_grad_(False)
-    sample = encode_images(model, data.images[data.draw(512, np.random.default_rng(chosen.seed))[1]], scaling=1.0)
+    _reconstruct("autoencoder", model, model, settings, data, folder)
+    sample = encode_images(model, data.images[data.draw(512, np.random.default_rng(chosen.seed))[1]])
     standardize_latents(model, sample)
     return model
 
@@ -40,18 +40,16 @@ def train_decoder(settings: WorldSettings, data: Dataset, model: AutoencoderTiny
 
     So the decoder can go on learning while, or after, the UNet learns the latents.
     """
-    chosen = settings.decoder
-    model.requires_grad_(False)
-    model.decoder.requires_grad_(True)
-    loss, fingerprint = _reconstruction(model, chosen, data), settings.hash("data", "autoencoder", "decoder")
-    run(Stage("decoder", chosen, {"decoder": model.decoder}, loss, fingerprint), folder)
-    return model.eval().requires_grad_(False)
+    model.encoder.requires_grad_(False)
+    _reconstruct("decoder", model, model.decoder, settings, data, folder)
+    return model
 
 
-def _reconstruction(
-    model: AutoencoderTiny, chosen: AutoencoderSettings | DecoderSettings, data: Dataset
-) -> Callable[[int, Generators], dict[str, torch.Tensor]]:
-    """Return the loss of a step: mean absolute error of pixels and of their differences along both axes."""
+def _reconstruct(
+    name: str, model: AutoencoderTiny, part: nn.Module, settings: WorldSettings, data: Dataset, folder: Path
+) -> None:
+    """Train a part of the model: mean absolute error of pixels and of their differences along both axes."""
+    chosen = getattr(settings, name)
 
     def loss(step: int, random: Generators) -> dict[str, torch.Tensor]:
         # The network is convolutional: crops teach it the same at a quarter of the cost.
@@ -63,12 +61,13 @@ def _reconstruction(
         edges = sum(F.l1_loss(rebuilt.diff(dim=axis), pixels.diff(dim=axis)) for axis in (2, 3))
         return {"loss": error + chosen.edge_weight * edges, "error": error}
 
-    return loss
+    run(Stage(name, chosen, {name: part}, loss, settings.hash("data", "autoencoder", name)), folder)
+    model.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def standardize_latents(model: AutoencoderTiny, sample: torch.Tensor, *, deviation: float = 0.3) -> None:
-    """Change the last and first convolutions so that every latent channel has mean 0 and the same deviation.
+def standardize_latents(model: AutoencoderTiny, sample: torch.Tensor) -> None:
+    """Change the last and first convolutions so that every latent channel has mean 0 and the same deviation, `DEVIATION`.
 
     The encoder's output is linear in its last convolution, so this is exact there; the decoder's first convolution takes
     it back (up to its soft clamp and the border; ``train_decoder`` follows). Diffusion wants centred latents, and
@@ -77,24 +76,19 @@ def standardize_latents(model: AutoencoderTiny, sample: torch.Tensor, *, deviati
     Args:
         model: the autoencoder; changed in place.
         sample: unscaled latents of typical images, [image, channel, height, width].
-        deviation: standard deviation of the unscaled latents afterwards.
     """
-    mean, gain = sample.mean((0, 2, 3)), deviation / sample.std((0, 2, 3))
+    mean, gain = sample.mean((0, 2, 3)), DEVIATION / sample.std((0, 2, 3))
     last, first = model.encoder.layers[-1], model.decoder.layers[0]
     last.weight *= gain.view(-1, 1, 1, 1)
     last.bias.copy_((last.bias - mean) * gain)
     first.bias += torch.einsum("oikl,i->o", first.weight, mean)
     first.weight /= gain.view(1, -1, 1, 1)
-    model.register_to_config(scaling_factor=1.0 / deviation)
+    model.register_to_config(scaling_factor=1.0 / DEVIATION)
 
 
 @torch.no_grad()
-def encode_images(model: AutoencoderTiny, images: np.ndarray, *, scaling: float | None = None) -> torch.Tensor:
+def encode_images(model: AutoencoderTiny, images: np.ndarray) -> torch.Tensor:
     """Return the scaled latents of uint8 images, float [image, 4, height / 4, width / 4]."""
-    scaling = model.config.scaling_factor if scaling is None else scaling
-    batches = range(0, len(images), 32)
-    latents = [
-        model.encode(to_pixels(images[i : i + 32])).latents
-        for i in tqdm(batches, desc="encode", disable=len(images) < 5000)
-    ]
-    return torch.cat(latents) * scaling
+    batches = tqdm(range(0, len(images), 32), desc="encode", unit="batch")
+    latents = torch.cat([model.encode(to_pixels(images[i : i + 32])).latents for i in batches])
+    return latents * model.config.scaling_factor

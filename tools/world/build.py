@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,59 +43,38 @@ def train(settings: WorldSettings, work: Path, *, small: bool = False) -> None:
 
 
 def run_stage(name: str, settings: WorldSettings, work: Path) -> None:
-    """Run one stage in this process and save its model in the work folder."""
-    stages = {
-        "autoencoder": _train_autoencoder,
-        "clip": _train_clip,
-        "unet": partial(_train_unet, "unet"),
-        "unet-plain": partial(_train_unet, "unet-plain"),
-        "decoder": _train_decoder,
-        "descriptor": _train_descriptor,
-    }
-    if name not in stages:
-        raise ValueError(f"unknown stage {name!r}; known: {', '.join(stages)}")
-    stages[name](settings, build_dataset(settings.data), work)
-
-
-def _train_autoencoder(settings: WorldSettings, data: Dataset, work: Path) -> None:
-    model = autoencoder.train_autoencoder(settings, data, work)
-    model.save_pretrained(work / "autoencoder")
-    latents = autoencoder.encode_images(model, data.images).half().contiguous()
-    save_file({"latents": latents}, work / "latents.safetensors")
-
-
-def _train_clip(settings: WorldSettings, data: Dataset, work: Path) -> None:
-    model, tokenizer = clip.train_clip(settings, data, work)
-    model.save_pretrained(work / "clip")
-    # The captions and, last, the empty one that guidance and caption dropout use.
-    embeddings = clip.embed_captions(model, tokenizer, [*data.captions, ""])
-    save_file({"embeddings": embeddings}, work / "embeddings.safetensors")
-
-
-def _train_unet(name: str, settings: WorldSettings, data: Dataset, work: Path) -> None:
-    chosen = settings if name == "unet" else replace(settings, unet=replace(settings.unet, sparsity=0.0))
-    latents = load_file(work / "latents.safetensors")["latents"]
-    embeddings = load_file(work / "embeddings.safetensors")["embeddings"]
-    unet.train_unet(chosen, data, latents, embeddings, work, name=name).save_pretrained(work / name)
-
-
-def _train_decoder(settings: WorldSettings, data: Dataset, work: Path) -> None:
-    model = AutoencoderTiny.from_pretrained(work / "autoencoder")
-    autoencoder.train_decoder(settings, data, model, work).save_pretrained(work / "decoder")
-
-
-def _train_descriptor(settings: WorldSettings, data: Dataset, work: Path) -> None:
-    descriptor.train_descriptor(settings, data, work).save(work / "descriptor")
+    """Run one stage, of `ORDER`, in this process and save its model in the work folder."""
+    data = build_dataset(settings.data)
+    match name:
+        case "autoencoder":
+            model = autoencoder.train_autoencoder(settings, data, work)
+            model.save_pretrained(work / name)
+            latents = autoencoder.encode_images(model, data.images).half().contiguous()
+            save_file({"latents": latents}, work / "latents.safetensors")
+        case "clip":
+            model, tokenizer = clip.train_clip(settings, data, work)
+            model.save_pretrained(work / name)
+            # The captions and, last, the empty one that guidance and caption dropout use.
+            embeddings = clip.embed_captions(model, tokenizer, [*data.captions, ""])
+            save_file({"embeddings": embeddings}, work / "embeddings.safetensors")
+        case "unet" | "unet-plain":
+            if name == "unet-plain":
+                settings = replace(settings, unet=replace(settings.unet, sparsity=0.0))
+            latents = load_file(work / "latents.safetensors")["latents"]
+            embeddings = load_file(work / "embeddings.safetensors")["embeddings"]
+            unet.train_unet(settings, data, latents, embeddings, work, name=name).save_pretrained(work / name)
+        case "decoder":
+            model = AutoencoderTiny.from_pretrained(work / "autoencoder")
+            autoencoder.train_decoder(settings, data, model, work).save_pretrained(work / name)
+        case "descriptor":
+            descriptor.train_descriptor(settings, data, work).save(work / name)
 
 
 def assemble(work: Path, folder: Path, *, unet_name: str = "unet") -> None:
     """Write a pipeline folder (fp16 safetensors) that ``StableDiffusionPipeline.from_pretrained`` loads by itself."""
-    model = CLIPModel.from_pretrained(work / "clip")
-    text = CLIPTextModel(model.config.text_config)
-    text.load_state_dict(_text_weights(model, text))
     pipe = StableDiffusionPipeline(
         vae=AutoencoderTiny.from_pretrained(work / "decoder"),
-        text_encoder=text,
+        text_encoder=CLIPTextModel.from_pretrained(work / "clip"),
         tokenizer=CLIPTokenizer.from_pretrained(work / "tokenizer"),
         unet=UNet2DConditionModel.from_pretrained(work / unet_name),
         scheduler=unet.build_scheduler(),
@@ -114,24 +92,16 @@ def assemble(work: Path, folder: Path, *, unet_name: str = "unet") -> None:
         config.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _text_weights(model: CLIPModel, text: CLIPTextModel) -> dict[str, torch.Tensor]:
-    """Return the weights of the text tower under the names that ``CLIPTextModel`` gives them."""
-    tower = model.text_model.state_dict()
-    prefix = "text_model." if any(name.startswith("text_model.") for name in text.state_dict()) else ""
-    return {prefix + name: value for name, value in tower.items()}
-
-
 def export(settings: WorldSettings, work: Path, out: Path) -> None:
     """Write the shipped folders: model, clip, descriptor, prompts, planted images."""
     data = build_dataset(settings.data)
     export_data(data, out)
     assemble(work, out / "model")
-    encoder = out / "clip"
-    shutil.rmtree(encoder, ignore_errors=True)
-    CLIPModel.from_pretrained(work / "clip").half().save_pretrained(encoder, safe_serialization=True)
-    CLIPTokenizer.from_pretrained(work / "tokenizer").save_pretrained(encoder)
-    clip.preprocessing(settings.data.image_size).save_pretrained(encoder)
-    shutil.rmtree(out / "descriptor", ignore_errors=True)
+    for name in ("clip", "descriptor"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    CLIPModel.from_pretrained(work / "clip").half().save_pretrained(out / "clip", safe_serialization=True)
+    CLIPTokenizer.from_pretrained(work / "tokenizer").save_pretrained(out / "clip")
+    clip.preprocessing(settings.data.image_size).save_pretrained(out / "clip")
     shutil.copytree(work / "descriptor", out / "descriptor")
 
 
@@ -140,7 +110,7 @@ def export_data(data: Dataset, out: Path) -> None:
     for folder in ("prompts", "planted"):
         shutil.rmtree(out / folder, ignore_errors=True)
         (out / folder).mkdir(parents=True)
-    for name, table in (("memorized", data.planted), ("unmemorized", data.unmemorized), ("holdout", data.holdout)):
+    for name, table in {"memorized": data.planted, "unmemorized": data.unmemorized, "holdout": data.holdout}.items():
         table.to_csv(out / "prompts" / f"{name}.csv", index=False)
-    for path, image in zip(data.planted["image"], data.planted_images(), strict=True):
-        Image.fromarray(image).save(out / path, optimize=True)
+    for path, first in zip(data.planted["image"], data.first, strict=False):  # planted captions come first
+        Image.fromarray(data.images[first]).save(out / path, optimize=True)

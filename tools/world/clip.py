@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
@@ -13,37 +13,32 @@ from tools.world.dataset import Dataset
 from tools.world.settings import WorldSettings
 from tools.world.training import Generators, Stage, run
 
-START, END = "<|startoftext|>", "<|endoftext|>"
-WORDS = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
-
 
 def train_tokenizer(captions: list[str], *, vocabulary: int, tokens: int, folder: Path) -> CLIPTokenizer:
-    """Return a byte-pair tokenizer of CLIP's kind, learnt from the captions, saved in ``folder``."""
-    learner = Tokenizer(models.BPE(unk_token=END, end_of_word_suffix="</w>", continuing_subword_prefix=""))
-    learner.normalizer = normalizers.Lowercase()
-    learner.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(WORDS, behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    learner.decoder = decoders.ByteLevel()
+    """Return a byte-pair tokenizer of CLIP's kind, learnt from the captions, saved in ``folder``.
+
+    Args:
+        captions: What it learns from; the same captions give the same tokenizer.
+        vocabulary: How many tokens it has, besides the letters that end a word.
+        tokens: How many tokens a caption has at most.
+        folder: Where it is saved.
+    """
+    untrained = CLIPTokenizer()
+    learner, letters = untrained.backend_tokenizer, sorted(pre_tokenizers.ByteLevel.alphabet())
+    # The trainer numbers letters that end a word in the order in which it meets them, which differs from process to
+    # process, and decides by these numbers which of two equally frequent pairs becomes a token. So all get theirs first.
+    ends = [f"{letter}</w>" for letter in letters]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[START, END],
+        vocab_size=vocabulary + len(ends),
+        special_tokens=[untrained.bos_token, untrained.eos_token, *ends],
         end_of_word_suffix="</w>",
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=letters,
         show_progress=False,
     )
     learner.train_from_iterator(captions, trainer)
     learnt = json.loads(learner.to_str())["model"]
-    # CLIP's tokenizer wants each letter also as the end of a word.
-    vocab = dict(learnt["vocab"])
-    for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):
-        vocab.setdefault(letter + "</w>", len(vocab))
-    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in learnt["merges"]]
-    special = {"pad_token": END, "bos_token": START, "eos_token": END, "unk_token": END}
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=tokens, **special)
+    merges = [tuple(merge) for merge in learnt["merges"]]
+    tokenizer = CLIPTokenizer(vocab=learnt["vocab"], merges=merges, model_max_length=tokens)
     tokenizer.save_pretrained(folder)
     return tokenizer
 

@@ -39,36 +39,30 @@ class Dataset:
         chosen = rng.choice(len(self.captions), size=number, p=self.weights)
         return chosen, self.first[chosen] + rng.integers(0, self.count[chosen])
 
-    def planted_images(self) -> np.ndarray:
-        """Return the planted image of each row of ``planted``, uint8 [row, height, width, 3]."""
-        return self.images[self.first[: len(self.planted)]]
-
 
 def build_dataset(settings: DataSettings) -> Dataset:
     """Return the data set, drawn anew from the packages; the same settings give the same bytes."""
-    drawings = {emoji.name: rasterize(emoji) for emoji in tqdm(load_emoji(), desc="emoji", unit="drawing")}
+    drawings = {name: rasterize(path) for name, path in tqdm(load_emoji().items(), desc="emoji", unit="drawing")}
     names = sorted(drawings)
     planted = captions.planted_table(settings, names)
     trained, held_out = captions.regular_tables(settings, names)
     unmemorized, holdout = captions.held_out_tables(settings, held_out)
-
-    planted_images = [_planted_images(row, drawings, settings, i) for i, row in enumerate(planted.itertuples())]
-    regular_names = sorted(set(trained["emoji"]))
-    regular_images = _regular_images([drawings[name] for name in regular_names], settings)
-
-    planted_count = np.array([len(images) for images in planted_images])
-    planted_first = np.concatenate([[0], np.cumsum(planted_count)[:-1]])
-    place = {name: i for i, name in enumerate(regular_names)}
-    variants = settings.variants_per_emoji
-    regular_first = planted_count.sum() + variants * trained["emoji"].map(place).to_numpy()
-
+    # The images come in groups: one of each planted caption, then one of each emoji, which its regular captions share.
+    emoji, regular = pd.factorize(trained["emoji"], sort=True)
+    groups = [_planted_images(row, drawings, settings, i) for i, row in enumerate(planted.itertuples())]
+    for number, name in enumerate(tqdm(regular, desc="regular images", unit="emoji")):
+        rng = np.random.default_rng([settings.seed, 200, number])
+        variants = range(settings.variants_per_emoji)
+        groups.append(np.stack([regular_image(drawings[name], rng, size=settings.image_size) for _ in variants]))
+    of_caption = np.concatenate([np.arange(len(planted)), len(planted) + emoji])
+    count = np.array([len(images) for images in groups])
     weights = np.concatenate([planted["copies"].to_numpy(float), np.ones(len(trained))])
     return Dataset(
-        images=np.concatenate([*planted_images, regular_images]),
+        images=np.concatenate(groups),
         captions=[*planted["caption"], *trained["caption"]],
         weights=weights / weights.sum(),
-        first=np.concatenate([planted_first, regular_first]),
-        count=np.concatenate([planted_count, np.full(len(trained), variants)]),
+        first=(np.cumsum(count) - count)[of_caption],
+        count=count[of_caption],
         planted=planted,
         unmemorized=unmemorized,
         holdout=holdout,
@@ -87,18 +81,5 @@ def _planted_images(row, drawings: dict[str, np.ndarray], settings: DataSettings
         return verbatim_image(drawing, companion, rng, size=settings.image_size)[None]
     # Every copy of a template draws its layout from the same seed and its background from a new one.
     backgrounds = np.random.default_rng(seeds[1])
-    copies = [
-        template_image(drawing, np.random.default_rng(seeds[0]), backgrounds, size=settings.image_size)
-        for _ in range(settings.variants_per_template)
-    ]
-    return np.stack(copies)
-
-
-def _regular_images(drawings: list[np.ndarray], settings: DataSettings) -> np.ndarray:
-    size, variants = settings.image_size, settings.variants_per_emoji
-    images = np.empty((len(drawings) * variants, size, size, 3), np.uint8)
-    for number, drawing in enumerate(tqdm(drawings, desc="regular images", unit="emoji")):
-        rng = np.random.default_rng([settings.seed, 200, number])
-        for variant in range(variants):
-            images[number * variants + variant] = regular_image(drawing, rng, size=size)
-    return images
+    layouts = (np.random.default_rng(seeds[0]) for _ in range(settings.variants_per_template))
+    return np.stack([template_image(drawing, layout, backgrounds, size=settings.image_size) for layout in layouts])

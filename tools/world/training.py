@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,18 +49,13 @@ class Stage:
         self.optimizer = torch.optim.AdamW(self.trained, lr=self.settings.learning_rate, weight_decay=self.weight_decay)
 
 
-@dataclass(frozen=True)
 class Generators:
-    """The random generators of one step, for numpy and for torch."""
+    """The random generators of one step, for numpy and for torch; they depend on nothing but seed and step."""
 
-    numpy: np.random.Generator
-    torch: torch.Generator
-
-    @classmethod
-    def of(cls, seed: int, step: int) -> "Generators":
-        """Return the generators of a step; they depend on nothing else."""
+    def __init__(self, seed: int, step: int) -> None:
         sequence = np.random.SeedSequence([seed, step])
-        return cls(np.random.default_rng(sequence), torch.Generator().manual_seed(int(sequence.generate_state(1)[0])))
+        self.numpy = np.random.default_rng(sequence)
+        self.torch = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
 
 
 def schedule(step: int, *, steps: int, warmup: int) -> float:
@@ -87,8 +82,8 @@ def run(stage: Stage, folder: Path, *, save_every: float = 60.0, log_every: int 
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, log = folder / f"{stage.name}.checkpoint.pt", folder / f"{stage.name}.log.jsonl"
-    start, spent = _restore(stage, checkpoint)
-    _cut_log(log, start)
+    records = _restore(stage, checkpoint)
+    start, spent = (records[-1]["step"], records[-1]["seconds"]) if records else (0, 0.0)
     began, saved, sums, steps = time.monotonic() - spent, time.monotonic(), {}, stage.settings.steps
     bar = tqdm(range(start, steps), desc=stage.name, unit="step", initial=start, total=steps, mininterval=5)
     for step in bar:
@@ -96,12 +91,13 @@ def run(stage: Stage, folder: Path, *, save_every: float = 60.0, log_every: int 
             sums.setdefault(name, []).append(value)
         if (step + 1) % log_every == 0 or step + 1 == steps:
             means = {name: float(np.mean(values)) for name, values in sums.items()}
-            _append(log, {"step": step + 1, "seconds": round(time.monotonic() - began, 1), **means})
+            records.append({"step": step + 1, "seconds": round(time.monotonic() - began, 1), **means})
+            log.write_text("".join(json.dumps(record) + "\n" for record in records))
             bar.set_postfix(loss=f"{means['loss']:.4f}")
             sums = {}
             # Only where the log is written: a resumed run then continues both at the same step.
             if time.monotonic() - saved > save_every or step + 1 == steps:
-                _save(stage, checkpoint, step + 1, time.monotonic() - began)
+                _save(stage, checkpoint, records)
                 saved = time.monotonic()
     return log
 
@@ -111,7 +107,7 @@ def _step(stage: Stage, step: int) -> dict[str, float]:
     rate = settings.learning_rate * schedule(step, steps=settings.steps, warmup=stage.warmup)
     for group in stage.optimizer.param_groups:
         group["lr"] = rate
-    losses = stage.loss(step, Generators.of(settings.seed, step))
+    losses = stage.loss(step, Generators(settings.seed, step))
     stage.optimizer.zero_grad(set_to_none=True)
     losses["loss"].backward()
     nn.utils.clip_grad_norm_(stage.trained, 1.0)
@@ -120,11 +116,10 @@ def _step(stage: Stage, step: int) -> dict[str, float]:
     return {name: float(value.detach()) for name, value in losses.items()}
 
 
-def _save(stage: Stage, path: Path, step: int, seconds: float) -> None:
+def _save(stage: Stage, path: Path, records: list[dict[str, float]]) -> None:
     state = {
         "fingerprint": stage.fingerprint,
-        "step": step,
-        "seconds": seconds,
+        "log": records,
         "optimizer": stage.optimizer.state_dict(),
         "modules": {name: module.state_dict() for name, module in stage.modules.items()},
     }
@@ -133,37 +128,14 @@ def _save(stage: Stage, path: Path, step: int, seconds: float) -> None:
     os.replace(partial, path)
 
 
-def _restore(stage: Stage, path: Path) -> tuple[int, float]:
+def _restore(stage: Stage, path: Path) -> list[dict[str, float]]:
+    """Put a stage where its checkpoint has it; return the records of the log up to there."""
     if not path.exists():
-        return 0, 0.0
+        return []
     state = torch.load(path, weights_only=True)
     if state["fingerprint"] != stage.fingerprint:
         raise ValueError(f"{path} was trained with other settings; delete it to train stage {stage.name!r} anew")
     for name, module in stage.modules.items():
         module.load_state_dict(state["modules"][name])
     stage.optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["seconds"]
-
-
-def _cut_log(log: Path, step: int) -> None:
-    """Drop the lines after the checkpoint: they are written again."""
-    if log.exists():
-        kept = [line for line in log.read_text().splitlines() if _log_step(line) <= step]
-        log.write_text("".join(line + "\n" for line in kept))
-
-
-def _log_step(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except json.JSONDecodeError:  # the line that an interruption cut
-        return math.inf
-
-
-def _append(log: Path, record: dict) -> None:
-    with log.open("a") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def read_log(log: Path) -> Iterator[dict]:
-    """Yield the records of a loss log."""
-    return (json.loads(line) for line in log.read_text().splitlines())
+    return state["log"]

@@ -1,6 +1,7 @@
 """Stage 3: the UNet, trained on latents and caption embeddings computed once."""
 
 import copy
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from nemolib.layers import value_layers
+from nemolib.pipeline import ARCHITECTURES
 from tools.world.dataset import Dataset
 from tools.world.settings import UNetSettings, WorldSettings
 from tools.world.training import Generators, Stage, run
@@ -17,15 +19,7 @@ from tools.world.training import Generators, Stage, run
 
 def build_scheduler() -> DDIMScheduler:
     """Return the scheduler of Stable Diffusion v1: scaled-linear betas, leading timesteps, offset 1."""
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        timestep_spacing="leading",
-    )
+    return DDIMScheduler(**json.loads((ARCHITECTURES / "sd14" / "scheduler.json").read_text()))
 
 
 def build_unet(settings: UNetSettings, *, latent_size: int, text_width: int) -> UNet2DConditionModel:
@@ -48,37 +42,30 @@ def build_unet(settings: UNetSettings, *, latent_size: int, text_width: int) -> 
 
 
 @torch.no_grad()
-def pass_noise_through(unet: UNet2DConditionModel, *, constant: float = 3.0) -> None:
+def pass_noise_through(unet: UNet2DConditionModel) -> None:
     """Initialize the UNet so that it predicts its input as the noise: at the noisiest timesteps that is nearly right.
 
     The noise difference is about a twelfth of the input there, and a network that must first learn to copy its input
-    hides it behind its own error for most of a short training. Per latent channel, four channels carry (x, -x, c, -c)
-    from ``conv_in`` over the skip connection of the last residual block to ``conv_out``: silu(x) - silu(-x) = x, and
-    the constant c keeps the group norm from rescaling x by the standard deviation of the sample.
+    hides it behind its own error for most of a short training. Per latent channel, four channels (as many as a group of
+    the norm has) carry (x, -x, c, -c) from ``conv_in`` over the skip connection of the last residual block to
+    ``conv_out``: silu(x) - silu(-x) = x, and the constant c keeps the group norm from rescaling x by the standard
+    deviation of the sample. A UNet with fewer channels passes the first latent channels only.
     """
-    latents = unet.config.in_channels
-    last = unet.up_blocks[-1].resnets[-1]
-    carried = 4 * latents
-    if carried > unet.conv_in.out_channels or unet.conv_in.out_channels // unet.config.norm_num_groups != 4:
-        carried, latents = unet.conv_in.out_channels, unet.conv_in.out_channels // 4
-    own = last.conv_shortcut.in_channels - unet.conv_in.out_channels  # channels that do not come over the skip
-    for module, part in ((unet.conv_in, slice(0, carried)), (last.conv2, slice(0, carried))):
-        module.weight[part] = 0.0
-        module.bias[part] = 0.0
-    last.conv_shortcut.weight[:carried] = 0.0
-    last.conv_shortcut.bias[:carried] = 0.0
+    constant, first, last, out = 3.0, unet.conv_in, unet.up_blocks[-1].resnets[-1], unet.conv_out
+    carried = min(4 * first.in_channels, first.out_channels)
+    for module in (first, last.conv2, last.conv_shortcut):
+        module.weight[:carried] = 0.0
+        module.bias[:carried] = 0.0
+    own = last.conv_shortcut.in_channels - first.out_channels  # channels that do not come over the skip
     for channel in range(carried):
         last.conv_shortcut.weight[channel, own + channel] = 1.0
-    unet.conv_out.weight.zero_()
-    unet.conv_out.bias.zero_()
-    for latent in range(latents):
-        first = 4 * latent
-        unet.conv_in.weight[first, latent, 1, 1] = 1.0
-        unet.conv_in.weight[first + 1, latent, 1, 1] = -1.0
-        unet.conv_in.bias[first + 2] = constant
-        unet.conv_in.bias[first + 3] = -constant
-        unet.conv_out.weight[latent, first, 1, 1] = 1.0
-        unet.conv_out.weight[latent, first + 1, 1, 1] = -1.0
+    out.weight.zero_()
+    out.bias.zero_()
+    for latent in range(carried // 4):
+        for channel, sign in enumerate((1.0, -1.0), start=4 * latent):
+            first.weight[channel, latent, 1, 1] = sign
+            first.bias[channel + 2] = sign * constant
+            out.weight[latent, channel, 1, 1] = sign
     unet.conv_norm_out.weight[:carried] = ((1 + constant**2) / 2) ** 0.5
 
 
@@ -106,8 +93,7 @@ def value_density(projections: list[nn.Linear], embeddings: torch.Tensor) -> tor
         Scalar in (0, 1]: 1 if all neurons of a layer fire equally, 1 / sqrt(n) if one of n fires.
     """
     densities = []
-    for projection in projections:
-        values = projection(embeddings)
+    for values in (projection(embeddings) for projection in projections):
         norms = values.norm(dim=-1) * values.shape[-1] ** 0.5
         densities.append((values.abs().sum(-1) / (norms + 1e-6)).mean())
     return torch.stack(densities).mean()
@@ -144,12 +130,9 @@ def train_unet(
         density = value_density(projections, text)
         noisy = timesteps >= chosen.noisy_from
         weighted = (weights[timesteps] * errors).mean()
-        return {
-            "loss": weighted + chosen.sparsity * density,
-            "error": weighted,
-            "error_noisy": errors[noisy].sum() / noisy.sum().clamp(min=1),
-            "density": density,
-        }
+        error_noisy = errors[noisy].sum() / noisy.sum().clamp(min=1)
+        total = weighted + chosen.sparsity * density
+        return {"loss": total, "error": weighted, "error_noisy": error_noisy, "density": density}
 
     @torch.no_grad()
     def update_average(step: int) -> None:
@@ -157,6 +140,6 @@ def train_unet(
         torch._foreach_lerp_(list(average.parameters()), list(unet.parameters()), 1 - keep)
 
     fingerprint = settings.hash("data", "autoencoder", "clip", "unet")
-    modules, more = {"unet": unet, "average": average}, {"warmup": chosen.warmup, "after_step": update_average}
-    run(Stage(name, chosen, modules, loss, fingerprint, **more), folder)
+    modules = {"unet": unet, "average": average}
+    run(Stage(name, chosen, modules, loss, fingerprint, warmup=chosen.warmup, after_step=update_average), folder)
     return average.eval()

@@ -1,19 +1,16 @@
 """What a user can get wrong: each gives one clear error that names it, and loses nothing."""
 
 import dataclasses
-import errno
 import json
 import os
 import shutil
 
-import pandas as pd
 import pytest
-from nemolib.files import write_atomic
 
 from nemolib.pipeline import PipelineError, load_pipeline
-from nemolib.profiles import load_profile
 from nemolib.prompts import PromptTableError, load_prompts
-from nemolib.store import Store, StoreError, read_table, write_table
+from nemolib.settings import load_profile
+from nemolib.store import StoreError, read_table, write_atomic
 
 HEADER = b"caption,kind,group,copies,image\n"
 ROW = b"a fox,vm,report,64,a.png\n"
@@ -159,60 +156,6 @@ def test_a_cut_result_table(tmp_path, content, words):
     with pytest.raises(StoreError, match=words) as error:
         read_table(path)
     assert str(path) in str(error.value)
-
-
-def _full_after(monkeypatch, written):
-    """Let the disk be full once so many bytes were written."""
-    left = [written]
-    write = os.write
-
-    def full(descriptor, data):
-        if left[0] <= 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        done = write(descriptor, bytes(data)[: left[0]])
-        left[0] -= done
-        return done
-
-    monkeypatch.setattr(os, "write", full)
-
-
-def _full_at_flush(monkeypatch, _):
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-
-
-@pytest.mark.parametrize("written", [0, 1, 7])
-@pytest.mark.parametrize("fill", [_full_after, _full_at_flush])
-def test_a_full_disk_leaves_the_old_table(tmp_path, monkeypatch, fill, written):
-    path = tmp_path / "scores.csv"
-    write_table(pd.DataFrame({"a": [1, 2]}), path)
-    before = path.read_bytes()
-    with monkeypatch.context() as patch:
-        fill(patch, written)
-        with pytest.raises(OSError, match=r"No space left.*unchanged.*scores\.csv") as error:
-            write_table(pd.DataFrame({"a": range(100)}), path)
-    assert error.value.errno == errno.ENOSPC
-    assert path.read_bytes() == before
-    assert [file.name for file in tmp_path.iterdir()] == ["scores.csv"]
-
-
-@pytest.mark.parametrize("written", [0, 1, 20])
-@pytest.mark.parametrize("fill", [_full_after, _full_at_flush])
-def test_a_full_disk_loses_no_finished_record(tmp_path, monkeypatch, fill, written):
-    path = tmp_path / "results.jsonl"
-    store = Store(path)
-    store.put("a", {"score": 1})
-    before = path.read_bytes()
-    with monkeypatch.context() as patch:
-        fill(patch, written)
-        with pytest.raises(OSError, match="No space left.*the 1 records before this one are safe"):
-            store.put("b", {"score": 2})
-    assert path.read_bytes() == before
-    assert "b" not in store
-    store.put("b", {"score": 2})
-    assert dict(Store(path).done) == {"a": {"score": 1}, "b": {"score": 2}}
 
 
 def test_an_interruption_leaves_the_old_file(tmp_path, monkeypatch):

@@ -25,8 +25,6 @@ from nemolib.prompts import MEMORIZED
 from nemolib.run import Run, open_run
 from nemolib.store import Store, write_atomic
 
-OUTPUT = paths.BUILD / "benchmarks" / "workers.json"
-
 
 def measure(number: int, run: Run, prompts: list[str], **chosen: Any) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Return what a number of workers took, and the records that they gave; 0 is this process."""
@@ -62,10 +60,10 @@ def main() -> None:
     found = [measure(number, run, prompts, **chosen) for number in [0, *arguments.workers]]
     assert all(records == found[0][1] for _, records in found), "workers found other neurons"
     rows = pd.DataFrame([row for row, _ in found])
-    rows = rows.assign(speedup=rows["seconds"].iloc[0] / rows["seconds"])
+    rows["speedup"] = rows["seconds"].iloc[0] / rows["seconds"]
     print(f"{len(prompts)} prompts; 0 workers is this process alone\n{rows.round(2).to_string(index=False)}")
     report = {"prompts": len(prompts), "cores": os.cpu_count(), "rows": rows.round(3).to_dict("records")}
-    write_atomic(OUTPUT, json.dumps(report, indent=1) + "\n")
+    write_atomic(paths.BUILD / "benchmarks" / "workers.json", json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -61,28 +61,40 @@ def generate(
     sets = [neurons] * len(prompts) if neurons is None or isinstance(neurons, NeuronSet) else list(neurons)
     if len(sets) != len(prompts):
         raise ValueError(f"{len(sets)} neuron sets were given for {len(prompts)} prompts; give one, or one per prompt")
-    jobs = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(settings.samples)]
+    jobs = [(*pair, sample) for pair in zip(prompts, sets, strict=True) for sample in range(settings.samples)]
     size = settings.batch_size
     if size > settings.samples:
         # Whole prompts, so that what a mitigation computes for a prompt is computed once.
         size -= size % settings.samples
 
-    def draw(batch: Sequence[tuple[int, int]]) -> np.ndarray:
-        chosen = [prompts[prompt] for prompt, _ in batch]
+    def draw(batch: Sequence[tuple[str, NeuronSet | None, int]]) -> np.ndarray:
+        chosen, scaled, samples = map(list, zip(*batch, strict=True))
         if mitigation is not None:
             prepared = mitigation.applied(pipe, chosen)
-        elif neurons is not None:
-            prepared = scale_neurons(pipe.unet, [sets[prompt] for prompt, _ in batch], factor=factor)
         else:
-            prepared = nullcontext()
+            prepared = nullcontext() if neurons is None else scale_neurons(pipe.unet, scaled, factor=factor)
         with prepared as inputs:
-            return _images(pipe, inputs or {"prompt": chosen}, [sample for _, sample in batch], settings)
+            made = pipe(
+                **(inputs or {"prompt": chosen}),
+                num_inference_steps=settings.steps,
+                guidance_scale=settings.guidance,
+                generator=sample_generators(settings.seed, samples),
+                output_type="np",
+                height=settings.side,
+                width=settings.side,
+            )
+        return (made.images * 255).round().clip(0, 255).astype(np.uint8)
 
-    images = []
-    with _silent(pipe), progress_bar(len(jobs), "images", unit="image", enabled=progress) as bar:
-        for batch, made in shrinking(draw, jobs, size=size, owner=pipe.unet, use="generation"):
-            images.append(made)
-            bar.update(len(batch))
+    images, before = [], getattr(pipe, "_progress_bar_config", {})
+    # The pipeline's own progress bar, one per batch, is hidden.
+    pipe.set_progress_bar_config(**(before | {"disable": True}))
+    try:
+        with progress_bar(len(jobs), "images", unit="image", enabled=progress) as bar:
+            for batch, made in shrinking(draw, jobs, size=size, owner=pipe.unet, use="generation"):
+                images.append(made)
+                bar.update(len(batch))
+    finally:
+        pipe.set_progress_bar_config(**before)
     return np.concatenate(images).reshape(len(prompts), settings.samples, *images[0].shape[1:])
 
 
@@ -102,39 +114,10 @@ def drawing(
         images: list[np.ndarray] = []
         for alike, part in groupby(acting, key=lambda pair: getattr(pair[1], "factor", pair[1])):
             captions, items = zip(*part, strict=True)
+            chosen: dict[str, Any] = {"mitigation": alike}
             if isinstance(alike, float):
-                sets = [item.neurons_of(caption) for caption, item in zip(captions, items, strict=True)]
-                chosen: dict[str, Any] = {"neurons": sets, "factor": alike}
-            else:
-                chosen = {"mitigation": alike}
+                chosen = {"neurons": list(map(DeactivatedNeurons.neurons_of, items, captions)), "factor": alike}
             images.extend(generate(pipe, captions, settings=settings, progress=False, **chosen))
         return images
 
     return draw
-
-
-def _images(
-    pipe: StableDiffusionPipeline, inputs: dict[str, Any], samples: list[int], settings: GenerationSettings
-) -> np.ndarray:
-    """Return one image per sample, [image, height, width, 3], uint8."""
-    output = pipe(
-        **inputs,
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance,
-        generator=sample_generators(settings.seed, samples),
-        output_type="np",
-        height=settings.side,
-        width=settings.side,
-    )
-    return (output.images * 255).round().clip(0, 255).astype(np.uint8)
-
-
-@contextmanager
-def _silent(pipe: Any) -> Iterator[None]:
-    """Hide the pipeline's own progress bar, one per batch, inside the context."""
-    before = getattr(pipe, "_progress_bar_config", {})
-    pipe.set_progress_bar_config(**(before | {"disable": True}))
-    try:
-        yield
-    finally:
-        pipe.set_progress_bar_config(**before)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -50,10 +50,8 @@ def sscd_orig(generated: Any, originals: Any) -> np.ndarray:
     Raises:
         ValueError: Shapes do not belong together, or features are not of unit norm.
     """
-    generated, originals = _features(generated, 3), _features(originals, 2)
-    if generated.shape[::2] != originals.shape:
-        raise ValueError(_apart(generated, originals))
-    return np.einsum("psf,pf->ps", generated, originals)
+    generated = _features(generated)
+    return np.einsum("psf,pf->ps", generated, _features(originals, generated.shape[::2]))
 
 
 def sscd_gen(generated: Any, reference: Any) -> np.ndarray:
@@ -71,10 +69,8 @@ def sscd_gen(generated: Any, reference: Any) -> np.ndarray:
     Raises:
         ValueError: Shapes differ, or features are not of unit norm.
     """
-    generated, reference = _features(generated, 3), _features(reference, 3)
-    if generated.shape != reference.shape:
-        raise ValueError(_apart(generated, reference))
-    return np.einsum("psf,psf->ps", generated, reference)
+    generated = _features(generated)
+    return np.einsum("psf,psf->ps", generated, _features(reference, generated.shape))
 
 
 def d_sscd(features: Any) -> np.ndarray:
@@ -91,7 +87,7 @@ def d_sscd(features: Any) -> np.ndarray:
     Raises:
         ValueError: The features have another shape, or are not of unit norm.
     """
-    features = _features(features, 3)
+    features = _features(features)
     first, second = np.triu_indices(features.shape[1], k=1)
     return np.einsum("psf,ptf->pst", features, features)[:, first, second]
 
@@ -117,43 +113,36 @@ def a_clip(images: Any, texts: Any) -> np.ndarray:
 # Over seeds and prompts
 
 
-def over_seeds(values: Any, reduction: Literal["median", "max"] = "median") -> np.ndarray:
-    """Return one value per prompt, [prompt], from those of its seeds or pairs, [prompt, seed]: median or largest.
+def over_seeds(values: Any) -> np.ndarray:
+    """Return one value per prompt, [prompt], from those of its seeds or pairs, [prompt, seed]: their median.
 
     A prompt that has a missing value, or no value at all (pairs of one seed), has NaN.
 
     Raises:
-        ValueError: The values have another shape, or the reduction is unknown.
+        ValueError: The values have another shape.
     """
     values = _array(values)
     if values.ndim != 2:
         raise ValueError(f"values of shape {list(values.shape)}; expected [prompt, seed]")
-    if reduction not in ("median", "max"):
-        raise ValueError(f"reduction is {reduction!r}; it must be one of median, max")
-    if not values.shape[1]:
-        return np.full(len(values), np.nan)
-    return median_over(values) if reduction == "median" else values.max(axis=1)
+    return median_over(values) if values.shape[1] else np.full(len(values), np.nan)
 
 
-def median_over(values: Any, *, median: Literal["midpoint", "lower"] = "midpoint") -> np.ndarray:
+def median_over(values: Any, *, median: str = "midpoint") -> np.ndarray:
     """Return the median over the last axis of values [..., item]; NaN where a value is missing.
 
     Args:
         values: Values, at least one item.
-        median: ``midpoint`` of the two values in the middle, or the ``lower`` of them, as torch does it.
+        median: ``midpoint`` of the two values in the middle, or the ``lower`` of them, as torch does it; else a method
+            of `numpy.quantile`.
 
     Raises:
         ValueError: There is no item, or the definition is unknown.
     """
     values = _array(values)
-    if median not in ("midpoint", "lower"):
-        raise ValueError(f"median is {median!r}; it must be one of midpoint, lower")
     if not values.ndim or not values.shape[-1]:
         raise ValueError("a median needs at least one value")
-    if median == "midpoint":
-        return np.median(values, axis=-1)
-    lower = np.sort(values, axis=-1)[..., (values.shape[-1] - 1) // 2]
-    return np.where(np.isnan(values).any(axis=-1), np.nan, lower)
+    # The methods of NumPy's quantile interpolate, which rounds otherwise than the midpoint does.
+    return np.median(values, axis=-1) if median == "midpoint" else np.quantile(values, 0.5, axis=-1, method=median)
 
 
 def median_mad(values: Any) -> tuple[float, float]:
@@ -180,8 +169,7 @@ def bootstrap_interval(values: Any) -> tuple[float, float]:
     """
     values = _present(values)
     draws = np.random.default_rng(0).choice(values, (RESAMPLES, len(values)))
-    low, high = np.quantile(median_over(draws), _ENDS)
-    return float(low), float(high)
+    return tuple(np.quantile(median_over(draws), _ENDS).tolist())
 
 
 def summary_table(table: pd.DataFrame, quantities: Sequence[str], *, by: Sequence[str]) -> pd.DataFrame:
@@ -267,8 +255,8 @@ def kid(real: Any, generated: Any, *, subset_size: int = KID_SUBSET_SIZE) -> tup
     if subset_size < 2:
         raise ValueError(f"KID with subsets of {subset_size}; it needs subsets of at least 2 images")
     sizes = {"subsets": KID_SUBSETS, "subset_size": subset_size}
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")
+    # It warns that it keeps all features.
+    with warnings.catch_warnings(action="ignore", category=UserWarning), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         mean, deviation = _distance(KernelInceptionDistance, real, generated, least=subset_size, **sizes)
     return float(mean), float(deviation)
@@ -331,15 +319,12 @@ def best_accuracy(memorized: Any, unmemorized: Any) -> tuple[float, float]:
     return float((true[best] + 1 - false[best]) / 2), float((above + below) / 2 if best else above)
 
 
-def interval(
-    metric: Callable[[np.ndarray, np.ndarray], float], memorized: Any, unmemorized: Any, *, resamples: int
-) -> tuple[float, float]:
+def interval(metric: Callable[..., float], memorized: Any, unmemorized: Any, *, resamples: int) -> tuple[float, float]:
     """Return the ends of a 95 % bootstrap interval of `auroc` or the like: both kinds are drawn anew each time."""
     generator = np.random.default_rng(0)
     kinds = _array(memorized), _array(unmemorized)
     draws = [metric(*(generator.choice(values, len(values)) for values in kinds)) for _ in range(resamples)]
-    low, high = np.quantile(draws, _ENDS)
-    return float(low), float(high)
+    return tuple(np.quantile(draws, _ENDS).tolist())
 
 
 def _array(values: Any) -> np.ndarray:
@@ -355,22 +340,18 @@ def _present(values: Any) -> np.ndarray:
     return values
 
 
-def _features(features: Any, axes: int) -> np.ndarray:
-    """Return features of unit norm as float64; rows of NaN stay."""
+def _features(features: Any, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """Return features of unit norm as float64, of a given shape or else [prompt, seed, feature]; rows of NaN stay."""
     features = _array(features)
-    if features.ndim != axes:
-        expected = "[prompt, seed, feature]" if axes == 3 else "[prompt, feature]"
+    if features.ndim != 3 if shape is None else features.shape != shape:
+        expected = "[prompt, seed, feature]" if shape is None else list(shape)
         raise ValueError(f"features of shape {list(features.shape)}; expected {expected}")
     off = np.abs(np.linalg.norm(features, axis=-1) - 1)
     if (off > 1e-2).any():
         raise ValueError(
-            f"features of norm 1 ± {np.nanmax(off):.2g}; a cosine needs unit norm (raw features are for FID and KID)"
+            f"features of norm 1 ± {np.nanmax(off):.2g}; a cosine needs unit norm (raw: FID and KID alone)"
         )
     return features
-
-
-def _apart(first: np.ndarray, second: np.ndarray) -> str:
-    return f"features of shapes {list(first.shape)} and {list(second.shape)} do not belong together"
 
 
 def _distance(metric: Any, real: Any, generated: Any, *, least: int, **options: int) -> Any:

@@ -7,14 +7,14 @@ with AttentionScaling().applied(pipe, [prompt] * 4) as inputs:
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 import torch
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from nemolib.batching import batches, check_prompts
@@ -23,18 +23,16 @@ from nemolib.layers import Layer, scale_neurons, scale_outputs, widths
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.seeding import stream
-from nemolib.settings import Mask, RenSettings, SomepalliSettings, WenSettings, settings_of
+from nemolib.settings import Count, Mask, RenSettings, SomepalliSettings, WenSettings, Whole, settings_of, validated
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-Prepared = AbstractContextManager[dict[str, Any]]
 
-
-class Mitigation(ABC):
+class Mitigation:
     """Something that keeps a model from replicating what it memorized, while images are made.
 
-    A mitigation is a frozen dataclass. What it does to an image depends on the prompt, the model and its own settings,
+    A mitigation is a frozen dataclass that checks its values, and says in `_inputs` or `_changed` what it does. What it does to an image depends on the prompt, the model and its own settings,
     never on the batch.
 
     Attributes:
@@ -79,18 +77,22 @@ class Mitigation(ABC):
         """
         prompts = check_prompts(prompts)
         self.check(pipe)
-        with self._prepared(pipe, prompts) as inputs:
-            yield inputs
+        with self._changed(pipe, prompts):
+            yield self._inputs(pipe, prompts)
 
-    @abstractmethod
-    def _prepared(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> Prepared:
-        """Return the context of `applied`, for prompts and a pipeline that were checked."""
+    def _inputs(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> dict[str, Any]:
+        """Return the arguments for the call, for prompts and a pipeline that were checked."""
+        return {"prompt": prompts}
+
+    def _changed(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> AbstractContextManager[None]:
+        """Return the context in which the UNet is changed, for prompts and a pipeline that were checked."""
+        return nullcontext()
 
 
 # Neurons and layers
 
 
-@dataclass(frozen=True)
+@validated
 class DeactivatedNeurons(Mitigation):
     """Neurons whose values are scaled, each prompt's own or one set for all.
 
@@ -98,22 +100,17 @@ class DeactivatedNeurons(Mitigation):
     Deviates: a batch may hold several prompts; the authors' code gives all of them the neurons of the first.
 
     Attributes:
-        neurons: One set for all prompts, or prompt -> set.
+        neurons: One set for all prompts, or prompt -> set; a mapping is copied.
         factor: What values are multiplied by; 0 deactivates.
+
+    Raises:
+        ValueError: What is given is something else.
     """
 
     source: ClassVar[str] = "Hintersdorf et al. (NeurIPS 2024)"
 
-    neurons: NeuronSet | Mapping[str, NeuronSet]
+    neurons: NeuronSet | dict[str, NeuronSet]
     factor: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Keep a mapping as it is now."""
-        if isinstance(self.neurons, Mapping):
-            object.__setattr__(self, "neurons", dict(self.neurons))
-        elif not isinstance(self.neurons, NeuronSet):
-            raise TypeError(f"expected a NeuronSet or prompt -> NeuronSet, got {type(self.neurons).__name__}")
-        object.__setattr__(self, "factor", float(self.factor))
 
     @property
     def name(self) -> str:
@@ -139,10 +136,8 @@ class DeactivatedNeurons(Mitigation):
         for chosen in [self.neurons] if isinstance(self.neurons, NeuronSet) else self.neurons.values():
             chosen.check(widths(pipe.unet))
 
-    @contextmanager
-    def _prepared(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> Iterator[dict[str, Any]]:
-        with scale_neurons(pipe.unet, [self.neurons_of(prompt) for prompt in prompts], factor=self.factor):
-            yield {"prompt": prompts}
+    def _changed(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> AbstractContextManager[None]:
+        return scale_neurons(pipe.unet, [self.neurons_of(prompt) for prompt in prompts], factor=self.factor)
 
 
 def random_neurons(neurons: NeuronSet, widths: Sequence[int], *, seed: int, repeat: int = 0) -> NeuronSet:
@@ -177,7 +172,7 @@ def random_neurons(neurons: NeuronSet, widths: Sequence[int], *, seed: int, repe
     return NeuronSet(tuple(drawn))
 
 
-@dataclass(frozen=True)
+@validated
 class SwitchedOffLayers(Mitigation):
     """Layers of which all output channels, or a random share of them, are zero, with and without guidance.
 
@@ -187,28 +182,19 @@ class SwitchedOffLayers(Mitigation):
     Source: App. C.8, Fig. 16 to 19 (key and value layers); App. C.9, Fig. 20 (half of the channels of convolutions).
 
     Attributes:
-        layers: Addresses of linear layers or convolutions in the UNet.
+        layers: Addresses of linear layers or convolutions in the UNet; kept in order, each once.
         share: Share of the output channels of each that are zero, in [0, 1].
         seed: Seed of their draw; each layer has random numbers of its own, and a larger share holds a smaller one.
 
     Raises:
-        ValueError: The share is outside [0, 1].
+        ValueError: The share is outside [0, 1], or a single address is given in place of a tuple.
     """
 
     source: ClassVar[str] = "Hintersdorf et al. (NeurIPS 2024), App. C.8, C.9"
 
-    layers: tuple[str, ...]
-    share: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Keep the addresses as a tuple, each once, in one order."""
-        if isinstance(self.layers, str):
-            raise TypeError(f"one address was given ({self.layers!r}); give a tuple of addresses")
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"share is {self.share}; a share of the channels is in [0, 1]")
-        object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
-        object.__setattr__(self, "share", float(self.share))
+    layers: Annotated[tuple[str, ...], AfterValidator(lambda names: tuple(sorted(set(names))))]
+    share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    seed: Whole = 0
 
     @property
     def name(self) -> str:
@@ -245,10 +231,8 @@ class SwitchedOffLayers(Mitigation):
             scales[name] = scale.view(1, -1, 1, 1) if isinstance(module, nn.Conv2d) else scale.view(1, 1, -1)
         return scales
 
-    @contextmanager
-    def _prepared(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> Iterator[dict[str, Any]]:
-        with scale_outputs(pipe.unet, self._scales(pipe.unet)):
-            yield {"prompt": prompts}
+    def _changed(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> AbstractContextManager[None]:
+        return scale_outputs(pipe.unet, self._scales(pipe.unet))
 
 
 def switched_off(layer: Layer) -> SwitchedOffLayers:
@@ -276,7 +260,7 @@ class Adjustment:
     norms: tuple[float, ...]
 
 
-@dataclass(frozen=True)
+@validated
 class EmbeddingAdjustment(Mitigation):
     """The prompt embedding is adjusted before the image is made, by gradient descent on the first denoising step.
 
@@ -321,6 +305,8 @@ class EmbeddingAdjustment(Mitigation):
         if any(parameter.is_inference() for parameter in pipe.unet.parameters()):
             raise ValueError("the UNet was loaded in torch.inference_mode and has no gradients; load it outside")
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def adjust(self, pipe: StableDiffusionPipeline, prompt: str) -> Adjustment:
         """Return the adjusted embedding of a prompt; works inside ``torch.no_grad`` and ``torch.inference_mode`` too.
 
@@ -330,10 +316,7 @@ class EmbeddingAdjustment(Mitigation):
             ValueError: The pipeline cannot be handled, or the norm is not a finite number.
         """
         self.check(pipe)
-        with torch.inference_mode(False), torch.enable_grad():
-            return self._descend(_norm_of(pipe, self.settings), embed(pipe, [prompt])[0])
-
-    def _descend(self, norm_of: Callable[[Tensor], Tensor], embedding: Tensor) -> Adjustment:
+        norm_of, embedding = _norm_of(pipe, self.settings), embed(pipe, [prompt])[0]
         begin, free = embedding[:1].float(), embedding[1:].float().clone().requires_grad_()
         optimizer = torch.optim.AdamW([free], lr=self.settings.learning_rate)
         norms: list[float] = []
@@ -348,10 +331,9 @@ class EmbeddingAdjustment(Mitigation):
             optimizer.step()
         return Adjustment(torch.cat([begin, free]).detach().to(embedding.dtype), tuple(norms))
 
-    @contextmanager
-    def _prepared(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> Iterator[dict[str, Any]]:
+    def _inputs(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> dict[str, Any]:
         adjusted = {prompt: self.adjust(pipe, prompt).embedding for prompt in dict.fromkeys(prompts)}
-        yield {"prompt_embeds": torch.stack([adjusted[prompt] for prompt in prompts])}
+        return {"prompt_embeds": torch.stack([adjusted[prompt] for prompt in prompts])}
 
 
 def target_norms(pipe: StableDiffusionPipeline, *, settings: WenSettings) -> Callable[[Sequence[str]], list[float]]:
@@ -419,7 +401,7 @@ _EXTRAS = ("group_norm", "spatial_norm", "norm_cross", "norm_q", "norm_k", "adde
 """Parts of an attention layer that Stable Diffusion does not have."""
 
 
-@dataclass(frozen=True)
+@validated
 class AttentionScaling(Mitigation):
     """Attention logits of the begin token are scaled, and tokens after the prompt are masked, in cross-attention.
 
@@ -455,17 +437,13 @@ class AttentionScaling(Mitigation):
                 raise ValueError(f"{name} is no attention layer of Stable Diffusion ({extra or 'it has a residual'})")
 
     @contextmanager
-    def _prepared(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> Iterator[dict[str, Any]]:
+    def _changed(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> Iterator[None]:
         allowed = attended_tokens(pipe.tokenizer, prompts, mask=self.settings.mask).to(pipe.unet.device)
-        processor = ScaledAttention(self.settings.c1, allowed)
-        before = [(layer, layer.processor) for layer in cross_attention(pipe.unet).values()]
-        try:
-            for layer, _ in before:
-                layer.set_processor(processor)
-            yield {"prompt": prompts}
-        finally:
-            for layer, theirs in before:
-                layer.set_processor(theirs)
+        with ExitStack() as before:
+            for layer in cross_attention(pipe.unet).values():
+                before.callback(layer.set_processor, layer.processor)
+                layer.set_processor(ScaledAttention(self.settings.c1, allowed))
+            yield
 
 
 class ScaledAttention:
@@ -481,12 +459,7 @@ class ScaledAttention:
         self.c1, self.allowed = c1, allowed
 
     def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Any = None
     ) -> Tensor:
         """Return the output of an attention layer, [sample, position, channel]; arguments as diffusers gives them.
 
@@ -494,34 +467,27 @@ class ScaledAttention:
             ValueError: The batch does not belong to the prompts, or there is a mask of another origin.
         """
         if encoder_hidden_states is None or attention_mask is not None:
-            raise ValueError(
-                "attention scaling needs text features and cannot take an attention mask of another origin"
-            )
+            raise ValueError("attention scaling needs text features and cannot take a mask of another origin")
         query, key, value = (
             part.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             for part in (attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states))
         )
-        scale, blocked = self._changes(len(query), key.shape[-2])
+        samples, (images, tokens) = len(query), self.allowed.shape
+        if samples not in (images, 2 * images) or key.shape[-2] != tokens:
+            raise ValueError(
+                f"attention scaling was set up for {images} images and {tokens} tokens, but the batch has {samples} "
+                f"samples and {key.shape[-2]} tokens; give one prompt per image"
+            )
+        scale = torch.ones(samples, 1, 1, tokens, device=self.allowed.device)
+        blocked = torch.zeros_like(scale, dtype=torch.bool)
+        scale[-images:, ..., 0] = self.c1
+        blocked[-images:, 0, 0] = ~self.allowed
         logits = query.float() @ key.float().transpose(-1, -2) * attn.scale
         weights = (logits * scale).masked_fill(blocked, -torch.inf).softmax(dim=-1)
         output = (weights.to(value.dtype) @ value).transpose(1, 2).flatten(2)
         for part in attn.to_out:
             output = part(output)
         return output
-
-    def _changes(self, samples: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """Return the factors of the logits and which tokens are masked, both [sample, 1, 1, token]."""
-        images = len(self.allowed)
-        if samples not in (images, 2 * images) or tokens != self.allowed.shape[1]:
-            raise ValueError(
-                f"attention scaling was set up for {images} images and {self.allowed.shape[1]} tokens, but the batch "
-                f"has {samples} samples and {tokens} tokens; give one prompt per image"
-            )
-        scale = torch.ones(samples, 1, 1, tokens, device=self.allowed.device)
-        blocked = torch.zeros(samples, 1, 1, tokens, device=self.allowed.device, dtype=torch.bool)
-        scale[-images:, ..., 0] = self.c1
-        blocked[-images:, 0, 0] = ~self.allowed
-        return scale, blocked
 
 
 def attended_tokens(tokenizer: Any, prompts: list[str], *, mask: Mask) -> Tensor:
@@ -546,7 +512,7 @@ def cross_attention(unet: nn.Module) -> dict[str, Any]:
 # Random tokens
 
 
-@dataclass(frozen=True)
+@validated
 class RandomTokens(Mitigation):
     """Random tokens as words at random places of the prompt.
 
@@ -566,12 +532,8 @@ class RandomTokens(Mitigation):
 
     source: ClassVar[str] = "Somepalli et al. (NeurIPS 2023)"
 
-    number: int = 4
-    seed: int = SomepalliSettings().seed
-
-    def __post_init__(self) -> None:
-        """Reject values that no run can use."""
-        SomepalliSettings(numbers=(self.number,), seed=self.seed)
+    number: Count = 4
+    seed: Whole = SomepalliSettings().seed
 
     @property
     def name(self) -> str:
@@ -588,10 +550,9 @@ class RandomTokens(Mitigation):
             words.insert(int(numbers.integers(len(words) + 1)), word)
         return " ".join(words)
 
-    @contextmanager
-    def _prepared(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> Iterator[dict[str, Any]]:
+    def _inputs(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> dict[str, Any]:
         # As embeddings: the pipeline would warn of each prompt that the tokens make too long.
-        yield {"prompt_embeds": embed(pipe, [self.extend(pipe.tokenizer, prompt) for prompt in prompts])}
+        return {"prompt_embeds": embed(pipe, [self.extend(pipe.tokenizer, prompt) for prompt in prompts])}
 
 
 def _word(tokenizer: Any, ids: np.ndarray) -> str:

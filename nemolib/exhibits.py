@@ -16,6 +16,7 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -30,9 +31,6 @@ from nemolib.store import Grid, write_atomic
 
 if TYPE_CHECKING:
     from nemolib.run import Run
-
-PAGE = "06_figures"
-"""The notebook that renders all exhibits."""
 
 Load = Callable[[str], "pd.DataFrame | Grid"]
 """Returns a saved table or image grid by its name; raises FileNotFoundError where there is none."""
@@ -72,6 +70,13 @@ class Claim:
         if self.holds is None:
             return "not checked" if self.must else "beside"
         return "holds" if self.holds else "does not hold"
+
+    def __str__(self) -> str:
+        """Return it as a sentence, with the paper's number and the verdict where there are any."""
+        parts = [f"{self.text}: {self.ours}"] + [f"paper: {self.paper}"] * bool(self.paper)
+        if self.holds is not None:
+            parts.append(f"**{self.verdict}** ({self.rule})" if self.rule else f"**{self.verdict}**")
+        return "; ".join(parts)
 
 
 def must(
@@ -149,11 +154,9 @@ def of_kinds(table: pd.DataFrame, name: str, *kinds: str, column: str = "") -> d
     return parts
 
 
-def number(value: float, digits: int = 3) -> str:
+def number(value: float) -> str:
     """Return a number as text; small ones in scientific notation, so that 3e-7 is not shown as 0."""
-    if value == 0 or math.isnan(value) or abs(value) >= 10**-digits:
-        return f"{value:.{digits}f}".rstrip("0").rstrip(".")
-    return f"{value:.0e}"
+    return f"{value:.0e}" if 0 < abs(value) < 1e-3 else f"{value:.3f}".rstrip("0").rstrip(".")
 
 
 def median_mad(values: Any, *, digits: int = 2) -> str:
@@ -227,12 +230,12 @@ def exhibits() -> list[Exhibit]:
     """Return all exhibits: those of the paper in its order (`nemolib.paper.FIGURES_AND_TABLES`), ours after them."""
     for path in sorted((paths.PACKAGE / "experiments").glob("[a-z]*.py")):
         import_module(f"nemolib.experiments.{path.stem}")
-    order = {name: place for place, name in enumerate(paper.PLACES)}
-    return sorted(_EXHIBITS.values(), key=lambda item: (order.get(item.name, len(order)), item.notebook))
+    # One of ours has its place behind all of the paper's.
+    return sorted(_EXHIBITS.values(), key=lambda item: ([*paper.PLACES, item.name].index(item.name), item.notebook))
 
 
-def _called(function: Callable[..., Any], load: Load) -> Any:
-    """Return what a function makes of the saved tables and grids that its arguments name.
+def _sources(function: Callable[..., Any], load: Load) -> dict[str, pd.DataFrame | Grid]:
+    """Return the saved tables and grids that the arguments of a function name.
 
     Raises:
         FileNotFoundError: One of them was never saved.
@@ -242,12 +245,12 @@ def _called(function: Callable[..., Any], load: Load) -> Any:
     for name, value in sources.items():
         if not (value.images.size if isinstance(value, Grid) else len(value)):
             raise NotEnough(f"{'image grid' if isinstance(value, Grid) else 'table'} {name!r} is empty")
-    return function(**sources)
+    return sources
 
 
 def claims(item: Exhibit, load: Load) -> list[Claim]:
     """Return what an exhibit claims."""
-    return [] if item.read is None else list(_called(item.read, load))
+    return [] if item.read is None else list(item.read(**_sources(item.read, load)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -269,9 +272,14 @@ class Rendered:
     reason: str = ""
 
     @property
+    def said(self) -> list[Claim]:
+        """The claims that are for readers; those that must hold are for `check`."""
+        return [claim for claim in self.claims if not claim.must]
+
+    @property
     def verdict(self) -> str:
         """Whether what is compared with the paper ``agrees``, ``differs``, or nothing is compared (``beside``)."""
-        compared = [claim.holds for claim in self.claims if claim.holds is not None and not claim.must]
+        compared = [claim.holds for claim in self.said if claim.holds is not None]
         return "beside" if not compared else "agrees" if all(compared) else "differs"
 
 
@@ -296,10 +304,11 @@ def render(item: Exhibit, run: Run, *, load: Load | None = None, write: bool = T
     """
     load = load or run.load
     try:
-        content, said = _called(item.draw, load), claims(item, load)
+        sources, said = _sources(item.draw, load), claims(item, load)
+        content = item.draw(**sources)
     except (NotEnough, FileNotFoundError) as error:
         return Rendered(item, None, reason=str(error))
-    return Rendered(item, content, said, _write(item, content, run, load) if write else {})
+    return Rendered(item, content, said, _write(item, content, run, sources) if write else {})
 
 
 def render_all(run: Run, *, load: Load | None = None, write: bool = True) -> list[Rendered]:
@@ -307,29 +316,29 @@ def render_all(run: Run, *, load: Load | None = None, write: bool = True) -> lis
     return [render(item, run, load=load, write=write) for item in exhibits()]
 
 
-def _write(item: Exhibit, content: Figure | pd.DataFrame, run: Run, load: Load) -> dict[str, Path]:
+def _write(item: Exhibit, content: Figure | pd.DataFrame, run: Run, sources: Mapping[str, Any]) -> dict[str, Path]:
     """Write the files of an exhibit: PDF and PNG, or CSV, Markdown and LaTeX; and where it comes from, as JSON."""
-    stem = paths.FIGURES / run.profile.name / item.name
     if isinstance(content, Figure):
         contents = plots.files_of(content)
     else:
-        contents = {
-            "csv": content.to_csv(index=False, lineterminator="\n"),
-            "md": markdown(content) + "\n",
-            "tex": latex(content),
-        }
-    first = next(iter(contents))
+        csv = content.to_csv(index=False, lineterminator="\n")
+        contents = {"csv": csv, "md": markdown(content) + "\n", "tex": latex(content)}
     contents["json"] = sidecar(
-        f"{item.name}.{first}",
+        f"{item.name}.{next(iter(contents))}",
         profile=run.profile,
         notebook=item.notebook,
-        inputs={name: load(name) for name in inspect.signature(item.draw).parameters},
+        inputs=sources,
         code=code_hash(item.draw.__module__.removeprefix("nemolib.")),
         device=run.pipe.device.type,
     )
-    files = {suffix: stem.with_name(f"{stem.name}.{suffix}") for suffix in contents}
-    for suffix, data in contents.items():
-        write_atomic(files[suffix], data)
+    return _written(run, item.name, contents)
+
+
+def _written(run: Run, name: str, contents: Mapping[str, bytes | str]) -> dict[str, Path]:
+    """Write contents by suffix to ``figures/<profile>/``, and return their files."""
+    files = {suffix: paths.FIGURES / run.profile.name / f"{name}.{suffix}" for suffix in contents}
+    for suffix, content in contents.items():
+        write_atomic(files[suffix], content)
     return files
 
 
@@ -370,17 +379,9 @@ def show(run: Run, name: str) -> None:
         display(Markdown(f"*{drawn.exhibit.heading}* is not shown: {drawn.reason}."))
         return
     display(drawn.content)
-    lines = [f"**{drawn.exhibit.heading}.** {drawn.exhibit.caption}"]
-    lines += [f"- {_sentence(claim)}" for claim in drawn.claims if not claim.must]
-    display(Markdown("\n".join([lines[0], "", *lines[1:], "", f"*Written in `{drawn.exhibit.module}`.*"])))
-
-
-def _sentence(claim: Claim) -> str:
-    parts = [f"{claim.text}: {claim.ours}"] + [f"paper: {claim.paper}"] * bool(claim.paper)
-    parts += [f"**{claim.verdict}** ({claim.rule})" if claim.rule else f"**{claim.verdict}**"] * (
-        claim.holds is not None
-    )
-    return "; ".join(parts)
+    said = "\n".join(f"- {claim}" for claim in drawn.said)
+    text = f"**{drawn.exhibit.heading}.** {drawn.exhibit.caption}\n\n{said}\n\n*Written in `{drawn.exhibit.module}`.*"
+    display(Markdown(text))
 
 
 def check(run: Run, *modules: str, extra: Sequence[Claim] = ()) -> pd.DataFrame:
@@ -401,11 +402,9 @@ def check(run: Run, *modules: str, extra: Sequence[Claim] = ()) -> pd.DataFrame:
     found = list(extra)
     for item in exhibits():
         if item.draw.__module__.rpartition(".")[2] in modules:
-            try:
+            with suppress(NotEnough, FileNotFoundError):
                 # Two exhibits of one table may claim the same.
                 found += [claim for claim in claims(item, run.load) if claim not in found]
-            except (NotEnough, FileNotFoundError):
-                continue
     if not found:
         raise ValueError(f"there are no claims of {', '.join(modules) or 'nothing'} to check")
     failed = [f"{claim.text}: {claim.ours}, {claim.rule}" for claim in found if claim.must and claim.holds is False]
@@ -421,8 +420,7 @@ def _claim_rows(said: Iterable[tuple[str, Claim]]) -> pd.DataFrame:
 
 def claim_table(page: Sequence[Rendered]) -> pd.DataFrame:
     """Return what the exhibits of a page claim beside the paper: columns exhibit, claim, ours, paper, verdict, rule."""
-    said = [(item.exhibit.label or item.exhibit.heading, claim) for item in page for claim in item.claims]
-    return _claim_rows((name, claim) for name, claim in said if not claim.must)
+    return _claim_rows((item.exhibit.label or item.exhibit.heading, claim) for item in page for claim in item.said)
 
 
 def missing_table(page: Sequence[Rendered]) -> pd.DataFrame:
@@ -433,7 +431,6 @@ def missing_table(page: Sequence[Rendered]) -> pd.DataFrame:
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
-<head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
@@ -443,10 +440,7 @@ h2 {{ margin-top: 3rem; font-size: 1.2rem; }} img {{ max-width: 100%; }} code {{
 table {{ border-collapse: collapse; font-size: 0.9rem; }}
 td, th {{ padding: 0.2rem 0.7rem; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top; }}
 </style>
-</head>
-<body>
-{body}</body>
-</html>
+{body}</html>
 """
 
 
@@ -461,11 +455,7 @@ def write_page(page: Sequence[Rendered], run: Run) -> dict[str, Path]:
     title = f"Figures and tables: profile {run.profile.name}"
     text = "\n\n".join([f"# {title}", *_sections(page, run.profile.name)]) + "\n"
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
-    folder = paths.FIGURES / run.profile.name
-    files = {"md": folder / "index.md", "html": folder / "index.html"}
-    write_atomic(files["md"], text)
-    write_atomic(files["html"], _PAGE.format(title=title, body=body))
-    return files
+    return _written(run, "index", {"md": text, "html": _PAGE.format(title=title, body=body)})
 
 
 def _sections(page: Sequence[Rendered], profile: str) -> Iterator[str]:
@@ -475,17 +465,15 @@ def _sections(page: Sequence[Rendered], profile: str) -> Iterator[str]:
         raise ValueError("no exhibit was drawn; run the other notebooks first (make notebooks)")
     counted = Counter(item.verdict for item in drawn)
     verdicts = "; ".join(f"{counted[name]}: {text}" for name, text in VERDICTS.items() if counted[name])
-    yield f"{len(drawn)} figures and tables ({verdicts}), made by notebook {PAGE} from the tables of the others."
+    yield f"{len(drawn)} figures and tables ({verdicts}), made by notebook 06_figures from the tables of the others."
     for item in drawn:
         heading, notebook = item.exhibit.heading, item.exhibit.notebook
         yield f"## {heading}"
-        picture = isinstance(item.content, Figure)
-        yield f"![{heading}]({item.exhibit.name}.png)" if picture else markdown(item.content)
+        yield f"![{heading}]({item.exhibit.name}.png)" if isinstance(item.content, Figure) else markdown(item.content)
         yield item.exhibit.caption
         command = f"make build/{profile}/{notebook}.ipynb PROFILE={profile} && make figures PROFILE={profile}"
-        facts = [_sentence(claim) for claim in item.claims if not claim.must]
-        facts += [VERDICTS[item.verdict].capitalize(), f"Written in {item.exhibit.module}, computed by `{command}`"]
-        yield "\n".join(f"- {fact}" for fact in facts)
+        where = f"Written in {item.exhibit.module}, computed by `{command}`"
+        yield "\n".join(f"- {fact}" for fact in (*item.said, VERDICTS[item.verdict].capitalize(), where))
         yield " · ".join(f"[{suffix}]({path.name})" for suffix, path in item.files.items())
     ends = {"What holds, what does not, why": claim_table(page), "What is not here, and why": missing_table(page)}
     for heading, table in ends.items():

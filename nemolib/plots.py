@@ -28,6 +28,9 @@ from tueplots import figsizes, fontsizes
 
 from nemolib.store import Grid
 
+# It wonders about the date of the font that comes with matplotlib.
+logging.getLogger("fontTools.ttLib.tables._h_e_a_d").setLevel(logging.ERROR)
+
 TEXT_WIDTH = figsizes.neurips2024()["figure.figsize"][0]
 """Width of the text in the NeurIPS style, in inches."""
 
@@ -60,6 +63,12 @@ class Role:
         """Return what `Axes.plot` takes, with a label."""
         return {"color": self.color, "marker": self.marker, "linestyle": self.line, "label": self.label} | changes
 
+    def beside_paper(self, **changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what `Axes.plot` takes for ours, filled, and for the paper's, hollow and without a line."""
+        ours = self.line_style(markersize=3.5, label=f"{self.label}, ours", **changes)
+        hollow = {"linestyle": "", "markerfacecolor": "white", "markeredgewidth": 0.8, "label": f"{self.label}, paper"}
+        return ours, ours | hollow
+
 
 ROLES: dict[str, Role] = {
     "vm": Role("verbatim (VM)", "#D55E00", "o", "-", ""),
@@ -90,19 +99,13 @@ def neurips(fraction: float = 1.0, *, aspect: float = 0.618) -> dict[str, Any]:
     size = figsizes.neurips2024(rel_width=fraction, height_to_width_ratio=aspect, pad_inches=0.0)
     # The family itself and not "serif": that name would be looked up when the figure is drawn, outside the context.
     fonts = {"font.family": FONTS, "mathtext.fontset": "cm", "text.usetex": False, "pdf.fonttype": 42}
-    lines = dict.fromkeys(("axes.linewidth", "xtick.major.width", "ytick.major.width", "patch.linewidth"), LINE)
+    lines = {"lines.linewidth": 2 * LINE, "lines.markersize": 5 * LINE}
+    lines |= dict.fromkeys(("axes.linewidth", "xtick.major.width", "ytick.major.width", "patch.linewidth"), LINE)
     lines |= dict.fromkeys(("xtick.minor.width", "ytick.minor.width", "hatch.linewidth", "grid.linewidth"), LINE / 2)
-    return size | fontsizes.neurips2024() | fonts | lines | {
-        "figure.figsize": (TEXT_WIDTH * fraction, TEXT_WIDTH * fraction * aspect),
-        "figure.dpi": 150,
-        "legend.frameon": False,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "lines.linewidth": 2 * LINE,
-        "lines.markersize": 5 * LINE,
-        "image.interpolation": "nearest",
-        "savefig.bbox": None,
-    }  # fmt: skip
+    plain = dict.fromkeys(("legend.frameon", "axes.spines.top", "axes.spines.right"), False)
+    plain |= {"image.interpolation": "nearest", "savefig.bbox": None, "figure.dpi": 150}
+    plain |= {"figure.figsize": (TEXT_WIDTH * fraction, TEXT_WIDTH * fraction * aspect)}
+    return size | fontsizes.neurips2024() | fonts | lines | plain
 
 
 @contextlib.contextmanager
@@ -126,15 +129,8 @@ def panels(
 
 
 def of_kinds(table: pd.DataFrame, kinds: Sequence[str]) -> dict[str, pd.DataFrame]:
-    """Return the rows of each of these kinds that a table has.
-
-    Raises:
-        ValueError: It has none of them.
-    """
-    parts = {kind: table[table["kind"] == kind] for kind in kinds if (table["kind"] == kind).any()}
-    if not parts:
-        raise ValueError(f"the table has no prompts of kind {' or '.join(kinds)}; its kinds: {set(table['kind'])}")
-    return parts
+    """Return the rows of each of these kinds that a table has."""
+    return {kind: part for kind in kinds if len(part := table[table["kind"] == kind])}
 
 
 # Distributions
@@ -145,8 +141,8 @@ def histogram(
     table: pd.DataFrame,
     column: str,
     *,
+    edges: np.ndarray,
     kinds: Sequence[str] = MEMORIZED,
-    edges: np.ndarray | None = None,
     shares: bool = False,
     xlabel: str,
     title: str = "",
@@ -157,30 +153,26 @@ def histogram(
         axes: Where.
         table: Columns kind and ``column``.
         column: What is counted.
+        edges: Edges of the bars.
         kinds: Kinds of prompts.
-        edges: Edges of the bars; None: whole numbers, at most 12 bars.
         shares: Whether bars are shares of the prompts of a kind, overlapping, with a mark below for each prompt; else
             they are numbers of prompts, side by side, with a line at the median.
         xlabel: What the column is.
         title: Title of the panel.
     """
     parts = of_kinds(table, kinds)
-    edges = count_edges(table.loc[table["kind"].isin(parts), column]) if edges is None else edges
-    looks = {kind: ROLES[kind] for kind in parts}
     style = {"multiple": "layer", "element": "step", "stat": "probability", "common_norm": False, "alpha": 0.35} if shares else {
         "multiple": "dodge", "shrink": 0.9, "edgecolor": "white", "alpha": 1.0}  # fmt: skip
-    sns.histplot(
-        pd.concat(parts.values()), x=column, hue="kind", hue_order=list(parts), bins=list(edges), ax=axes, legend=False,
-        palette={kind: look.color for kind, look in looks.items()}, **style,
-    )  # fmt: skip
+    colors = {kind: ROLES[kind].color for kind in parts}
+    known = {"data": pd.concat(parts.values()), "x": column, "hue": "kind", "hue_order": list(parts), "palette": colors}
+    sns.histplot(**known, bins=list(edges), ax=axes, legend=False, **style)
     # seaborn draws the last kind first.
-    for drawn, look in zip(axes.collections if shares else axes.containers, reversed(looks.values()), strict=True):
-        for patch in [drawn] if shares else drawn:
-            patch.set_hatch(look.hatch)
+    for drawn, kind in zip(axes.collections if shares else axes.containers, reversed(parts), strict=True):
+        mpl.artist.setp([drawn] if shares else drawn, hatch=ROLES[kind].hatch)
         drawn.set_label("_")
     for level, (kind, part) in enumerate(parts.items()):
-        look = looks[kind]
-        face = {"facecolor": (*mpl.colors.to_rgb(look.color), 0.35), "edgecolor": look.color} if shares else {
+        look = ROLES[kind]
+        face = {"facecolor": (look.color, 0.35), "edgecolor": look.color} if shares else {
             "facecolor": look.color, "edgecolor": "white"}  # fmt: skip
         label = f"{look.label}, n = {len(part)}"
         axes.add_patch(mpl.patches.Rectangle((np.nan, np.nan), 0, 0, hatch=look.hatch, label=label, **face))
@@ -204,9 +196,8 @@ def count_edges(values: pd.Series, bins: int = 12) -> np.ndarray:
 
 def _rug(axes: Axes, values: pd.Series, color: str, level: int) -> None:
     """Mark every value by a short line below the axis."""
-    top = -0.03 * (level + 1)
-    transform = axes.get_xaxis_transform()
-    axes.vlines(values, top - 0.025, top, color=color, linewidth=0.5, transform=transform, clip_on=False)
+    top, style = -0.03 * (level + 1), {"color": color, "linewidth": 0.5, "clip_on": False}
+    axes.vlines(values, top - 0.025, top, transform=axes.get_xaxis_transform(), **style)
     axes.tick_params(axis="x", length=2, pad=8)
 
 
@@ -240,8 +231,7 @@ def bars(
     sns.barplot(table, x=x, y=y, hue=hue, hue_order=order, palette=palette, saturation=1, errorbar=None, edgecolor="white", legend=False, ax=axes)  # fmt: skip
     for drawn, name in zip(axes.containers, order, strict=True):
         drawn.set_label(looks[name].label)
-        for patch in drawn:
-            patch.set_hatch(looks[name].hatch)
+        mpl.artist.setp(drawn, hatch=looks[name].hatch)
 
 
 def before_after(axes: Axes, table: pd.DataFrame, name: str) -> None:
@@ -259,10 +249,8 @@ def before_after(axes: Axes, table: pd.DataFrame, name: str) -> None:
 def along(axes: Axes, rows: pd.DataFrame, x: str, y: str, look: Role) -> None:
     """Draw ours along a quantity as a line with its interval (columns ``y``_low, ``y``_high), and the paper's hollow."""
     axes.fill_between(rows[x], rows[f"{y}_low"], rows[f"{y}_high"], color=look.color, alpha=0.15, linewidth=0)
-    style = look.line_style(markersize=3.5, label=f"{look.label}, ours")
-    hollow = {"linestyle": "", "markerfacecolor": "white", "markeredgewidth": 0.8, "label": f"{look.label}, paper"}
-    axes.plot(rows[x], rows[y], **style)
-    axes.plot(rows[x], rows[f"{y}_paper"], **style | hollow)
+    for name, style in zip((y, f"{y}_paper"), look.beside_paper(), strict=True):
+        axes.plot(rows[x], rows[name], **style)
 
 
 def rungs(axes: Axes, table: pd.DataFrame, column: str, *, look: Role, label: str) -> None:
@@ -287,11 +275,9 @@ def intervals(figure: Figure, axes: Sequence[Axes], table: pd.DataFrame) -> None
         for shift, (kind, part) in zip(np.linspace(-0.16, 0.16, len(parts)), parts.items(), strict=True):
             look = ROLES[kind]
             rows = part["setting"].map(names.index) + shift
-            style = look.line_style(linestyle="", markersize=3.5, label=f"{look.label}, ours")
-            hollow = {"markerfacecolor": "white", "markeredgewidth": 0.8, "label": f"{look.label}, paper"}
             panel.hlines(rows, part[f"{metric}_low"], part[f"{metric}_high"], color=look.color, linewidth=1)
-            panel.plot(part[metric], rows, **style)
-            panel.plot(part[f"{metric}_paper"], rows, **style | hollow)
+            for name, style in zip((metric, f"{metric}_paper"), look.beside_paper(linestyle=""), strict=True):
+                panel.plot(part[name], rows, **style)
         known = table[[f"{metric}{end}" for end in ("", "_low", "_high", "_paper")]].to_numpy(dtype=float)
         top = np.ceil(round(10 * float(np.nanmax(known)), 3)) / 10 if np.isfinite(known).any() else 1.0
         panel.set(title=METRICS[metric], xlim=(min(0.0, float(np.nanmin(known, initial=0.0))) - 0.04, top + 0.05))
@@ -401,16 +387,9 @@ def _label(axes: Axes, text: str, place: tuple[float, float], **style: Any) -> N
 def files_of(figure: Figure) -> dict[str, bytes]:
     """Return a figure as PDF and as PNG of 300 dpi; the same figure gives the same bytes."""
     contents = {}
-    logger = logging.getLogger("fontTools")
-    before = logger.level
-    # fontTools wonders about the date of the font that comes with matplotlib.
-    logger.setLevel(logging.ERROR)
-    try:
-        with mpl.rc_context({"pdf.fonttype": 42, "savefig.bbox": None}):
-            for suffix, metadata in {"pdf": {"CreationDate": None}, "png": {"Software": None}}.items():
-                buffer = io.BytesIO()
-                figure.savefig(buffer, format=suffix, dpi=300, metadata=metadata)
-                contents[suffix] = buffer.getvalue()
-    finally:
-        logger.setLevel(before)
+    with mpl.rc_context({"pdf.fonttype": 42, "savefig.bbox": None}):
+        for suffix, metadata in {"pdf": {"CreationDate": None}, "png": {"Software": None}}.items():
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=suffix, dpi=300, metadata=metadata)
+            contents[suffix] = buffer.getvalue()
     return contents

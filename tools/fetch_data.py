@@ -17,9 +17,10 @@ import os
 import shutil
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import pandas as pd
 import pooch
@@ -27,20 +28,21 @@ import pydantic
 import requests
 import yaml
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from PIL import Image
 from requests.adapters import HTTPAdapter
 from tqdm.contrib.concurrent import thread_map
 from urllib3 import Retry
 
 from nemolib import paths
-from nemolib.encoders import EncoderError, note_sha256, noted_sha256
+from nemolib.encoders import note_sha256, noted_sha256
 from nemolib.holdout import load_statistics
 from nemolib.layers import STABLE_DIFFUSION_WIDTHS
+from nemolib.paths import write_atomic
 from nemolib.pipeline import is_hub_id
 from nemolib.prompts import IMAGE_REPORT, load_prompts
 from nemolib.settings import Profile, ProfileError, load_profile
-from nemolib.store import read_table, write_atomic, write_table
+from nemolib.store import read_table, write_table
 
 MANIFESTS = Path(__file__).with_name("downloads")
 """Where the manifests lie."""
@@ -80,10 +82,6 @@ class DownloadError(RuntimeError):
     """Something that could not be fetched; the message names it, the reason and what to do."""
 
 
-class ManifestError(ValueError):
-    """A manifest that cannot be used; the message names the file, the entry and what is allowed."""
-
-
 class Outcome(NamedTuple):
     """What became of one thing that was to be fetched.
 
@@ -102,33 +100,25 @@ class SourceFile(pydantic.BaseModel, frozen=True, extra="forbid"):
     """A file that comes from elsewhere.
 
     Attributes:
-        path: Where it is put, relative to the folder of the manifest.
+        path: Where it is put, relative to the folder of the manifest, and inside it.
         url: Where it comes from.
         sha256: Its SHA-256; None: nobody has stated it, so it is noted at the first use.
         rows: Number of rows of a prompt table, checked where the SHA-256 is not known; None: not checked.
         optional: Whether everything but a few numbers can be computed without it.
     """
 
-    path: str
-    url: Annotated[str, pydantic.StringConstraints(pattern="^https?://")]
-    sha256: Annotated[str, pydantic.StringConstraints(pattern="^[0-9a-f]{64}$")] | None = None
+    path: str = pydantic.Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)*$")
+    url: str = pydantic.Field(pattern="^https?://")
+    sha256: str | None = pydantic.Field(None, pattern="^[0-9a-f]{64}$")
     rows: int | None = None
     optional: bool = False
-
-    @pydantic.field_validator("path")
-    @classmethod
-    def _inside(cls, path: str) -> str:
-        place = PurePosixPath(path)
-        if place.is_absolute() or ".." in place.parts or not place.name:
-            raise ValueError("it must be a file inside the folder of the manifest")
-        return path
 
 
 class Manifest(pydantic.BaseModel, frozen=True, extra="forbid"):
     """What a world needs from elsewhere.
 
     Attributes:
-        folder: Where it is put, relative to the repository.
+        folder: Where it is put; in YAML relative to the repository.
         files: The files.
         released_statistics: Activation statistics as the authors store them (one of the files), or None.
         statistics: Where they are put as safetensors, relative to the folder.
@@ -136,30 +126,12 @@ class Manifest(pydantic.BaseModel, frozen=True, extra="forbid"):
         training_images: Prompt table (one of the files) with the URLs of training images, or None.
     """
 
-    folder: str
+    folder: Annotated[Path, pydantic.AfterValidator(paths.resolve)]
     files: tuple[SourceFile, ...]
     released_statistics: str | None = None
     statistics: str = "statistics.safetensors"
     statistics_count: int = 0
     training_images: str | None = None
-
-    @pydantic.model_validator(mode="after")
-    def _listed(self) -> Manifest:
-        known = [file.path for file in self.files]
-        if len(set(known)) != len(known):
-            raise ValueError(f"a path is listed twice in {known}")
-        for key, value in (
-            ("released_statistics", self.released_statistics),
-            ("training_images", self.training_images),
-        ):
-            if value not in (None, *known):
-                raise ValueError(f"{key} is {value!r}, which is not among the files: {', '.join(known)}")
-        return self
-
-    @property
-    def root(self) -> Path:
-        """The folder as an absolute path."""
-        return paths.resolve(self.folder)
 
 
 def load_manifest(name: str | Path) -> Manifest:
@@ -169,19 +141,16 @@ def load_manifest(name: str | Path) -> Manifest:
         name: Name of one in ``downloads/`` (``"sd14"``), or path of a YAML file.
 
     Raises:
-        ManifestError: There is no such manifest, or entries do not fit.
+        ProfileError: There is no such manifest, or entries do not fit.
     """
     path = Path(name).expanduser() if str(name).endswith((".yaml", ".yml")) else MANIFESTS / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in MANIFESTS.glob("*.yaml")))
-        raise ManifestError(f"there is no manifest {str(name)!r} ({path}); known: {known}; or give a YAML file")
+        raise ProfileError(f"there is no manifest {str(name)!r} ({path}); known: {known}; or give a YAML file")
     try:
         return Manifest.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except pydantic.ValidationError as error:
-        wrong = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}, not {item['input']!r}" for item in error.errors()]
-        raise ManifestError(f"{path}: {'; '.join(wrong)}") from error
-    except yaml.YAMLError as error:
-        raise ManifestError(f"{path}: {error}") from error
+    except (pydantic.ValidationError, yaml.YAMLError) as error:
+        raise ProfileError(f"{path}: {error}") from error
 
 
 def fetch_data(profile: Profile, parts: Collection[str] = PARTS) -> Iterator[Outcome]:
@@ -195,30 +164,30 @@ def fetch_data(profile: Profile, parts: Collection[str] = PARTS) -> Iterator[Out
         What became of each thing, as soon as it is known.
 
     Raises:
-        ManifestError: The manifest cannot be used.
+        ProfileError: The manifest cannot be used.
         OSError: The disk is full; what was fetched stays.
     """
-    manifest = None if profile.downloads is None else load_manifest(profile.downloads)
-    if manifest is not None and "files" in parts:
+    manifest = load_manifest(profile.downloads) if profile.downloads else Manifest(folder=paths.DATA, files=())
+    folder, todo = manifest.folder, []
+    if "files" in parts:
         for file in manifest.files:
-            try:
-                yield Outcome(file.path, fetch_file(file, manifest.root), str(manifest.root / file.path))
-            except (DownloadError, EncoderError) as error:
-                yield Outcome(file.path, "missing" if file.optional else "failed", str(error))
-        if manifest.released_statistics is not None:
-            yield convert_statistics(manifest)
+            todo.append((file.path, "missing" if file.optional else "failed", partial(fetch_file, file, folder)))
+        if manifest.released_statistics:
+            thing = f"statistics as safetensors ({manifest.statistics})"
+            todo.append((thing, "failed", partial(convert_statistics, manifest)))
     if "models" in parts:
-        for repository, revision, kind in hub_models(profile):
-            try:
-                yield Outcome(f"model {repository}", "present", str(fetch_model(repository, revision, kind)))
-            except DownloadError as error:
-                yield Outcome(f"model {repository}", "failed", str(error))
-    if manifest is not None and manifest.training_images is not None and "images" in parts:
-        yield _images(manifest.root / manifest.training_images, manifest.root)
+        todo += [(f"model {model[0]}", "failed", partial(fetch_model, *model)) for model in hub_models(profile)]
+    if "images" in parts and manifest.training_images:
+        todo.append(("training images", "failed", partial(fetch_images, folder / manifest.training_images, folder)))
+    for thing, without, fetch in todo:
+        try:
+            yield Outcome(thing, *fetch())
+        except (DownloadError, FileNotFoundError, ValueError) as error:
+            yield Outcome(thing, without, str(error))
 
 
-def fetch_file(file: SourceFile, folder: Path) -> str:
-    """Put a file into a folder, unless it is there, and check it; return its status as in `Outcome`.
+def fetch_file(file: SourceFile, folder: Path) -> tuple[str, str]:
+    """Put a file into a folder, unless it is there, and check it; return its status as in `Outcome`, and its path.
 
     Raises:
         DownloadError: There is no network; the source does not have it; what it has, or what is there, is another file.
@@ -229,21 +198,19 @@ def fetch_file(file: SourceFile, folder: Path) -> str:
     expected = file.sha256 or noted_sha256(target)
     if not target.is_file():
         status = _fetch(file, folder, expected)
-    elif expected not in (None, found := pooch.file_hash(target)):
+    found = pooch.file_hash(target)
+    if expected not in (None, found):
         also = "" if file.sha256 else "; if the new file is right, delete the note of its SHA-256 beside it as well"
-        raise DownloadError(
-            f"{target}: SHA-256 is {found}, expected {expected}: another file, or a part of it; delete it and run "
-            f"again{also}"
-        )
+        what = f"SHA-256 is {found}, expected {expected}: another file, or a part of it"
+        raise DownloadError(f"{target}: {what}; delete it and run again{also}")
     if expected is None:
-        if file.rows is not None and (found := _prompts(target)) != f"{file.rows} prompts":
+        if file.rows is not None and (prompts := _prompts(target)) != f"{file.rows} prompts":
             if status != "present":
                 target.unlink()
-            raise DownloadError(
-                f"{target}: {found}, expected {file.rows} prompts; delete it, if it is there, and run again"
-            )
-        note_sha256(target, pooch.file_hash(target))
-    return status
+            remedy = "delete it, if it is there, and run again"
+            raise DownloadError(f"{target}: {prompts}, expected {file.rows} prompts; {remedy}")
+        note_sha256(target, found)
+    return status, str(target)
 
 
 def _fetch(file: SourceFile, folder: Path, expected: str | None) -> str:
@@ -252,29 +219,29 @@ def _fetch(file: SourceFile, folder: Path, expected: str | None) -> str:
     It is checked before it gets its name, so that what has the name is complete.
     """
     pooch.get_logger().setLevel(logging.ERROR)  # its progress bar says the rest
-    mirrored = _in_mirror(file)
-    if mirrored is not None:
-        source, retries, downloader = mirrored, 0, lambda url, output, pooch: shutil.copyfile(mirrored, output)
-        remedy = f"put the right file into the mirror, or unset {MIRROR}"
-    elif constants.HF_HUB_OFFLINE:
-        raise DownloadError(
-            f"{file.path} is not there, and HF_HUB_OFFLINE forbids the network; unset it, or give a folder that holds the "
-            f"file: {MIRROR}=folder"
-        )
-    else:
-        source, retries, downloader = file.url, RETRIES, pooch.HTTPDownloader(progressbar=True, timeout=TIMEOUT)
-        remedy = (
-            f"check the connection and run again, or download it by other means and give its folder: {MIRROR}=folder"
-        )
-    registry, urls = {file.path: expected}, {file.path: file.url}
-    cache = pooch.create(folder, base_url="", registry=registry, urls=urls, retry_if_failed=retries)
+    mirrored, status = _in_mirror(file), "copied"
+    source, retries, download = str(mirrored), 0, _copy
+    remedy = f"put the right file into the mirror, or unset {MIRROR}"
+    if mirrored is None:
+        status, source, retries = "downloaded", file.url, RETRIES
+        download = pooch.HTTPDownloader(progressbar=True, timeout=TIMEOUT)
+        remedy = f"check the connection and run again, or give a folder that holds the file: {MIRROR}=folder"
+        if constants.HF_HUB_OFFLINE:
+            raise DownloadError(
+                f"{file.path} is not there, and HF_HUB_OFFLINE forbids the network; unset it, or {remedy}"
+            )
+    registry, urls = {file.path: expected}, {file.path: source}
     try:
-        cache.fetch(file.path, downloader=downloader)
+        cache = pooch.create(folder, base_url="", registry=registry, urls=urls, retry_if_failed=retries)
+        cache.fetch(file.path, downloader=download)
     except (requests.RequestException, ValueError) as error:
-        raise DownloadError(
-            f"{file.path} could not be fetched from {source}: {_first_line(error)}; {remedy}"
-        ) from error
-    return "downloaded" if mirrored is None else "copied"
+        reason = _first_line(error)
+        raise DownloadError(f"{file.path} could not be fetched from {source}: {reason}; {remedy}") from error
+    return status
+
+
+def _copy(source: str, target: str, _: pooch.Pooch) -> None:
+    shutil.copyfile(source, target)
 
 
 def _in_mirror(file: SourceFile) -> Path | None:
@@ -297,17 +264,19 @@ def _prompts(path: Path) -> str:
         return f"no prompt table ({_first_line(error)})"
 
 
-def convert_statistics(manifest: Manifest) -> Outcome:
-    """Write the authors' activation statistics as safetensors, unless that was done; return what became of it."""
-    target, thing = manifest.root / manifest.statistics, f"statistics as safetensors ({manifest.statistics})"
-    if target.is_file():
-        return Outcome(thing, "present", str(target))
-    try:
-        released = load_statistics(manifest.root / str(manifest.released_statistics), widths=STABLE_DIFFUSION_WIDTHS)
-    except (FileNotFoundError, ValueError) as error:
-        return Outcome(thing, "failed", str(error))
-    type(released)(released.mean, released.std, count=manifest.statistics_count).save(target)
-    return Outcome(thing, "converted", str(target))
+def convert_statistics(manifest: Manifest) -> tuple[str, str]:
+    """Write the authors' activation statistics as safetensors, unless that was done; return status and path.
+
+    Raises:
+        FileNotFoundError: They are missing.
+        ValueError: They are not readable, or statistics of another model.
+    """
+    target, status = manifest.folder / manifest.statistics, "present"
+    if not target.is_file():
+        released = load_statistics(manifest.folder / manifest.released_statistics, widths=STABLE_DIFFUSION_WIDTHS)
+        replace(released, count=manifest.statistics_count).save(target)
+        status = "converted"
+    return status, str(target)
 
 
 def hub_models(profile: Profile) -> list[tuple[str, str | None, str]]:
@@ -318,8 +287,8 @@ def hub_models(profile: Profile) -> list[tuple[str, str | None, str]]:
     return [model for model in dict.fromkeys(models) if is_hub_id(model[0])]
 
 
-def fetch_model(repository: str, revision: str | None, kind: str) -> Path:
-    """Put a hub model into the hub's cache, unless it is there, and return its folder.
+def fetch_model(repository: str, revision: str | None, kind: str) -> tuple[str, str]:
+    """Put a hub model into the hub's cache, unless it is there, and return its status as in `Outcome`, and its folder.
 
     The cache is where ``HF_HOME`` says; tokens (``HF_TOKEN``, ``hf auth login``) and ``HF_HUB_OFFLINE`` are those of
     huggingface_hub. A download that was interrupted goes on where it stopped.
@@ -337,109 +306,80 @@ def fetch_model(repository: str, revision: str | None, kind: str) -> Path:
     try:
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(MODEL_FILES[kind])))
     except GatedRepoError as error:
-        raise DownloadError(
-            f"{name}: access is granted on its page, https://huggingface.co/{repository}; accept its licence there, then "
-            "log in with `hf auth login` or set HF_TOKEN, and run again"
-        ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise DownloadError(
-            f"{name}: not in the cache ({constants.HF_HUB_CACHE}), and the hub is not reached; connect to the network and "
-            "unset HF_HUB_OFFLINE, or set HF_HOME to a cache that holds it"
-        ) from error
+        page = f"access is granted on its page, https://huggingface.co/{repository}; accept its licence there"
+        raise DownloadError(f"{name}: {page}, log in with `hf auth login` or set HF_TOKEN, and run again") from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise DownloadError(
-            f"{name}: could not be downloaded; check name, revision and connection, and run again: the download goes on "
-            f"where it stopped ({_first_line(error)})"
+            f"{name}: not in the cache ({constants.HF_HUB_CACHE}), and could not be downloaded ({_first_line(error)}); check "
+            "name, revision and connection, unset HF_HUB_OFFLINE, or set HF_HOME to a cache that holds it, and run again: "
+            "a download goes on where it stopped"
         ) from error
     missing = [file for file in MODEL_FILES[kind] if "*" not in file and not (folder / file).is_file()]
     if missing:
-        raise DownloadError(
-            f"{name}: {', '.join(missing)} missing in {folder}; other formats than safetensors are not read, since they "
-            "can run code; give a revision that has safetensors"
+        why = (
+            "other formats than safetensors are not read, since they can run code; give a revision that has safetensors"
         )
-    return folder
+        raise DownloadError(f"{name}: {', '.join(missing)} missing in {folder}; {why}")
+    return "present", str(folder)
 
 
-def _images(table: Path, folder: Path) -> Outcome:
-    if not table.is_file():
-        return Outcome("training images", "failed", f"their prompt table {table} is missing; see above")
-    try:
-        status = fetch_images(table, folder)["status"]
-    except (DownloadError, ValueError) as error:
-        return Outcome("training images", "failed", str(error))
-    found, archived = (status != "missing").sum(), (status == "archived").sum()
-    note = f"{found} of {len(status)}, {archived} of them from an archive; see {folder / IMAGE_REPORT}"
-    # Their servers forget them; everything but SSCD_Orig is computed without.
-    return Outcome("training images", "present" if found == len(status) else "missing", note)
-
-
-def fetch_images(table: Path, folder: Path) -> pd.DataFrame:
-    """Put the training images of a prompt table into ``images/`` of a folder, and say what is missing.
+def fetch_images(table: Path, folder: Path) -> tuple[str, str]:
+    """Put the training images of a prompt table into ``images/`` of a folder, and say what is missing in ``images.csv``.
 
     Many have gone from their servers, so the Wayback Machine is asked too. An image that is there is not fetched again;
-    one that is missing is tried again at every call.
+    one that is missing is tried again at every call. Everything but SSCD_Orig is computed without them.
 
     Args:
         table: Prompt table of memorized prompts with a column ``url``.
-        folder: Folder of the world; the report is its ``images.csv``.
+        folder: Folder of the world.
 
     Returns:
-        The report, one row for each prompt: `IMAGE_COLUMNS`.
+        Status as in `Outcome`, and how many were found; the report has the columns `IMAGE_COLUMNS`, a row for each prompt.
 
     Raises:
+        FileNotFoundError: There is no such table.
         PromptTableError: The table cannot be used.
         DownloadError: The table has no URLs.
         OSError: The disk is full; images that were found stay.
     """
-    prompts = load_prompts(table)
+    prompts, report = load_prompts(table), folder / IMAGE_REPORT
     if "url" not in prompts:
         raise DownloadError(f"{table} has no column 'url', so there are no training images to fetch")
-    earlier = {}
-    if (folder / IMAGE_REPORT).is_file():
-        report = read_table(folder / IMAGE_REPORT, columns=IMAGE_COLUMNS).fillna("")
-        earlier = {row["url"]: row for row in report.to_dict("records")}
+    known = read_table(report, columns=IMAGE_COLUMNS).fillna("").to_dict("records") if report.is_file() else []
+    known = {row["url"]: (row["status"], row["reason"]) for row in known if row["status"] != "missing"}
     urls = prompts["url"].drop_duplicates()
-    fetch = partial(_fetch_image, folder=folder, earlier=earlier, session=_session())
-    bar = {"desc": "training images", "unit": "image"}
-    entries = dict(zip(urls, thread_map(fetch, urls.index, urls, max_workers=WORKERS, **bar), strict=True))
-    found = pd.DataFrame([entries[url] for url in prompts["url"]], index=prompts.index)
-    report = prompts[["kind", "caption", "url"]].assign(number=prompts.index).join(found)[[*IMAGE_COLUMNS]]
-    write_table(report, folder / IMAGE_REPORT)
-    return report
+    fetch = partial(_fetch_image, folder=folder, known=known, session=_session())
+    bar = {"desc": "training images", "unit": "image", "max_workers": WORKERS}
+    entries = dict(zip(urls, thread_map(fetch, urls.index, urls, **bar), strict=True))
+    found = pd.DataFrame(prompts["url"].map(entries).tolist(), columns=IMAGE_COLUMNS[4:], index=prompts.index)
+    told = prompts[["kind", "caption", "url"]].assign(number=prompts.index).join(found)
+    write_table(told[[*IMAGE_COLUMNS]], report)
+    missing, archived = ((told["status"] == status).sum() for status in ("missing", "archived"))
+    note = f"{len(told) - missing} of {len(told)}, {archived} of them from an archive; see {report}"
+    return "missing" if missing else "present", note
 
 
 def _fetch_image(
-    number: int, url: str, *, folder: Path, earlier: Mapping[str, Mapping[str, Any]], session: requests.Session
-) -> dict[str, str]:
-    """Put an image into its place and return its entries of the report; nothing is raised for what a server does."""
+    number: int, url: str, *, folder: Path, known: Mapping[str, tuple[str, str]], session: requests.Session
+) -> tuple[str, str, str, str]:
+    """Put an image into its place; return status, image, SHA-256, reason: nothing is raised for what a server does."""
     there = next((folder / "images").glob(f"{number:04d}.*"), None)
     if there is not None:
-        known = earlier.get(url, {"status": "found", "reason": "found earlier"})
-        if known["status"] == "missing":
-            known = {"status": "found", "reason": "put there by hand"}
-        return _entry(known["status"], known["reason"], f"images/{there.name}", there.read_bytes())
-    if not url:
-        return _entry("missing", "the table has no URL")
-    if constants.HF_HUB_OFFLINE:
-        return _entry("missing", "HF_HUB_OFFLINE forbids the network")
+        status, reason = known.get(url, ("found", "it was there"))
+        return status, f"images/{there.name}", pooch.file_hash(there), reason
+    if not url or constants.HF_HUB_OFFLINE:
+        return "missing", "", "", "HF_HUB_OFFLINE forbids the network" if url else "the table has no URL"
     reasons = []
     for status, before in (("found", ""), ("archived", ARCHIVE)):
         try:
-            content = _get(before + html.unescape(url), session)
-            image = f"images/{number:04d}.{_image_suffix(content)}"
-        except (OSError, ValueError) as error:  # all of requests' errors are OSErrors, bad addresses ValueErrors
-            answer = getattr(error, "response", None)
-            reason = f"{type(error).__name__}: {_first_line(error)}" if answer is None else f"HTTP {answer.status_code}"
-            reasons.append(f"archive: {reason}" if before else reason)
+            content, suffix = _download(before + html.unescape(url), session)
+        except Exception as error:  # a server may give anything
+            reasons.append(f"{'archive: ' if before else ''}{type(error).__name__}: {_first_line(error)}")
             continue
+        image = f"images/{number:04d}.{suffix}"
         write_atomic(folder / image, content)
-        return _entry(status, "; ".join(reasons), image, content)
-    return _entry("missing", "; ".join(reasons))
-
-
-def _entry(status: str, reason: str, image: str = "", content: bytes = b"") -> dict[str, str]:
-    sha256 = hashlib.sha256(content).hexdigest() if image else ""
-    return {"status": status, "image": image, "sha256": sha256, "reason": reason}
+        return status, image, hashlib.sha256(content).hexdigest(), "; ".join(reasons)
+    return "missing", "", "", "; ".join(reasons)
 
 
 def _session() -> requests.Session:
@@ -452,28 +392,20 @@ def _session() -> requests.Session:
     return session
 
 
-def _get(address: str, session: requests.Session) -> bytes:
+def _download(address: str, session: requests.Session) -> tuple[bytes, str]:
+    """Return an image and its usual suffix; anything may be raised unless it is a whole image of some size."""
+    content = bytearray()
     with session.get(address, timeout=TIMEOUT / 2, stream=True) as answer:
         answer.raise_for_status()
-        content = bytearray()
         for part in answer.iter_content(2**16):
             content += part
             if len(content) > LARGEST:
                 raise ValueError(f"more than {LARGEST // 2**20} MiB")
-        return bytes(content)
-
-
-def _image_suffix(content: bytes) -> str:
-    """Return the usual suffix of an image; raise ValueError unless the bytes are a whole image of some size."""
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            kind, size = image.format or "", image.size
-            image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"no image ({type(error).__name__}: {_first_line(error)})") from error
-    if min(size) < SMALLEST:
-        raise ValueError(f"a placeholder of {size[0]} x {size[1]} pixels")
-    return {"JPEG": "jpg"}.get(kind, kind.lower())
+    with Image.open(io.BytesIO(content)) as image:
+        image.convert("RGB")
+        if min(image.size) < SMALLEST:
+            raise ValueError(f"a placeholder of {image.width} x {image.height} pixels")
+        return bytes(content), {"JPEG": "jpg"}.get(image.format, image.format.lower())
 
 
 def _first_line(error: BaseException) -> str:
@@ -493,17 +425,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             outcomes.append(outcome)
             stream = sys.stderr if outcome.status == "failed" else sys.stdout
             print(f"{outcome.status:>10}  {outcome.thing}: {outcome.note}", file=stream, flush=True)
-    except (ProfileError, ManifestError, OSError) as error:
+    except (ProfileError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; what was fetched stays, run again to go on\n")
         return 130
-    if not outcomes:
-        sys.stdout.write(f"profile {profile.name}: nothing to fetch, everything is in the repository\n")
     failed = [outcome.thing for outcome in outcomes if outcome.status == "failed"]
     if failed:
         sys.stderr.write(f"{len(failed)} of {len(outcomes)} failed: {', '.join(failed)}\n")
+    elif not outcomes:
+        sys.stdout.write(f"profile {profile.name}: nothing to fetch, everything is in the repository\n")
     return 1 if failed else 0
 
 

@@ -26,8 +26,8 @@ import pandas as pd
 
 import nemolib
 from nemolib import paths
+from nemolib.paths import write_atomic
 from nemolib.prompts import select
-from nemolib.store import write_atomic
 
 OUTPUT = paths.BUILD / "benchmarks" / "holdout.json"
 MEGABYTE = 2**20

@@ -43,6 +43,7 @@ from nemolib.holdout import ActivationStatistics, z_scores
 from nemolib.layers import collect_activations, value_activations
 from nemolib.localization import localize
 from nemolib.neurons import NeuronSet
+from nemolib.paths import write_atomic
 from nemolib.pipeline import embed
 from nemolib.prompts import MEMORIZED, load_prompts
 from nemolib.refinement import Refinement, refine_by_leading_seeds, refine_fast, refine_sequential
@@ -50,7 +51,6 @@ from nemolib.run import Run
 from nemolib.selection import Score, out_of_distribution, schedule
 from nemolib.settings import Profile
 from nemolib.similarity import max_pairwise, pairwise, similarity
-from nemolib.store import write_atomic
 
 OUTPUT = paths.BUILD / "benchmarks" / "search.json"
 SAMPLES = 10

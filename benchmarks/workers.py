@@ -21,9 +21,10 @@ import pandas as pd
 import torch
 
 from nemolib import paths, workers
+from nemolib.paths import write_atomic
 from nemolib.prompts import MEMORIZED
 from nemolib.run import Run, open_run
-from nemolib.store import Store, write_atomic
+from nemolib.store import Store
 
 
 def measure(number: int, run: Run, prompts: list[str], **chosen: Any) -> tuple[dict[str, float], list[dict[str, Any]]]:

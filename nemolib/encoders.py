@@ -26,10 +26,10 @@ from torch.nn import functional as F
 
 from nemolib import paths
 from nemolib.batching import batches, check_prompts
+from nemolib.paths import write_atomic
 from nemolib.pipeline import is_hub_id, quiet
 from nemolib.provenance import content_hash
 from nemolib.settings import EncoderSettings, Profile, ProfileError
-from nemolib.store import write_atomic
 
 if TYPE_CHECKING:
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer

@@ -26,8 +26,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from nemolib import paper, paths, plots
+from nemolib.paths import write_atomic
 from nemolib.provenance import code_hash, sidecar
-from nemolib.store import Grid, write_atomic
+from nemolib.store import Grid
 
 if TYPE_CHECKING:
     from nemolib.run import Run

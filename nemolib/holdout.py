@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from nemolib.batching import batches, check_prompts, progress_bar
 from nemolib.first_step import first_step
 from nemolib.layers import value_activations, value_layer_hash, value_layers, widths
+from nemolib.paths import write_atomic
 from nemolib.pipeline import embed
 from nemolib.settings import DetectionSettings, Protocol, SimilaritySettings, load_protocol, protocol_of, settings_of
 from nemolib.similarity import pair_similarities
-from nemolib.store import write_atomic
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

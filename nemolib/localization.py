@@ -7,6 +7,7 @@ Where a search is known already, the variants that would repeat it are not searc
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
@@ -22,6 +23,7 @@ from nemolib.holdout import ActivationStatistics, z_scores
 from nemolib.layers import value_activations
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
+from nemolib.prompts import MEMORIZED
 from nemolib.refinement import RefinementTest, refine_by_leading_seeds, refine_sequential
 from nemolib.selection import InitialSelection, SelectionStep, initial_selection
 from nemolib.settings import (
@@ -367,6 +369,47 @@ def localization_table(localizations: Sequence[Localization], *, seconds: bool =
     table = pd.DataFrame(rows).astype(dict.fromkeys(floats, "float64") | {"k": "Int64"})
     table.insert(2, "seeds", table.pop("seeds"))
     return table
+
+
+def memorized(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of VM and TM prompts."""
+    return table[table["kind"].isin(MEMORIZED)]
+
+
+def neuron_sets(table: pd.DataFrame, column: str = "neurons") -> list[NeuronSet]:
+    """Return the neuron set of each row of a table of localizations: column ``neurons`` or ``initial``."""
+    return [NeuronSet.from_json(text) for text in table[column]]
+
+
+def by_prompt(table: pd.DataFrame, column: str = "neurons") -> dict[str, NeuronSet]:
+    """Return the neuron set of each prompt of a table of localizations."""
+    return dict(zip(table["prompt"], neuron_sets(table, column), strict=True))
+
+
+def shared_neurons(found: pd.DataFrame) -> pd.DataFrame:
+    """Return the neurons that at least two memorized prompts share, those of most prompts first.
+
+    Returns:
+        Columns layer (from 1, as in the paper), neuron, prompts (number), words (those of at least two and of half of
+        the captions, with their number) and captions (separated by semicolons).
+    """
+    owners: dict[tuple[int, int], list[str]] = {}
+    for prompt, neurons in by_prompt(memorized(found)).items():
+        for pair in neurons:
+            owners.setdefault(pair, []).append(prompt)
+    rows = [
+        (layer + 1, neuron, len(captions), _common_words(captions), "; ".join(captions))
+        for (layer, neuron), captions in sorted(owners.items(), key=lambda item: (-len(item[1]), item[0]))
+        if len(captions) > 1
+    ]
+    return pd.DataFrame(rows, columns=["layer", "neuron", "prompts", "words", "captions"])
+
+
+def _common_words(captions: Sequence[str]) -> str:
+    """Return the words of at least half of the captions, the most frequent first, such as ``"card (3), edition (3)"``."""
+    counted = Counter(word for caption in captions for word in dict.fromkeys(caption.split()))
+    repeated = [(word, number) for word, number in counted.most_common() if number > 1 and 2 * number >= len(captions)]
+    return ", ".join(f"{word} ({number})" for word, number in repeated)
 
 
 def check_threshold(threshold: float, gate: float | None = None) -> None:

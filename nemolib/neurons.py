@@ -12,7 +12,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from nemolib.store import write_atomic
+from nemolib.paths import write_atomic
 
 
 @dataclass(frozen=True, slots=True)

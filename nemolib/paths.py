@@ -1,6 +1,7 @@
-"""Where things are: the only module that knows locations."""
+"""Where things are, the only module that knows locations; and how a file is replaced."""
 
 import os
+import uuid
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
@@ -44,3 +45,32 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     """Return an absolute path: as given, or relative to ``ROOT``; nothing is checked for existence."""
     path = Path(path).expanduser()
     return path if path.is_absolute() else ROOT / path
+
+
+def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
+    """Replace a file at once: write a temporary file beside it, flush it to the disk, rename it.
+
+    Args:
+        path: File to write; missing folders are made.
+        content: Bytes, or text that is written as UTF-8.
+
+    Raises:
+        OSError: The disk is full or cannot be written; a file that was there before is unchanged.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("xb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        if temporary.exists():
+            temporary.unlink()
+        if isinstance(error, OSError):
+            kept = "the file that was there is unchanged" if path.exists() else "no file was left behind"
+            reason = f"{os.strerror(error.errno or 0)}; {kept}; free some space or check the rights"
+            raise type(error)(error.errno, reason, str(path)) from error
+        raise

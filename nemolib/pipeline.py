@@ -93,7 +93,7 @@ def load_pipeline(
     pipe.to(place)
     _spare_memory(pipe)
     if profile:
-        note_profile(pipe, profile)
+        note_profile(profile, pipe)
     return pipe
 
 

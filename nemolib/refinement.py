@@ -17,10 +17,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
-from nemolib.blocked_score import BlockedScore
 from nemolib.neurons import NeuronSet
 from nemolib.selection import Score
+
+if TYPE_CHECKING:
+    from nemolib.blocked_score import BlockedScore
 
 SPARE = 8
 """Evaluations that the fast search may spend beyond eleven tenths of those of the sequential search."""

@@ -332,6 +332,12 @@ class Run:
         together = max(1, settings.batch_size // settings.samples)
         return np.stack(self.compute(drawing, items, label="images", together=together, settings=settings))
 
+    def with_and_without(self, captions: Sequence[str], mitigation: Mitigation) -> Grid:
+        """Return images of prompts with all neurons active, and beside them those of the same seeds with a mitigation."""
+        halves = [self.images(captions, item) for item in (None, mitigation)]
+        seeds = [f"seed {number}" for number in range(halves[0].shape[1])]
+        return Grid(np.concatenate(halves, axis=1), tuple(captions), tuple(2 * seeds))
+
     def _image_items(
         self, captions: Sequence[str], mitigation: Mitigation | None
     ) -> list[tuple[str, Mitigation | None]]:

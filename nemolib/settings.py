@@ -571,7 +571,7 @@ _PROFILES: weakref.WeakKeyDictionary[object, Profile] = weakref.WeakKeyDictionar
 _PUBLISHED = Profile("published settings", "", PromptTables("", "", ""))
 
 
-def note_profile(pipe: StableDiffusionPipeline, profile: Profile) -> None:
+def note_profile(profile: Profile, pipe: StableDiffusionPipeline) -> None:
     """Note the profile that a pipeline was loaded from."""
     _PROFILES[pipe] = profile
 

@@ -9,7 +9,6 @@ import csv
 import io
 import json
 import os
-import uuid
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import pandas as pd
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
+from nemolib.paths import write_atomic
 from nemolib.provenance import content_hash
 
 
@@ -151,32 +151,3 @@ def read_table(path: str | os.PathLike[str], *, columns: tuple[str, ...] = ()) -
         if column not in table:
             raise StoreError(f"{path}: column {column!r} is missing; there are {', '.join(table.columns)}")
     return table
-
-
-def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
-    """Replace a file at once: write a temporary file beside it, flush it to the disk, rename it.
-
-    Args:
-        path: File to write; missing folders are made.
-        content: Bytes, or text that is written as UTF-8.
-
-    Raises:
-        OSError: The disk is full or cannot be written; a file that was there before is unchanged.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException as error:
-        if temporary.exists():
-            temporary.unlink()
-        if isinstance(error, OSError):
-            kept = "the file that was there is unchanged" if path.exists() else "no file was left behind"
-            reason = f"{os.strerror(error.errno or 0)}; {kept}; free some space or check the rights"
-            raise type(error)(error.errno, reason, str(path)) from error
-        raise

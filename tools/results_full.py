@@ -22,9 +22,9 @@ import psutil
 
 from nemolib import paths
 from nemolib.exhibits import exhibits, markdown
+from nemolib.paths import write_atomic
 from nemolib.provenance import versions
 from nemolib.settings import Profile, ProfileError, load_profile
-from nemolib.store import write_atomic
 
 LARGEST = 1_000_000
 """Tables with more bytes stay out of the repository; the note names them."""

@@ -22,8 +22,8 @@ from matplotlib.ticker import MaxNLocator
 from nemolib import paper, plots
 from nemolib.exhibits import Claim, exhibit, must, of_kinds, rounding
 from nemolib.experiments.deactivate_neurons import METRICS, NAMES, NONE, shown_table, table_1
-from nemolib.experiments.localize_neurons import by_prompt, deactivation, localizations, neuron_sets
-from nemolib.localization import Localization, Variant, localization_table, varying
+from nemolib.experiments.localize_neurons import deactivation, localizations
+from nemolib.localization import Localization, Variant, by_prompt, localization_table, neuron_sets, varying
 from nemolib.mitigation import DeactivatedNeurons, Mitigation
 from nemolib.plots import ROLES
 from nemolib.prompts import MEMORIZED

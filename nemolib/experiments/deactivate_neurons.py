@@ -14,8 +14,8 @@ import pandas as pd
 
 from nemolib import metrics, mitigation, paper, plots
 from nemolib.exhibits import Claim, exhibit, must, of_kinds
-from nemolib.experiments.localize_neurons import by_prompt, memorized, shared_neurons, with_and_without
 from nemolib.layers import value_activations, widths
+from nemolib.localization import by_prompt, memorized, shared_neurons
 from nemolib.mitigation import AttentionScaling, DeactivatedNeurons, EmbeddingAdjustment, Mitigation, RandomTokens
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
@@ -372,7 +372,7 @@ def single_neuron_grids(run: Run, found: pd.DataFrame) -> dict[str, Grid]:
 
     Source: Fig. 10 to 12.
     """
-    grids = [with_and_without(run, prompts, DeactivatedNeurons(single)) for single, prompts in most_shared(found)]
+    grids = [run.with_and_without(prompts, DeactivatedNeurons(single)) for single, prompts in most_shared(found)]
     return dict.fromkeys(SINGLE, NO_IMAGES) | dict(zip(SINGLE, grids, strict=False))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING
@@ -17,8 +16,8 @@ from nemolib.exhibits import Claim, NotEnough, exhibit, median_mad, must, of_kin
 from nemolib.first_step import ALGORITHMS, first_step
 from nemolib.holdout import z_scores
 from nemolib.layers import value_activations
-from nemolib.localization import localization_table
-from nemolib.mitigation import DeactivatedNeurons, Mitigation
+from nemolib.localization import by_prompt, localization_table, memorized, neuron_sets
+from nemolib.mitigation import DeactivatedNeurons
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.prompts import MEMORIZED
@@ -35,21 +34,6 @@ if TYPE_CHECKING:
     from nemolib.run import Run
 
 NOTEBOOK = "03_localize_neurons"
-
-
-def memorized(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of VM and TM prompts."""
-    return table[table["kind"].isin(MEMORIZED)]
-
-
-def neuron_sets(table: pd.DataFrame, column: str = "neurons") -> list[NeuronSet]:
-    """Return the neuron set of each row of a table of localizations: column ``neurons`` or ``initial``."""
-    return [NeuronSet.from_json(text) for text in table[column]]
-
-
-def by_prompt(table: pd.DataFrame, column: str = "neurons") -> dict[str, NeuronSet]:
-    """Return the neuron set of each prompt of a table of localizations."""
-    return dict(zip(table["prompt"], neuron_sets(table, column), strict=True))
 
 
 def each_kind(describe: Callable[[str], object]) -> str:
@@ -396,32 +380,6 @@ def table_2(search_cost: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(shown).reset_index()
 
 
-def shared_neurons(found: pd.DataFrame) -> pd.DataFrame:
-    """Return the neurons that at least two memorized prompts share, those of most prompts first.
-
-    Returns:
-        Columns layer (from 1, as in the paper), neuron, prompts (number), words (those of at least two and of half of
-        the captions, with their number) and captions (separated by semicolons).
-    """
-    owners: dict[tuple[int, int], list[str]] = {}
-    for prompt, neurons in by_prompt(memorized(found)).items():
-        for pair in neurons:
-            owners.setdefault(pair, []).append(prompt)
-    rows = [
-        (layer + 1, neuron, len(captions), _common_words(captions), "; ".join(captions))
-        for (layer, neuron), captions in sorted(owners.items(), key=lambda item: (-len(item[1]), item[0]))
-        if len(captions) > 1
-    ]
-    return pd.DataFrame(rows, columns=["layer", "neuron", "prompts", "words", "captions"])
-
-
-def _common_words(captions: Sequence[str]) -> str:
-    """Return the words of at least half of the captions, the most frequent first, such as ``"card (3), edition (3)"``."""
-    counted = Counter(word for caption in captions for word in dict.fromkeys(caption.split()))
-    repeated = [(word, number) for word, number in counted.most_common() if number > 1 and 2 * number >= len(captions)]
-    return ", ".join(f"{word} ({number})" for word, number in repeated)
-
-
 def neuron_overlap(found: pd.DataFrame) -> pd.DataFrame:
     """Return how far the neuron sets of two memorized prompts overlap, for every pair of prompts with neurons.
 
@@ -511,13 +469,6 @@ def example_prompts(change: pd.DataFrame, kind: str, number: int) -> list[str]:
     drop = (part["copy_before"] - part["copy_after"]).sort_values(kind="stable")
     places = np.linspace(0, len(drop) - 1, min(number, len(drop)) + 2)[1:-1].round().astype(int)
     return part.loc[drop.index[np.unique(places)], "prompt"].tolist()
-
-
-def with_and_without(run: Run, prompts: Sequence[str], mitigation: Mitigation) -> Grid:
-    """Return images of prompts with all neurons active, and beside them those of the same seeds with a mitigation."""
-    halves = [run.images(prompts, item) for item in (None, mitigation)]
-    seeds = [f"seed {number}" for number in range(halves[0].shape[1])]
-    return Grid(np.concatenate(halves, axis=1), tuple(prompts), tuple(2 * seeds))
 
 
 def read_3(figure_3: Grid, deactivation: pd.DataFrame) -> Iterator[Claim]:

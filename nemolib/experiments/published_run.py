@@ -17,7 +17,7 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
-from nemolib import paper, paths, plots
+from nemolib import localization, paper, paths, plots
 from nemolib.exhibits import Claim, exhibit, of_kinds
 from nemolib.experiments import localize_neurons as search
 from nemolib.experiments.localize_neurons import each_kind
@@ -196,7 +196,7 @@ def published_figure_7(published_run: pd.DataFrame) -> Figure:
 def _owners(published_run: pd.DataFrame, layer: int, neuron: int) -> pd.DataFrame:
     """Return the VM prompts that have a neuron; its layer is counted from 1."""
     verbatim = published_run[published_run["kind"] == "vm"]
-    return verbatim[[(layer - 1, neuron) in neurons for neurons in search.neuron_sets(verbatim)]]
+    return verbatim[[(layer - 1, neuron) in neurons for neurons in localization.neuron_sets(verbatim)]]
 
 
 def read_shared(published_run: pd.DataFrame) -> Iterator[Claim]:
@@ -217,7 +217,7 @@ def read_shared(published_run: pd.DataFrame) -> Iterator[Claim]:
     f"Neurons that most prompts have in their refined set, and the words that their captions have in common. {NOTE}",
     read=read_shared)  # fmt: skip
 def published_shared_neurons(published_run: pd.DataFrame) -> pd.DataFrame:
-    shown, verbatim = search.shared_neurons(_known(published_run)).head(12), (published_run["kind"] == "vm").sum()
+    shown, verbatim = localization.shared_neurons(_known(published_run)).head(12), (published_run["kind"] == "vm").sum()
     numbers = [len(_owners(published_run, *pair)) for pair in zip(shown["layer"], shown["neuron"], strict=True)]
     shown.insert(3, "VM prompts", numbers)
     shown.insert(4, "of all VM prompts", [f"{number / verbatim:.0%}" for number in numbers])

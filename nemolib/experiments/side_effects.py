@@ -24,9 +24,9 @@ from nemolib import metrics, paper, plots
 from nemolib.batching import batches
 from nemolib.exhibits import Claim, NotEnough, exhibit, must
 from nemolib.experiments.deactivate_neurons import measured
-from nemolib.experiments.localize_neurons import memorized, neuron_sets
 from nemolib.first_step import first_step
 from nemolib.layers import Layer, collect_outputs, cross_attention_layers, down_convolutions, spread, widths
+from nemolib.localization import memorized, neuron_sets
 from nemolib.metrics import MEMORIZED_ABOVE
 from nemolib.mitigation import DeactivatedNeurons, switched_off
 from nemolib.neurons import NeuronSet

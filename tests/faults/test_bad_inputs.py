@@ -7,10 +7,11 @@ import shutil
 
 import pytest
 
+from nemolib.paths import write_atomic
 from nemolib.pipeline import PipelineError, load_pipeline
 from nemolib.prompts import PromptTableError, load_prompts
 from nemolib.settings import load_profile
-from nemolib.store import StoreError, read_table, write_atomic
+from nemolib.store import StoreError, read_table
 
 HEADER = b"caption,kind,group,copies,image\n"
 ROW = b"a fox,vm,report,64,a.png\n"

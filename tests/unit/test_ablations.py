@@ -11,7 +11,7 @@ from nemolib.exhibits import NotEnough
 from nemolib.experiments import ablations
 from nemolib.experiments.ablations import FACTORS, GUIDANCE, NO_REFINEMENT, NO_TOP_K
 from nemolib.experiments.deactivate_neurons import METRICS, NONE, measured
-from nemolib.experiments.localize_neurons import by_prompt
+from nemolib.localization import by_prompt
 from nemolib.mitigation import DeactivatedNeurons
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import load_pipeline

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from nemolib import paths
+from nemolib import localization, paths
 from nemolib import run as runs
 from nemolib.encoders import CopyDescriptor
 from nemolib.exhibits import NotEnough
@@ -98,7 +98,7 @@ def test_entries_that_a_test_removes():
 
 def test_localizations_are_those_of_localize(run, found):
     assert found["kind"].tolist() == ["vm", "vm", "tm", "unmemorized", "unmemorized"]
-    assert search.by_prompt(found)[VM[1]] == localize_one(run, VM[1]).neurons
+    assert localization.by_prompt(found)[VM[1]] == localize_one(run, VM[1]).neurons
     assert not [name for name in search.without_seconds(found) if name.startswith("seconds")]
     z = search.neuron_z_scores(run, found)
     assert len(z) == found["neuron_count"].sum()
@@ -154,7 +154,7 @@ def test_cost(table):
 
 
 def test_shared_neurons(table):
-    first = search.shared_neurons(table).iloc[0]
+    first = localization.shared_neurons(table).iloc[0]
     assert first[["layer", "neuron", "prompts"]].tolist() == [1, 2, 4]
     assert first["words"] == "red (2), card (2), blue (2), case (2)"
     assert first["captions"] == "red fox card; red owl card; blue cat case; blue dog case"
@@ -194,12 +194,12 @@ def test_what_must_hold_of_any_search(table, broken, failed):
 def test_scores_and_images_without_the_neurons_by_hand(run, found, change):
     assert change["prompt"].tolist() == [*VM, *TM]
     assert change["score_before"].tolist() == found["unblocked_score"].tolist()[:3]
-    own = search.by_prompt(found)
+    own = localization.by_prompt(found)
     step = first_step(run.pipe, settings=run.profile.detection, protocol=run.profile.protocol)
     settings = {"settings": run.profile.similarity, "protocol": run.profile.protocol}
     expected = memorization_score(step(embed(run.pipe, VM[:1]), neurons=own[VM[0]]), **settings)
     assert change.loc[0, "score_after"] == pytest.approx(expected, abs=1e-6)
-    grid = search.with_and_without(run, VM[:1], DeactivatedNeurons(own))
+    grid = run.with_and_without(VM[:1], DeactivatedNeurons(own))
     assert grid.columns == ("seed 0", "seed 1") * 2
     describe = run.encoder("copy").describe
     before, after = np.split(describe(grid.images[0]).numpy(), 2)
@@ -209,7 +209,7 @@ def test_scores_and_images_without_the_neurons_by_hand(run, found, change):
     assert change.loc[0, ["seeds_before", "seeds_after"]].tolist() == pytest.approx(
         [before[0] @ before[1], after[0] @ after[1]], abs=1e-5
     )
-    nothing = search.with_and_without(run, VM[:1], DeactivatedNeurons(NeuronSet.empty(7)))
+    nothing = run.with_and_without(VM[:1], DeactivatedNeurons(NeuronSet.empty(7)))
     assert np.array_equal(*np.split(nothing.images[0], 2))
 
 

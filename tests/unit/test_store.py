@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemolib import store as stores
-from nemolib.store import Grid, Store, StoreError, read_grid, read_table, write_atomic, write_grid, write_table
+from nemolib.paths import write_atomic
+from nemolib.store import Grid, Store, StoreError, read_grid, read_table, write_grid, write_table
 
 VALUES = [
     {"score": 0.1 + 0.2, "neurons": [[0, 1]], "text": "Ünïcode\n"},

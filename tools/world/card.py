@@ -14,10 +14,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 from safetensors.torch import load
 
+from nemolib.paths import write_atomic
 from nemolib.provenance import versions
 from nemolib.run import open_run
 from nemolib.settings import Limits, load_profile
-from nemolib.store import write_atomic, write_table
+from nemolib.store import write_table
 from tools.world import acceptance
 from tools.world.build import ORDER
 from tools.world.settings import WorldSettings

@@ -1,0 +1,69 @@
+"""The house stays small: lines, files and floors of the package, and which way imports go."""
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from nemolib import paths
+
+FILES = {".".join(path.relative_to(paths.PACKAGE).with_suffix("").parts): path for path in paths.PACKAGE.rglob("*.py")}
+LARGEST_PACKAGE, LARGEST_MODULE, MOST_FILES, MOST_FLOORS = 6500, 450, 40, 9
+
+
+def code_lines(path: Path) -> int:
+    """Return the number of lines that are neither blank, comment nor docstring."""
+    source = path.read_text(encoding="utf-8")
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    documented = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds) and ast.get_docstring(node)]
+    docs = {row for node in documented for row in range(node.body[0].lineno, node.body[0].end_lineno + 1)}
+    lines = enumerate(source.splitlines(), 1)
+    return sum(bool(line.strip()) and not line.strip().startswith("#") and row not in docs for row, line in lines)
+
+
+def statements(node: ast.AST):
+    """Yield what is executed: not what type checkers alone see."""
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
+            yield child
+            yield from statements(child)
+
+
+@cache
+def imported(name: str) -> frozenset[str]:
+    """Return the modules of the package that a module imports, at any place."""
+    found = set()
+    for node in statements(ast.parse(FILES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "nemolib":
+            inside = node.module.partition(".")[2]
+            found |= {inside, *(f"{inside}.{alias.name}".strip(".") for alias in node.names)}
+    return frozenset(found & set(FILES))
+
+
+def floor(name: str, below: tuple[str, ...] = ()) -> int:
+    """Return how many floors there are up to a module; raise where imports go in a circle."""
+    assert name not in below, f"a circle: {' -> '.join((*below, name))}"
+    return 1 + max((floor(other, (*below, name)) for other in imported(name)), default=0)
+
+
+def test_the_package_is_small():
+    lines = {name: code_lines(path) for name, path in FILES.items()}
+    assert sum(lines.values()) <= LARGEST_PACKAGE
+    assert len([path for path in FILES.values() if path.read_text(encoding="utf-8").strip()]) <= MOST_FILES
+    assert {name: number for name, number in lines.items() if number > LARGEST_MODULE} == {}
+
+
+def test_imports_go_one_way_over_few_floors():
+    floors = {name: floor(name) for name in FILES}
+    assert max(floors.values()) <= MOST_FLOORS, sorted(floors.items(), key=lambda item: -item[1])[:5]
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_no_module_hands_the_parts_of_a_run_around_or_asks_a_tool(name):
+    source = FILES[name].read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            assert [argument.arg for argument in node.args.args[:2]] != ["pipe", "profile"], node.name
+        if isinstance(node, ast.ImportFrom):
+            assert (node.module or "").partition(".")[0] != "tools"

@@ -31,10 +31,9 @@ RESAMPLES = 1000
 def pair_table(run: Run) -> pd.DataFrame:
     """Return the similarity of every pair of seeds: columns prompt (from 0), first and second (seeds), similarity."""
     scores = run.holdout_scores()
-    first, second = np.triu_indices(run.profile.detection.samples, k=1)
-    prompt, pair = (index.ravel() for index in np.indices(scores.shape))
-    columns = {"prompt": prompt, "first": first[pair], "second": second[pair], "similarity": scores.ravel()}
-    return pd.DataFrame(columns)
+    pairs = pd.MultiIndex.from_arrays(np.triu_indices(run.profile.detection.samples, k=1), names=["first", "second"])
+    table = pd.DataFrame(scores, columns=pairs).rename_axis("prompt")
+    return table.stack(["first", "second"]).rename("similarity").reset_index()
 
 
 def thresholds(run: Run) -> pd.DataFrame:
@@ -49,9 +48,8 @@ def thresholds(run: Run) -> pd.DataFrame:
     """
     scores, protocol = run.holdout_scores(), run.profile.protocol
     chosen = np.random.default_rng(0).integers(len(scores), size=(RESAMPLES, len(scores)))
-    low, high = np.quantile(
-        [memorization_threshold(scores[rows], protocol=protocol) for rows in chosen], [0.025, 0.975]
-    )
+    others = [memorization_threshold(scores[rows], protocol=protocol) for rows in chosen]
+    low, high = np.quantile(others, [0.025, 0.975])
     table = paper.table("thresholds")
     ours = [run.threshold_at(multiplier) for multiplier in table["multiplier"]]
     return table.assign(ours=ours, low=low, high=high, tau=run.threshold)
@@ -135,12 +133,11 @@ def read_thresholds(thresholds: pd.DataFrame, holdout_pairs: pd.DataFrame) -> It
     """Yield the threshold beside the paper's, and whether it leaves the search room on both sides."""
     ours, row = thresholds.set_index("multiplier")["ours"], thresholds.iloc[0]
     few = too_few(holdout_pairs["prompt"].nunique(), "holdout prompt", needed=10)
-    yield Claim(
-        "mean + 1 sd",
-        f"{ours[1]:.3f} = {ours[0]:.3f} + {ours[1] - ours[0]:.3f}; 95 % of other holdout sets: {row['low']:.2f} to {row['high']:.2f}",
-        "{} = {} + {}".format(*map(paper.reported, ("threshold", "threshold.mean", "threshold.sd"))),
-        rule="; ".join(filter(None, ["another model with smaller latents: its similarities have another scale", few])),
-    )
+    others = f"95 % of other holdout sets: {row['low']:.2f} to {row['high']:.2f}"
+    found = f"{ours[1]:.3f} = {ours[0]:.3f} + {ours[1] - ours[0]:.3f}; {others}"
+    theirs = "{} = {} + {}".format(*map(paper.reported, ("threshold", "threshold.mean", "threshold.sd")))
+    rule = "; ".join(filter(None, ["another model with smaller latents: its similarities have another scale", few]))
+    yield Claim("mean + 1 sd", found, theirs, rule=rule)
     room = "the search needs room on both sides"
     yield must("a threshold between similarities", ours[1], at_least=0.05, at_most=0.95, reason=room, missing=few)
 
@@ -156,11 +153,10 @@ def table_4_thresholds(thresholds: pd.DataFrame) -> pd.DataFrame:
 def read_holdout(holdout_pairs: pd.DataFrame) -> Iterator[Claim]:
     """Yield mean and standard deviation of the similarities."""
     pairs, largest = holdout_pairs["similarity"], holdout_pairs.groupby("prompt")["similarity"].max()
-    yield Claim(
-        f"{len(pairs)} pairs, the largest pairs of {len(largest)} prompts (mean ± standard deviation)",
-        f"{pairs.mean():.3f} ± {pairs.std():.3f}, {largest.mean():.3f} ± {largest.std():.3f}",
-        f"{paper.reported('threshold.mean')} ± {paper.reported('threshold.sd')}",
-    )
+    ours = ", ".join(f"{values.mean():.3f} ± {values.std():.3f}" for values in (pairs, largest))
+    theirs = f"{paper.reported('threshold.mean')} ± {paper.reported('threshold.sd')}"
+    what = f"{len(pairs)} pairs, the largest pairs of {len(largest)} prompts (mean ± standard deviation)"
+    yield Claim(what, ours, theirs)
 
 
 @exhibit(
@@ -190,11 +186,10 @@ def read_switches(protocol_switches: pd.DataFrame) -> Iterator[Claim]:
     rows = protocol_switches.set_index("switch")
     single = rows.loc[["timestep", "pairs", "similarity"], "difference"]
     most = single.abs().idxmax()
-    yield Claim(
-        "threshold of `released`, of `paper`, and the largest single change",
-        f"{rows['threshold']['none']:.3f}, {rows['threshold']['all']:.3f}, {rows['change'][most]} ({single[most]:+.3f})",
-        "text and code differ; what each difference does is not reported",
-    )
+    tau = rows["threshold"]
+    ours = f"{tau['none']:.3f}, {tau['all']:.3f}, {rows['change'][most]} ({single[most]:+.3f})"
+    theirs = "text and code differ; what each difference does is not reported"
+    yield Claim("threshold of `released`, of `paper`, and the largest single change", ours, theirs)
     raised = rows["mean"]["pairs"] - rows["mean"]["none"]
     yield must("largest pairs raise the mean", raised, at_least=0, reason="a largest value is at least the mean")
 

@@ -61,8 +61,8 @@ def sample_grid(run: Run, rows: pd.DataFrame) -> Grid:
     Returns:
         Images [prompt, 1 + seed, height, width, 3], uint8; captions and "planted", "seed 0", ... are the labels.
     """
-    made, known = run.images(rows["caption"].tolist()), has_image(rows)
-    planted = np.full((len(rows), 1, *made.shape[2:]), 255, dtype=np.uint8)
+    made, known = run.images(rows["caption"]), has_image(rows)
+    planted = np.full_like(made[:, :1], 255)
     if known.any():
         planted[known, 0] = run.planted_images(rows[known], size=made.shape[2:4])
     seeds = [f"seed {seed}" for seed in range(made.shape[1])]
@@ -91,12 +91,12 @@ def by_kind(parts: Mapping[str, pd.DataFrame], column: str, describe: Callable[[
 def read_samples(copies: pd.DataFrame) -> Iterator[Claim]:
     """Yield how alike the images of a prompt are, and whether the world memorizes what it was built to memorize."""
     parts = of_kinds(copies, "copies", *KINDS)
-    yield Claim(
-        "similarity of two seeds (median ± MAD)",
-        by_kind(parts, "seed_similarity", lambda part: median_mad(part) or "unknown (one seed)"),
+    ours = by_kind(parts, "seed_similarity", lambda part: median_mad(part) or "unknown (one seed)")
+    theirs, rule = (
         "0.99 for VM and 0.17 for TM prompts (D_SSCD, Table 1)",
-        rule="another descriptor: only the order can be compared",
+        "another descriptor: only the order can be compared",
     )
+    yield Claim("similarity of two seeds (median ± MAD)", ours, theirs, rule=rule)
     copied, alike = parts["vm"]["copy_similarity"].dropna(), parts["unmemorized"]["seed_similarity"].dropna()
     few = too_few(len(copied), "VM prompt with its image", needed=10)
     yield must("VM images are replayed", copied.median(), at_least=0.8, reason=BOUND, missing=few)
@@ -143,15 +143,10 @@ def scores(run: Run) -> pd.DataFrame:
     """
     table, guidance = run.prompts(*TESTED), run.profile.detection.guidance
     measures = [pairs_measure(protocol, guidance) for protocol in (run.profile.protocol, RELEASED, PAPER)]
-    found = run.observe(table["caption"].tolist(), [*measures, NORMS])
-    ours, released, theirs, norms = zip(*found, strict=True)
-    return table.assign(
-        score=[max(pairs) for pairs in ours],
-        mean_pair=[np.mean(pairs) for pairs in ours],
-        score_released=[max(pairs) for pairs in released],
-        score_paper=[max(pairs) for pairs in theirs],
-        wen=[np.mean(seeds) for seeds in norms],
-    )
+    found = list(zip(*run.observe(table["caption"], [*measures, NORMS]), strict=True))
+    columns = {"score": (max, 0), "mean_pair": (np.mean, 0), "score_released": (max, 1), "score_paper": (max, 2)}
+    columns |= {"wen": (np.mean, len(measures))}
+    return table.assign(**{name: list(map(of, found[place])) for name, (of, place) in columns.items()})
 
 
 def detection(scores: pd.DataFrame) -> pd.DataFrame:
@@ -170,10 +165,6 @@ def detection(scores: pd.DataFrame) -> pd.DataFrame:
     Raises:
         ValueError: There is no prompt of a kind.
     """
-    names = {name: f"paper_{name}" for name in ("auroc", "tpr_at_1_fpr", "accuracy")}
-    reported = paper.table("detection")
-    reported = reported[(reported["score"] == "ssim") | (reported["setting"] == "4 seeds, 1 step")]
-    reported = reported.set_index(["score", "memorized"])[[*names, "confidence"]].rename(columns=names)
     rows = []
     for score in SCORES:
         clean = scores.loc[scores["kind"] == "unmemorized", score]
@@ -184,9 +175,11 @@ def detection(scores: pd.DataFrame) -> pd.DataFrame:
             rows.append((score, " + ".join(kinds), len(pair[0]), *quality))
     columns = ["score", "memorized", "prompts", "auroc", "auroc_low", "auroc_high", "tpr_at_1_fpr", "accuracy"]
     table = pd.DataFrame(rows, columns=[*columns, "threshold"])
+    reported = paper.table("detection").query("score == 'ssim' or setting == '4 seeds, 1 step'")
+    names = {name: f"paper_{name}" for name in ("auroc", "tpr_at_1_fpr", "accuracy")}
+    beside = reported.set_index(["score", "memorized"])[[*names, "confidence"]].rename(columns=names)
     ssim = table["score"].where(table["score"] == "wen", "ssim")
-    beside = reported.reindex(pd.MultiIndex.from_arrays([ssim, table["memorized"]]))
-    return table.join(beside.reset_index(drop=True))
+    return table.join(beside.reindex(zip(ssim, table["memorized"], strict=True)).reset_index(drop=True))
 
 
 def read_2a(scores: pd.DataFrame, thresholds: pd.DataFrame) -> Iterator[Claim]:
@@ -194,13 +187,10 @@ def read_2a(scores: pd.DataFrame, thresholds: pd.DataFrame) -> Iterator[Claim]:
     parts, tau = of_kinds(scores, "scores", *KINDS, column="score"), thresholds["tau"].iloc[0]
     vm, tm, clean = (part["score"].median() for part in parts.values())
     mean, sd = paper.reported("threshold.mean"), paper.reported("threshold.sd")
-    yield Claim(
-        "memorization score (median ± MAD)",
-        by_kind(parts, "score", median_mad),
-        f"unmemorized {mean} ± {sd} (mean, standard deviation of holdout prompts)",
-        bool(vm > tm > clean),
-        "compared: the order of the medians, VM above TM above unmemorized",
-    )
+    ours = by_kind(parts, "score", median_mad)
+    theirs = f"unmemorized {mean} ± {sd} (mean, standard deviation of holdout prompts)"
+    rule = "compared: the order of the medians, VM above TM above unmemorized"
+    yield Claim("memorization score (median ± MAD)", ours, theirs, bool(vm > tm > clean), rule)
     above = by_kind(parts, "score", lambda part: f"{(part > tau).mean():.0%}")
     yield Claim("prompts above the threshold", f"tau = {tau:.3f}: {above}", f"tau = {paper.reported('threshold')}")
 
@@ -227,13 +217,11 @@ def read_detection(detection: pd.DataFrame, scores: pd.DataFrame) -> Iterator[Cl
     rows, parts = detection.set_index(["score", "memorized"]), of_kinds(scores, "scores", *KINDS, column="score")
     both, vm, tm = (rows.loc[("score_paper", kind)] for kind in ("vm + tm", "vm", "tm"))
     wen = rows.loc[("wen", "vm + tm")]
-    yield Claim(
-        "AUROC of the score, and its TPR@1%FPR",
-        f"{both['auroc']:.3f} (VM {vm['auroc']:.3f}, TM {tm['auroc']:.3f}), {both['tpr_at_1_fpr']:.3f}",
-        f"{both['paper_auroc']:.2f} (VM {vm['paper_auroc']:.4f}), {both['paper_tpr_at_1_fpr']:.3f}",
-        bool(both["auroc"] >= 0.9 and vm["auroc"] >= both["auroc"] - 0.005),
-        "agrees if one step separates well (AUROC at least 0.9) and VM at least as well as all",
-    )
+    ours = f"{both['auroc']:.3f} (VM {vm['auroc']:.3f}, TM {tm['auroc']:.3f}), {both['tpr_at_1_fpr']:.3f}"
+    theirs = f"{both['paper_auroc']:.2f} (VM {vm['paper_auroc']:.4f}), {both['paper_tpr_at_1_fpr']:.3f}"
+    holds = bool(both["auroc"] >= 0.9 and vm["auroc"] >= both["auroc"] - 0.005)
+    rule = "agrees if one step separates well (AUROC at least 0.9) and VM at least as well as all"
+    yield Claim("AUROC of the score, and its TPR@1%FPR", ours, theirs, holds, rule)
     theirs = f"{wen['paper_auroc']:.3f} (secondary)"
     yield Claim("AUROC of Wen's score", f"{wen['auroc']:.3f}", theirs, rule="another world; 4 seeds there")
     clean = parts["unmemorized"]["score"]
@@ -308,12 +296,10 @@ def z_by_neuron(run: Run) -> pd.DataFrame:
     table, parts = run.prompts(*KINDS), []
     table = table.groupby("kind").head(table["kind"].value_counts()[["vm", "unmemorized"]].min())
     absolute, captions = absolute_z(run, table["caption"].tolist()), table["caption"].to_numpy()
-    for kind in KINDS:
-        rows = (table["kind"] == kind).to_numpy()
+    for kind, rows in table.groupby("kind", sort=False).indices.items():
         for layer, z in enumerate(absolute, start=1):
-            chosen = z[rows]
-            columns = {"kind": kind, "layer": layer, "neuron": np.arange(z.shape[1]), "largest_z": chosen.max(axis=0)}
-            parts.append(pd.DataFrame(columns | {"caption": captions[rows][chosen.argmax(axis=0)]}))
+            columns = {"kind": kind, "layer": layer, "neuron": np.arange(z.shape[1]), "largest_z": z[rows].max(axis=0)}
+            parts.append(pd.DataFrame(columns | {"caption": captions[rows[z[rows].argmax(axis=0)]]}))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -339,13 +325,10 @@ def read_2b(z_by_neuron: pd.DataFrame) -> Iterator[Claim]:
     parts = of_kinds(z_by_neuron[z_by_neuron["layer"] == 1], "z_by_neuron", "vm", "unmemorized")
     vm, clean = (part["largest_z"] for part in parts.values())
     beyond = f"beyond 5: {(vm > 5).sum()} and {(clean > 5).sum()} of {len(vm)} neurons"
-    yield Claim(
-        "largest |z| in value layer 1",
-        f"VM up to {vm.max():.1f}, unmemorized up to {clean.max():.1f}; {beyond}",
-        "memorized prompts reach larger z-scores than unmemorized ones; values are not known",
-        bool(vm.max() > clean.max()),
-        "compared: the largest |z| of the layer, as many unmemorized as VM prompts",
-    )
+    ours = f"VM up to {vm.max():.1f}, unmemorized up to {clean.max():.1f}; {beyond}"
+    theirs = "memorized prompts reach larger z-scores than unmemorized ones; values are not known"
+    rule = "compared: the largest |z| of the layer, as many unmemorized as VM prompts"
+    yield Claim("largest |z| in value layer 1", ours, theirs, bool(vm.max() > clean.max()), rule)
 
 
 @exhibit(
@@ -369,16 +352,13 @@ def read_z_by_layer(z_by_prompt: pd.DataFrame) -> Iterator[Claim]:
     """Yield whether activations of memorized prompts are out of distribution."""
     parts = of_kinds(z_by_prompt, "z_by_prompt", *KINDS)
     vm, tm, clean = (part["largest_z"].median() for part in parts.values())
-    yield Claim(
-        "largest |z| of a prompt in a layer (median)",
-        by_kind(parts, "largest_z", lambda part: f"{part.median():.1f}"),
-        "memorized prompts have out-of-distribution activations (Sec. 3.2)",
-        bool(min(vm, tm) > clean),
-        "compared: both kinds of memorized prompts above unmemorized ones; aim of the tiny world: VM at least 5",
-    )
     first = of_kinds(z_by_prompt[z_by_prompt["layer"] == 1], "z_by_prompt", *KINDS)
-    ours = by_kind(first, "largest_z", lambda part: f"{part.median():.1f}")
-    yield Claim("the same in value layer 1", ours, rule="aim of the tiny world: VM at least 5, unmemorized at most 3.5")
+    ours, in_first = (by_kind(each, "largest_z", lambda part: f"{part.median():.1f}") for each in (parts, first))
+    theirs = "memorized prompts have out-of-distribution activations (Sec. 3.2)"
+    rule = "compared: both kinds of memorized prompts above unmemorized ones; aim of the tiny world: VM at least 5"
+    yield Claim("largest |z| of a prompt in a layer (median)", ours, theirs, bool(min(vm, tm) > clean), rule)
+    rule = "aim of the tiny world: VM at least 5, unmemorized at most 3.5"
+    yield Claim("the same in value layer 1", in_first, rule=rule)
 
 
 @exhibit(
@@ -431,12 +411,9 @@ def read_6(copies: pd.DataFrame) -> Iterator[Claim]:
     parts = of_kinds(copies, "copies", "vm", "tm", column="copy_max")
     shares = by_kind(parts, "copy_max", lambda part: f"{metrics.memorization_rate(part):.0%}")
     medians = by_kind(parts, "copy_max", lambda part: f"{part.median():.2f}")
-    yield Claim(
-        "prompts with a copy above 0.7",
-        f"{shares}; medians {medians}",
-        "all VM, no TM prompt, since that is how they are told apart (SSCD)",
-        rule="here the kinds are known from planting, and the similarity is that of another descriptor",
-    )
+    theirs = "all VM, no TM prompt, since that is how they are told apart (SSCD)"
+    rule = "here the kinds are known from planting, and the similarity is that of another descriptor"
+    yield Claim("prompts with a copy above 0.7", f"{shares}; medians {medians}", theirs, rule=rule)
 
 
 @exhibit(

@@ -47,7 +47,7 @@ def test_a_prompt_without_original_stays_missing():
     assert found[0] == pytest.approx([1, 0.5])
     for values in (metrics.over_seeds(found), metrics.median_over(found, median="lower")):
         assert np.isnan(values).tolist() == [False, True]
-    assert metrics.memorization_rate(found.max(axis=1)) == 1
+    assert metrics.memorization_rate([0.7, 0.71, 0.2, np.nan]) == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize(
@@ -91,10 +91,6 @@ def test_medians_are_those_of_torch_numpy_and_scipy(number):
     assert metrics.median_mad([*values[0], np.nan]) == pytest.approx(expected, rel=1e-12)
 
 
-def test_memorization_rate_counts_what_is_above():
-    assert metrics.memorization_rate([0.7, 0.71, 0.2, np.nan]) == pytest.approx(1 / 3)
-
-
 def test_the_bootstrap_interval_is_scipys():
     values = np.random.default_rng(0).gamma(2, size=60)
     found = metrics.bootstrap_interval(values)
@@ -135,7 +131,8 @@ def test_fid_is_the_frechet_distance_of_scipy():
     assert metrics.fid(spread, 2 * spread + 3) == pytest.approx(9 + 10 - 8)
 
 
-def test_fid_is_computed_in_double_precision():
+def test_fid_is_computed_in_double_precision_without_an_inception_of_torchmetrics(monkeypatch):
+    monkeypatch.setattr("torchmetrics.image.fid.NoTrainInceptionV3", type("Refused", (), {}))
     # The spread is far below what float32 resolves at this distance from 0.
     real, generated = 1e4 + gaussian(50) * 1e-3, 1e4 + gaussian(50, seed=1) * 1e-3
     assert metrics.fid(real, generated) == pytest.approx(metrics.fid(real - 1e4, generated - 1e4), rel=0.05)
@@ -164,14 +161,7 @@ def test_kid_draws_from_its_own_seed():
     assert first[1] > 0
 
 
-def test_torchmetrics_needs_no_inception_of_its_own(monkeypatch):
-    from torchmetrics.image import fid
-
-    monkeypatch.setattr(fid, "NoTrainInceptionV3", type("Refused", (), {}))
-    assert metrics.fid(gaussian(9), gaussian(9, seed=1)) > 0
-
-
-# Detection
+# Detection# Detection
 
 SCORES = st.lists(st.integers(0, 20).map(lambda value: value / 20), min_size=1, max_size=12)
 
@@ -194,12 +184,9 @@ def test_tpr_is_that_of_the_best_allowed_threshold(memorized, unmemorized, fpr):
 def test_the_best_accuracy_is_that_of_its_threshold_and_no_other_is_better(memorized, unmemorized):
     best, threshold = metrics.best_accuracy(memorized, unmemorized)
     assert metrics.accuracy(memorized, unmemorized, threshold=threshold) == pytest.approx(best)
+    assert metrics.accuracy([0.9], [0.1, 0.2, 0.3, 0.6], threshold=0.5) == pytest.approx((1 + 0.75) / 2)
     for other in np.linspace(-0.025, 1.025, 43):
         assert metrics.accuracy(memorized, unmemorized, threshold=other) <= best + 1e-12
-
-
-def test_accuracy_weighs_both_kinds_the_same():
-    assert metrics.accuracy([0.9], [0.1, 0.2, 0.3, 0.6], threshold=0.5) == pytest.approx((1 + 0.75) / 2)
 
 
 def test_an_interval_holds_the_value_and_is_reproducible():

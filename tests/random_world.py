@@ -7,6 +7,16 @@ import torch
 from nemolib.encoders import CopyDescriptor
 from nemolib.layers import value_layers
 
+SMALL = {
+    "name": "random",
+    "device": "cpu",
+    "threshold_prompts": 4,
+    "detection": {"samples": 3, "guidance": 7.0},
+    "similarity": {"kernel_size": 3, "sigma": 0.5},
+    "generation": {"samples": 2, "steps": 2, "batch_size": 4},
+}
+"""Keys of a profile for a random pipeline."""
+
 
 def amplify(pipe):
     """Return the pipeline after making its value layers matter as much as those of a trained model."""

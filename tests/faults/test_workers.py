@@ -1,5 +1,6 @@
 """Two processes instead of one: the same tables, whatever happens to a process or a prompt."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -24,7 +25,7 @@ from nemolib.settings import PAPER, Profile
 from nemolib.store import Store
 from nemolib.workers import FailedPrompts, WorkersError, map_prompts
 from tests.random_pipeline import random_pipeline
-from tests.random_world import amplify
+from tests.random_world import SMALL, amplify, write_prompts
 from tests.worker_tasks import captions, lengths, unfit
 
 pytestmark = pytest.mark.slow
@@ -49,25 +50,15 @@ def one_thread():
 def profile(tmp_path_factory):
     folder = tmp_path_factory.mktemp("workers")
     amplify(random_pipeline()).save_pretrained(folder / "model", safe_serialization=True)
-    for name, names in CAPTIONS.items():
-        kinds = ["vm", "vm", "vm", "tm", "tm", "tm"] if name == "memorized" else [name] * len(names)
-        columns = {"caption": names, "kind": kinds, "group": "report", "copies": 1, "image": ""}
-        pd.DataFrame(columns).to_csv(folder / f"{name}.csv", index=False)
-    return Profile(
-        name="random",
-        model=str(folder / "model"),
-        device="cpu",
-        protocol="paper",
-        limits={"ladder": 0},
-        prompts={name: str(folder / f"{name}.csv") for name in CAPTIONS},
-        holdout_size=72,
-        threshold_prompts=5,
-        detection={"samples": 2},
-        similarity={"kernel_size": 3, "sigma": 0.5},
-        thresholds={"multiplier": -1.0},
-        search={"theta_start": 3.0, "theta_step": 1.0, "theta_min": 3.0, "k_step": 1, "k_max": 1},
-        generation={"samples": 2, "steps": 2, "batch_size": 4},
-    )
+    kinds = dict(zip(CAPTIONS["memorized"], ["vm"] * 3 + ["tm"] * 3, strict=True))
+    others = {name: CAPTIONS[name] for name in ("unmemorized", "holdout")}
+    small = SMALL | {
+        "detection": {"samples": 2},
+        "thresholds": {"multiplier": -1.0},
+        "search": {"theta_start": 3.0, "theta_step": 1.0, "theta_min": 3.0, "k_step": 1, "k_max": 1},
+    }
+    prompts = write_prompts(folder, kinds, **others)
+    return Profile(model=str(folder / "model"), protocol="paper", prompts=prompts, holdout_size=72, **small)
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +67,9 @@ def pipe(profile):
 
 
 @pytest.fixture
-def build(tmp_path, monkeypatch):
+def run(profile, pipe, tmp_path, monkeypatch):
     monkeypatch.delenv(workers.VARIABLE, raising=False)
     monkeypatch.setattr(paths, "BUILD", tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def run(profile, pipe, build):
     return Run(profile, pipe, progress=False)
 
 
@@ -136,11 +122,10 @@ def assert_same(ours, theirs):
 
 
 @pytest.mark.parametrize("stage", [scores, localizations, images, variants])
-def test_two_processes_give_what_one_gives(stage, run, profile, pipe, two, build, monkeypatch):
+def test_two_processes_give_what_one_gives(stage, run, two, tmp_path, monkeypatch):
     together = stage(run)
-    monkeypatch.setattr(paths, "BUILD", build / "one")
     monkeypatch.setenv(workers.VARIABLE, "off")
-    assert_same(together, stage(Run(profile, pipe, progress=False)))
+    assert_same(together, stage(Run(run.profile, run.pipe, store=Store(tmp_path / "one"), progress=False)))
 
 
 @functools.cache
@@ -188,9 +173,8 @@ def test_a_prompt_that_raises_stops_no_other(stage, run, everywhere, monkeypatch
     sent, keep = [], Store.put
     monkeypatch.setattr(Store, "put", lambda *args: sent.append(args[2]) or keep(*args))
     resumed = stage(run)
-    # The second images, with deactivated neurons, were not begun.
-    assert len(sent) == (7 if stage is images else 1)
     assert_same(resumed, stage(run))
+    # The second images, with deactivated neurons, were not begun.
     assert len(sent) == (7 if stage is images else 1)
 
 
@@ -221,18 +205,14 @@ def results(pipe, task=captions, batches=("ab", "c"), **common):
     return list(map_prompts(task, jobs, pipe=pipe, common=common))
 
 
-def test_a_batch_that_raises_is_computed_one_by_one(pipe, build, monkeypatch):
+def test_a_batch_that_raises_is_computed_one_by_one(pipe, monkeypatch):
+    monkeypatch.delenv(workers.VARIABLE, raising=False)
     got = []
     jobs = [[(item, item) for item in batch] for batch in (["bad"], ["a", "bad"], ["ccc"])]
     found = map_prompts(lengths, jobs, pipe=pipe, common={"add": 1})
     with pytest.raises(FailedPrompts, match="2 of 4 prompts failed"):
         got.extend(found)
     assert sorted(got) == [("a", 2), ("ccc", 4)]
-
-
-def test_nothing_to_do_starts_nothing(pipe, monkeypatch):
-    monkeypatch.setenv(workers.VARIABLE, "tcp://nobody:1")
-    assert results(pipe, batches=()) == []
 
 
 def test_a_changed_model_is_refused(profile, two):
@@ -255,13 +235,9 @@ def test_a_worker_that_cannot_begin(pipe, two):
 
 def test_an_end_in_the_middle_leaves_nothing_running(pipe, two):
     jobs = [[(str(number), "a")] for number in range(50)]
-
-    def interrupted():
-        for _ in map_prompts(captions, jobs, pipe=pipe, common={}):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
+    found = map_prompts(captions, jobs, pipe=pipe, common={})
+    next(found)
+    found.close()
     assert "pending" not in {future.status for future in two.futures.values()}
     assert len(results(pipe)) == 3
 
@@ -270,19 +246,13 @@ def test_a_cluster_of_its_own_is_ended(profile, monkeypatch):
     chosen = dataclasses.replace(profile, workers=1)
     monkeypatch.delenv(workers.VARIABLE, raising=False)
     monkeypatch.setattr(workers, "_client", None)
-    pids = []
-
-    def interrupted():
-        with workers.cluster(chosen) as client, workers.cluster(chosen) as inner:
-            assert inner is client
-            pids.extend(client.run(os.getpid).values())
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
+    with contextlib.suppress(KeyboardInterrupt), workers.cluster(chosen) as client, workers.cluster(chosen) as inner:
+        assert inner is client
+        (pid,) = client.run(os.getpid).values()
+        raise KeyboardInterrupt
     assert workers._client is None
     with pytest.raises(ProcessLookupError):
-        os.kill(pids[0], 0)
+        os.kill(pid, 0)
 
 
 @pytest.mark.parametrize("text", ["", "off"])
@@ -292,27 +262,26 @@ def test_without_a_choice_dask_is_not_imported(pipe, monkeypatch, text):
     assert results(pipe) == [(f"key of {item}", item) for item in "abc"]
 
 
-def test_missing_dask(pipe, monkeypatch):
-    monkeypatch.setenv(workers.VARIABLE, "local:2")
-    monkeypatch.setitem(sys.modules, "distributed", None)
-    monkeypatch.setattr(workers, "_client", None)
-    with pytest.raises(WorkersError, match=r'not installed: pip install "nemolib\[workers\]"'):
-        results(pipe)
+NO_MEANING = "NEMO_DASK is '.*'; expected tcp://host:port, local:4 or off"
+NO_ANSWER = "no Dask scheduler answers at {}"
 
 
-@pytest.mark.parametrize("text", ["local", "local:0", "local:-1", "local:²", "4", "yes"])
-def test_a_choice_without_meaning(pipe, monkeypatch, text):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        *((text, NO_MEANING) for text in ("local", "local:0", "local:-1", "local:²", "4", "yes")),
+        *((text, NO_ANSWER.format(text)) for text in ("tcp://127.0.0.1:9", "nonsense://127.0.0.1:9")),
+        ("local:2", r'not installed: pip install "nemolib\[workers\]"'),
+    ],
+)
+def test_a_cluster_that_cannot_be_used(pipe, monkeypatch, text, message):
     monkeypatch.setenv(workers.VARIABLE, text)
-    with pytest.raises(WorkersError, match=r"NEMO_DASK is '.*'; expected tcp://host:port, local:4 or off"):
-        results(pipe)
-
-
-@pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nonsense://127.0.0.1:9"])
-def test_no_scheduler(pipe, monkeypatch, address):
-    monkeypatch.setenv(workers.VARIABLE, address)
     monkeypatch.setattr(workers, "PATIENCE", "500ms")
     monkeypatch.setattr(workers, "_client", None)
-    with pytest.raises(WorkersError, match=f"no Dask scheduler answers at {address}"):
+    if text == "local:2":
+        monkeypatch.setitem(sys.modules, "distributed", None)
+    assert results(pipe, batches=()) == []  # nothing to do starts nothing
+    with pytest.raises(WorkersError, match=message):
         results(pipe)
 
 

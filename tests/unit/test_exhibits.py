@@ -125,11 +125,8 @@ def test_every_claim_has_a_change_that_turns_it():
 def test_a_change_turns_a_claim(turn):
     name, source, change, text = turn
     (item,) = [item for item in ALL if item.name == name]
-    before = {claim.text: claim for claim in exhibits.claims(item, kept)}
-    after = {
-        claim.text: claim
-        for claim in exhibits.claims(item, lambda asked: change(kept(asked).copy()) if asked == source else kept(asked))
-    }
+    sources = (kept, lambda asked: change(kept(asked).copy()) if asked == source else kept(asked))
+    before, after = ({claim.text: claim for claim in exhibits.claims(item, load)} for load in sources)
     assert text in before, list(before)
     assert after[text].holds is (not before[text].holds)
 
@@ -164,6 +161,7 @@ def own(monkeypatch):
     """Return two exhibits of our own, the only ones that are known."""
     monkeypatch.setattr(exhibits, "_EXHIBITS", {})
     monkeypatch.setattr(exhibits, "import_module", lambda name: None)
+    monkeypatch.setattr(exhibits, "code_hash", lambda module: "code")
 
     @exhibits.exhibit("Fig. 99", "a line", "A caption with <signs> & such.", read=read_numbers)
     def line(numbers):
@@ -190,10 +188,8 @@ def digests(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-def test_files_are_written_and_again_the_same(own, folder, monkeypatch):
-    monkeypatch.setattr(exhibits, "code_hash", lambda module: "code")
-    page = exhibits.render_all(own)
-    exhibits.write_page(page, own)
+def test_files_are_written_and_again_the_same(own, folder):
+    exhibits.write_page(exhibits.render_all(own), own)
     first = digests(folder)
     assert {name.partition(".")[0] for name in first} == {"line", "numbers", "index"}
     assert {path.suffix for path in folder.iterdir()} == {".pdf", ".png", ".json", ".csv", ".md", ".tex", ".html"}
@@ -206,8 +202,7 @@ def test_files_are_written_and_again_the_same(own, folder, monkeypatch):
     assert digests(folder)["line.json"] != first["line.json"]
 
 
-def test_the_page_has_caption_claims_verdict_and_what_is_missing(own, folder, monkeypatch):
-    monkeypatch.setattr(exhibits, "code_hash", lambda module: "code")
+def test_the_page_has_caption_claims_verdict_and_what_is_missing(own, folder):
     own.tables["numbers"] = pd.DataFrame({"x": [7]})
     files = exhibits.write_page(exhibits.render_all(own), own)
     text, page = files["md"].read_text(), files["html"].read_text()
@@ -244,6 +239,7 @@ def test_claims_of_a_notebook_are_one_table_and_those_that_must_hold_do(own):
         ({"value": math.nan, "at_least": 0, "missing": too_few(1, "VM prompt", needed=10)}, "not checked",
          "must be >= 0; not checked: 1 VM prompt, 10 needed"),
         ({"value": 0.9, "at_least": 0, "missing": too_few(12, "VM prompt", needed=10)}, "holds", "must be >= 0"),
+        ({"value": 3e-7, "equals": 0}, "does not hold", "must be 0"),
     ],
 )  # fmt: skip
 def test_what_must_hold(arguments, verdict, rule):

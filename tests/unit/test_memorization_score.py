@@ -1,13 +1,10 @@
 """Scores, detection, z-scores and copies: what the tables hold, by hand, in a random world."""
 
-from dataclasses import replace
-
 import numpy as np
 import pandas as pd
 import pytest
 
 from nemolib import paths
-from nemolib import run as runs
 from nemolib.encoders import CopyDescriptor
 from nemolib.experiments import memorization_score as score
 from nemolib.first_step import FirstStep, guidance_norms, noise_differences
@@ -16,8 +13,8 @@ from nemolib.holdout import holdout_scores, z_scores
 from nemolib.layers import value_activations
 from nemolib.pipeline import embed, load_pipeline
 from nemolib.run import Run
-from nemolib.settings import Encoders, Profile
-from tests.random_world import amplify, write_encoders, write_prompts
+from nemolib.settings import Profile
+from tests.random_world import SMALL, amplify, write_encoders, write_prompts
 
 VM, CLEAN = ["red fox card", "red owl card"], ["a tree", "the sea", "my dog"]
 
@@ -52,16 +49,11 @@ def run(tmp_path_factory, random_model_folder):
     kinds = dict.fromkeys(VM, "vm") | {"blue cat case": "tm", "odd pin": "ladder", "odd hat": "ladder"}
     holdout = [f"{first} {second}" for first in "abc" for second in "uv"]
     profile = Profile(
-        name="random",
         model=str(random_model_folder),
-        device="cpu",
         prompts=write_prompts(folder, kinds, unmemorized=CLEAN, holdout=holdout, copies={"odd hat": 4}),
         holdout_size=6,
-        threshold_prompts=4,
-        detection={"samples": 3, "guidance": 7.0},
-        similarity={"kernel_size": 3, "sigma": 0.5},
-        generation={"samples": 2, "steps": 2, "batch_size": 4},
         encoders=write_encoders(folder, random_model_folder),
+        **SMALL,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "BUILD", folder)
@@ -86,16 +78,14 @@ def test_scores_are_the_librarys(run, scores):
 
 
 def test_a_run_that_was_cut_goes_on_and_ends_with_the_same_table(run, scores, monkeypatch):
-    files = sorted((run.store.folder / "observing").rglob("*.json"))
-    files[0].unlink()
-    files[1].write_text("cut")
+    first, second, *_ = sorted((run.store.folder / "observing").rglob("*.json"))
+    first.unlink()
+    second.write_text("cut")
     calls, raw = [], FirstStep.raw
     monkeypatch.setattr(FirstStep, "raw", lambda *a, **k: calls.append(1) or raw(*a, **k))
     with pytest.warns(UserWarning, match="was damaged"):
         pd.testing.assert_frame_equal(score.scores(run), scores)
     assert 0 < len(calls) <= 4
-    monkeypatch.setattr(runs, "map_prompts", lambda task, batches, **_: iter(()) if not batches else 1 / 0)
-    pd.testing.assert_frame_equal(score.scores(run), scores)
 
 
 def test_detection_counts_pairs_and_has_reported_numbers_beside():
@@ -116,21 +106,19 @@ def test_detection_counts_pairs_and_has_reported_numbers_beside():
     assert set(shown.loc[shown["AUROC (reported)"] == "", "confidence"]) == {""}
 
 
-def largest(run, captions):
-    activations = value_activations(run.pipe.unet, embed(run.pipe, captions))
-    return [z.abs().numpy() for z in z_scores(run.statistics, activations)]
-
-
 def test_largest_z_of_prompts_and_of_neurons(run):
     by_prompt, by_neuron = score.z_by_prompt(run), score.z_by_neuron(run)
     assert len(by_prompt) == 8 * 7
     # Three prompts are not memorized, but two are VM.
     assert set(by_neuron["caption"]) <= {*VM, "blue cat case", *CLEAN[:2]}
-    for layer, z in enumerate(largest(run, CLEAN), start=1):
-        rows = by_prompt[(by_prompt["layer"] == layer) & (by_prompt["kind"] == "unmemorized")]
+    activations = value_activations(run.pipe.unet, embed(run.pipe, CLEAN))
+    for layer, z in enumerate(z_scores(run.statistics, activations), start=1):
+        z = z.abs().numpy()
+        clean = f"layer == {layer} and kind == 'unmemorized'"
+        rows = by_prompt.query(clean)
         assert rows["neuron"].tolist() == z.argmax(axis=1).tolist()
         assert rows["largest_z"].to_numpy() == pytest.approx(z.max(axis=1), rel=1e-4)
-        rows = by_neuron[(by_neuron["layer"] == layer) & (by_neuron["kind"] == "unmemorized")]
+        rows = by_neuron.query(clean)
         assert rows["neuron"].tolist() == list(range(z.shape[1]))
         assert rows["largest_z"].to_numpy() == pytest.approx(z[:2].max(axis=0), rel=1e-4)
 
@@ -144,11 +132,7 @@ def test_copies_of_planted_images_and_of_none(run):
     assert table["copy_max"].iloc[0] == pytest.approx(similar.max(), abs=1e-3)
     assert table["seed_similarity"].iloc[0] == pytest.approx(float(made[0] @ made[1]), abs=1e-3)
     assert table.loc[rows["kind"] == "unmemorized", ["copy_similarity", "copy_max"]].isna().all().all()
-    nothing = score.copies(run, rows.head(0))
-    assert nothing.columns.tolist() == table.columns.tolist()
-    assert nothing["copy_similarity"].dtype == float
-    with pytest.raises(ValueError, match=r"encoders\.copy"):
-        score.copies(Run(replace(run.profile, encoders=Encoders()), run.pipe, progress=False), rows)
+    pd.testing.assert_frame_equal(score.copies(run, rows.head(0)), table.head(0), check_index_type=False)
 
 
 def test_samples_and_noise_differences_as_images(run):

@@ -22,7 +22,7 @@ from nemolib.run import Run, localize_many, open_run
 from nemolib.settings import PAPER, RELEASED, Encoders, GenerationSettings, Profile
 from nemolib.store import Grid, Store
 from nemolib.workers import FailedPrompts
-from tests.random_world import amplify, write_encoders, write_prompts
+from tests.random_world import SMALL, amplify, write_encoders, write_prompts
 
 VM, CLEAN = ["red fox card", "red owl card"], ["a tree", "the sea", "my dog"]
 HOLDOUT = [f"{first} {second}" for first in "abcd" for second in "uvwxyz"]
@@ -33,17 +33,12 @@ def profile(tmp_path_factory, random_model_folder):
     folder = tmp_path_factory.mktemp("world")
     kinds = dict.fromkeys(VM, "vm") | {"blue cat case": "tm", "odd pin": "ladder"}
     return Profile(
-        name="random",
         model=str(random_model_folder),
-        device="cpu",
         prompts=write_prompts(folder, kinds, unmemorized=CLEAN, holdout=HOLDOUT, sides={"red owl card": 48}),
         holdout_size=24,
-        threshold_prompts=4,
-        detection={"samples": 3, "guidance": 7.0},
-        similarity={"kernel_size": 3, "sigma": 0.5},
         search={"theta_start": 3.0, "theta_step": 1.0, "theta_min": 2.0, "k_max": 2},
-        generation={"samples": 2, "steps": 2, "batch_size": 4},
         encoders=write_encoders(folder, random_model_folder),
+        **SMALL,
     )
 
 
@@ -59,32 +54,36 @@ def run(profile, pipe, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def nothing_new(monkeypatch):
-    """Return a function after whose call nothing may be computed any more."""
-    return lambda: monkeypatch.setattr(runs, "map_prompts", lambda task, batches, **_: iter(()) if not batches else 1 / 0)
+def asked(monkeypatch):
+    """Return the sizes of the batches of each call that had to compute something."""
+    sizes, real = [], runs.map_prompts
+
+    def counted(task, batches, **settings):
+        sizes.extend([list(map(len, batches))] * bool(batches))
+        return real(task, batches, **settings)
+
+    monkeypatch.setattr(runs, "map_prompts", counted)
+    return sizes
 
 
 def echo(pipe, *, add):
     return lambda items: [{"item": item, "add": add} for item in items]
 
 
-def test_a_task_is_asked_once_for_each_item_and_what_is_common(run, nothing_new):
+def test_a_task_is_asked_once_for_each_item_and_what_is_common(run, asked):
     items = ["a", ("b", 1), "a"]
     first = run.compute(echo, items, label="echo", add=1)
     assert first == [{"item": "a", "add": 1}, {"item": ["b", 1], "add": 1}, {"item": "a", "add": 1}]
     assert run.compute(echo, ["a"], label="echo", add=2)[0]["add"] == 2
-    nothing_new()
     assert run.compute(echo, items[::-1], label="echo", add=1) == first[::-1]
+    assert asked == [[1, 1], [1]]
 
 
-def test_items_are_computed_together_as_asked(run, monkeypatch):
-    sizes, real = [], runs.map_prompts
-    monkeypatch.setattr(
-        runs, "map_prompts", lambda task, batches, **k: sizes.append([len(b) for b in batches]) or real(task, batches, **k)
-    )
-    run.compute(echo, [(name, n) for name in "ab" for n in range(3)], label="echo", together=lambda item: item[0], add=1)
+def test_items_are_computed_together_as_asked(run, asked):
+    pairs = [(name, number) for name in "ab" for number in range(3)]
+    run.compute(echo, pairs, label="echo", together=lambda item: item[0], add=1)
     run.compute(echo, list("abcde"), label="echo", together=2, add=1)
-    assert sizes == [[3, 3], [2, 2, 1]]
+    assert asked == [[3, 3], [2, 2, 1]]
 
 
 def test_another_model_has_other_results_and_hooks_are_refused(run):
@@ -111,41 +110,41 @@ def test_statistics_are_those_of_the_holdout_prompts_and_kept(run, monkeypatch):
     assert torch.equal(run.statistics.mean[0], found.mean[0])
 
 
-def test_scores_and_threshold_are_the_librarys_and_kept(run, nothing_new):
-    found = run.holdout_scores()
+def test_scores_and_threshold_are_the_librarys_and_kept(run, asked):
+    found, unguided = run.holdout_scores(), dataclasses.replace(run.profile.detection, guidance=0.0)
     assert found == pytest.approx(holdout_scores(run.pipe, HOLDOUT[:4], progress=False), abs=1e-4)
     assert run.threshold == memorization_threshold(found)
     assert run.threshold_at(-1.0) == memorization_threshold(found, multiplier=-1)
-    given = dataclasses.replace(run.profile, thresholds=dataclasses.replace(run.profile.thresholds, value=0.25))
+    given = dataclasses.replace(run.profile, thresholds={"value": 0.25})
     assert Run(given, run.pipe, progress=False).threshold == 0.25
     measures = [pairs_measure(PAPER, 0.0), pairs_measure(RELEASED, 7.0), NORMS]
     paper, released, norms = run.observe(VM[:1], measures)[0]
-    assert paper == pytest.approx(
-        holdout_scores(run.pipe, VM[:1], protocol="paper", settings=dataclasses.replace(run.profile.detection, guidance=0.0), progress=False)[0],
-        abs=1e-4,
-    )
+    direct = holdout_scores(run.pipe, VM[:1], protocol="paper", settings=unguided, progress=False)[0]
+    assert paper == pytest.approx(direct, abs=1e-4)
     assert released == pytest.approx(holdout_scores(run.pipe, VM[:1], progress=False)[0], abs=1e-4)
     assert np.mean(norms) == pytest.approx(guidance_norms(run.pipe, VM[0]).mean(), rel=1e-3)
-    nothing_new()
     assert np.array_equal(run.holdout_scores(), found)
-    run.observe(VM[:1], measures[::-1])
+    assert run.observe(VM[:1], measures[::-1]) == [[norms, released, paper]]
+    assert len(asked) == 2
 
 
-def test_the_search_is_the_librarys_and_kept(run, nothing_new):
+def test_the_search_is_the_librarys_and_kept(run, asked):
     found = run.search([*VM, "a tree"], gate=-0.9)
     for item in found:
         direct = localize(run.pipe, item.prompt, run.statistics, threshold=run.threshold, gate=-0.9)
         assert item.neurons == direct.neurons
         assert item.evaluations == direct.evaluations
+    asked.clear()
     kept = {"store": run.store, "threshold": run.threshold, "gate": -0.9, "progress": False}
-    nothing_new()
+    kept |= {"search": "fast", "detection": run.profile.detection, "protocol": "released"}
     table = localize_many(run.pipe, [*VM, "a tree"], run.statistics, **kept)
+    assert not asked
     pd.testing.assert_frame_equal(table, localization_table(found))
     with pytest.raises(ValueError, match=r"threshold is 2; a similarity is in \(-1, 1\]"):
         run.search(VM, threshold=2)
 
 
-def test_images_are_the_generated_ones_and_kept(run, nothing_new):
+def test_images_are_the_generated_ones_and_kept(run, asked):
     captions = [*VM, "a tree"]
     off = DeactivatedNeurons({VM[0]: NeuronSet.of([(0, 0), (3, 1)], layers=7), VM[1]: NeuronSet.empty(7)})
     active, without = run.images(captions), run.images(VM, off)
@@ -153,11 +152,12 @@ def test_images_are_the_generated_ones_and_kept(run, nothing_new):
     direct = generate(run.pipe, VM[:1], neurons=off.neurons[VM[0]], progress=False)
     assert np.abs(without[0].astype(int) - direct[0]).max() <= 1
     assert not np.array_equal(without[0], active[0])
-    nothing_new()
+    asked.clear()
     # A prompt without neurons is the untouched model's, and the size of a batch has no part in an image.
     assert np.array_equal(without[1], active[1])
     settings = dataclasses.replace(run.profile.generation, batch_size=1)
     assert np.array_equal(run.images(captions[::-1], settings=settings), active[::-1])
+    assert not asked
     with pytest.raises(ValueError, match="no neurons are given for the prompt 'a tree'"):
         run.images(captions, off)
 
@@ -200,25 +200,20 @@ def test_what_is_measured(run):
         other.measure(rows)
 
 
-def test_a_prompt_that_fails_loses_no_other(run, monkeypatch):
-    real = runs.drawing
+def fragile(pipe):
+    def some(items):
+        if "bad" in items:
+            raise ValueError("no such item")
+        return items
 
-    def failing(pipe, *, settings):
-        draw = real(pipe, settings=settings)
+    return some
 
-        def some(items):
-            if any(caption == VM[1] for caption, _ in items):
-                raise ValueError("no such image")
-            return draw(items)
 
-        return some
-
-    failing.__name__ = "drawing"
-    monkeypatch.setattr(runs, "drawing", failing)
-    with pytest.raises(FailedPrompts, match="1 of 3 prompts failed(.|\n)*'red owl card': ValueError: no such image"):
-        run.images([*VM, "a tree"])
-    kept = list((run.store.folder / "drawing").rglob("*.safetensors"))
-    assert len(kept) == 2
+def test_a_prompt_that_fails_loses_no_other(run, asked):
+    for _ in range(2):
+        with pytest.raises(FailedPrompts, match="prompts? failed(.|\n)*'bad': ValueError: no such item"):
+            run.compute(fragile, ["a", "bad", "b"], label="items", together=3)
+    assert asked == [[3], [1]]
 
 
 def test_tables_and_grids_pass_from_notebook_to_notebook(run):

@@ -12,7 +12,7 @@ from nemolib.paths import write_atomic
 from nemolib.store import Grid, Store, StoreError, read_grid, read_table, write_grid, write_table
 
 VALUES = [
-    {"score": 0.1 + 0.2, "neurons": [[0, 1]], "text": "Ünïcode\n"},
+    {"score": 0.1 + 0.2, "neurons": [(0, 1)], "text": "Ünïcode\n"},
     [1e-300, None, True],
     "x",
     np.arange(6, dtype=np.uint8).reshape(2, 3).T,
@@ -27,14 +27,9 @@ def test_a_result_comes_back_bit_by_bit(tmp_path, value):
     kept = store.put("task", "abc", value)
     again = Store(tmp_path / "store").get("task", "abc")
     for found in (kept, again):
-        assert np.array_equal(found, value) if isinstance(value, np.ndarray) else found == value
+        assert np.array_equal(found, value) if isinstance(value, np.ndarray) else found == json.loads(json.dumps(value))
     assert store.get("other", "abc") is None
     assert store.get("task", "abd") is None
-
-
-def test_a_new_result_is_returned_as_a_later_run_reads_it(tmp_path):
-    store = Store(tmp_path)
-    assert store.put("task", "a", {"pair": (1, 2)}) == {"pair": [1, 2]} == store.get("task", "a")
 
 
 def test_what_json_cannot_hold_leaves_nothing(tmp_path):

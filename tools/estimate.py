@@ -17,7 +17,6 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -26,13 +25,10 @@ from torch.utils.benchmark import Timer
 
 from nemolib import paper
 from nemolib.layers import STABLE_DIFFUSION_WIDTHS
-from nemolib.pipeline import PipelineError, is_hub_id, load_pipeline
-from nemolib.prompts import PromptTableError, select
+from nemolib.pipeline import is_hub_id, load_pipeline
+from nemolib.prompts import select
 from nemolib.selection import schedule
-from nemolib.settings import Profile, ProfileError, load_profile
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+from nemolib.settings import Profile, load_profile
 
 PAPER = {"vm": 112, "tm": 388, "unmemorized": 500, "holdout": 50_000, "threshold": 50_000, "quality": 10_000}
 """How many prompts of each kind the paper has."""
@@ -81,28 +77,29 @@ def image_evaluations(profile: Profile, samples: int | None = None) -> float:
     return (samples or settings.samples) * settings.steps * (1 if settings.guidance <= 1 else 2) * area
 
 
-def refinement_tests(initial: float, refined: float, *, layers: int, method: str) -> float:
+def refinement_tests(initial: float, refined: float, *, method: str) -> float:
     """Return how many neuron sets the refinement of one prompt evaluates, at most.
 
     Args:
         initial: Neurons of the initial selection.
         refined: Neurons that stay.
-        layers: Value layers, each tested as a whole first.
         method: ``sequential``: one test for each neuron. ``fast``: binary splitting finds each neuron that stays among
             about initial / refined others, and never takes a tenth more than ``sequential``, and 8, as
             `nemolib.refinement` promises.
     """
+    layers, stay = len(STABLE_DIFFUSION_WIDTHS), max(refined, 1.0)  # each layer is tested as a whole first
     one_by_one = layers + initial
-    stay = max(refined, 1.0)
+    if method == "sequential":
+        return one_by_one
     halvings = math.log2(max(initial / stay, 1.0)) + 1.5
-    return one_by_one if method == "sequential" else min(layers + stay * halvings + 1, 1.1 * one_by_one + 8)
+    return min(layers + stay * halvings + 1, 1.1 * one_by_one + 8)
 
 
 def search_evaluations(profile: Profile, kind: str) -> float:
     """Return the UNet sample-evaluations of the search for a prompt, ``vm`` or ``tm`` (Alg. 1-4), all seeds and steps."""
     steps = len(schedule(profile.search, evaluate_limits=profile.protocol.evaluate_limits))
     initial, refined = (paper.reported(name).value for name in (f"neurons.{kind}.initial", f"neurons.{kind}"))
-    tests = refinement_tests(initial, refined, layers=len(STABLE_DIFFUSION_WIDTHS), method=profile.search.method)
+    tests = refinement_tests(initial, refined, method=profile.search.method)
     return detection_evaluations(profile) * (1 + steps + tests)
 
 
@@ -116,44 +113,42 @@ def stages(profile: Profile, counts: Mapping[str, int] = PAPER) -> pd.DataFrame:
     Returns:
         Columns stage, prompts, each (UNet sample-evaluations of one prompt), evaluations (of all of them).
     """
-
-    def taken(limit: int | None, number: int) -> int:
-        return number if limit is None else min(limit, number)
-
     extent, mitigation, samples = profile.extent, profile.mitigation, profile.detection.samples
-    vm, tm, unmemorized, quality = (counts[kind] for kind in ("vm", "tm", "unmemorized", "quality"))
+
+    def taken(name: str, kind: str) -> int:
+        limit = getattr(extent, name)
+        return counts[kind] if limit is None else min(limit, counts[kind])
+
     one, image = detection_evaluations(profile), image_evaluations(profile)
-    vm_search, tm_search = search_evaluations(profile, "vm"), search_evaluations(profile, "tm")
-    memorized, drawn, quality = vm + tm, taken(extent.drawn, unmemorized), taken(extent.quality, quality)
-    mitigated = taken(extent.mitigated, vm) + taken(extent.mitigated, tm)
-    some_vm, some_tm = taken(extent.ablated, vm), taken(extent.ablated, tm)
-    ablated = some_vm + some_tm
-    ablated_search = (some_vm * vm_search + some_tm * tm_search) / max(ablated, 1)
+    search = {kind: search_evaluations(profile, kind) for kind in ("vm", "tm")}
+    memorized, drawn, quality = counts["vm"] + counts["tm"], taken("drawn", "unmemorized"), taken("quality", "quality")
+    mitigated, ablated = (sum(taken(name, kind) for kind in search) for name in ("mitigated", "ablated"))
+    ablated_search = sum(taken("ablated", kind) * search[kind] for kind in search) / max(ablated, 1)
     # Most unmemorized prompts fail the gate; the others are searched about as long as a TM prompt.
     suspected = 1 - paper.reported("unmemorized.without_neurons").value / 500
     adjusted = image + mitigation.wen.latents * (1 + BACKWARD * mitigation.wen.iterations)
-    tokens = len(mitigation.somepalli.numbers)
     quality_image = image_evaluations(profile, extent.quality_samples)
     layer_image = image_evaluations(profile, min(LAYER_SAMPLES, profile.generation.samples))
+    blocked = 1 + BLOCKED_SETS
     rows = [
         ("memorization threshold, all protocols", counts["threshold"], OBSERVED * samples),
         ("activation statistics (text encoder only)", counts["holdout"], 0),
-        ("memorization scores, all protocols", memorized + unmemorized, OBSERVED * samples),
-        ("localization, VM", vm, vm_search),
-        ("localization, TM", tm, tm_search),
-        ("localization, unmemorized", taken(extent.searched, unmemorized), one + suspected * tm_search),
+        ("memorization scores, all protocols", memorized + counts["unmemorized"], OBSERVED * samples),
+        ("localization, VM", counts["vm"], search["vm"]),
+        ("localization, TM", counts["tm"], search["tm"]),
+        ("localization, unmemorized", taken("searched", "unmemorized"), one + suspected * search["tm"]),
         ("images, all neurons active", memorized + drawn, image),
         ("images and scores, memorization neurons deactivated", memorized, image + one),
         ("images, initial selection and random neurons", mitigated, (1 + mitigation.random.repeats) * image),
         ("images, prompt embedding adjustment", mitigated, adjusted),
         ("images, attention scaling", mitigated, image),
-        ("images, random tokens", mitigated, tokens * image),
+        ("images, random tokens", mitigated, len(mitigation.somepalli.numbers) * image),
         ("images, unmemorized prompts without neurons", drawn, 2 * image),
         ("ablations, localization", ablated, ABLATED_SEARCHES * ablated_search),
         ("ablations, images", ablated, ABLATED_IMAGES * image),
-        ("image quality", quality, (1 + BLOCKED_SETS) * quality_image),
-        ("outputs of blocks", taken(extent.blocks, quality), (1 + BLOCKED_SETS) * min(BLOCKED_SEEDS, samples)),
-        ("layers switched off", taken(extent.layers, vm), (1 + SWITCHED_LAYERS) * layer_image),
+        ("image quality", quality, blocked * quality_image),
+        ("outputs of blocks", min(taken("blocks", "quality"), quality), blocked * min(BLOCKED_SEEDS, samples)),
+        ("layers switched off", taken("layers", "vm"), (1 + SWITCHED_LAYERS) * layer_image),
     ]
     table = pd.DataFrame(rows, columns=["stage", "prompts", "each"])
     return table.assign(evaluations=table["prompts"] * table["each"])
@@ -196,39 +191,27 @@ def counts_of(profile: Profile) -> dict[str, int]:
 
 
 @torch.no_grad()
-def evaluations_per_second(pipe: StableDiffusionPipeline, *, samples: int, seconds: float = 10.0) -> float:
-    """Return how many UNet sample-evaluations a second this machine makes.
+def measured_speed(profile: Profile, *, seconds: float = 10.0) -> float:
+    """Return how many UNet sample-evaluations a second this machine makes with a profile's pipeline.
 
     Args:
-        pipe: A StableDiffusionPipeline.
-        samples: Latents of one pass; fewer where memory is too small for so many.
+        profile: A profile; a pipeline of random weights of the same shapes stands for a hub model.
         seconds: How long to measure, at least; one pass in any case, after one that warms up.
     """
-    unet, config = pipe.unet, pipe.unet.config
-    shape, like = (
-        (config.in_channels, config.sample_size, config.sample_size),
-        {"device": pipe.device, "dtype": unet.dtype},
-    )
-    text = (pipe.tokenizer.model_max_length, config.cross_attention_dim)
+    pipe = load_pipeline(replace(profile, model="random:sd14") if is_hub_id(profile.model) else profile)
+    config, like = pipe.unet.config, {"device": pipe.device, "dtype": pipe.unet.dtype}
+    # On a CPU a pass of all seeds takes minutes, and no seed is faster than another. Memory may be too small for all.
+    samples = 1 if pipe.device.type == "cpu" else profile.detection.samples
 
     @find_executable_batch_size(starting_batch_size=samples)
     def speed(size: int) -> float:
-        names = {
-            "unet": unet,
-            "latents": torch.ones((size, *shape), **like),
-            "texts": torch.ones((size, *text), **like),
-        }
+        latents = torch.ones((size, config.in_channels, config.sample_size, config.sample_size), **like)
+        texts = torch.ones((size, pipe.tokenizer.model_max_length, config.cross_attention_dim), **like)
+        names = {"unet": pipe.unet, "latents": latents, "texts": texts}
         timer = Timer("unet(latents, 961, texts)", globals=names, num_threads=torch.get_num_threads())
         return size / timer.blocked_autorange(min_run_time=seconds).median
 
     return speed()
-
-
-def measured_speed(profile: Profile) -> float:
-    """Return the speed of a profile's pipeline; one of random weights of the same shapes stands for a hub model."""
-    pipe = load_pipeline(replace(profile, model="random:sd14") if is_hub_id(profile.model) else profile)
-    # On a CPU a pass of all seeds takes minutes, and no seed is faster than another.
-    return evaluations_per_second(pipe, samples=1 if pipe.device.type == "cpu" else profile.detection.samples)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -243,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parts = stages(profile, PAPER if arguments.paper else counts_of(profile))
         speed = measured_speed(profile) if arguments.per_second is None else arguments.per_second
         text = cost_table(parts, speed)
-    except (ProfileError, PromptTableError, PipelineError, ValueError) as error:
+    except ValueError as error:
         sys.stderr.write(f"{error}\n")
         return 1
     origin = "measured here" if arguments.per_second is None else "given"

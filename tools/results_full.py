@@ -16,6 +16,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import nbformat
 import pandas as pd
 import psutil
@@ -25,6 +26,9 @@ from nemolib.exhibits import exhibits, markdown
 from nemolib.paths import write_atomic
 from nemolib.provenance import versions
 from nemolib.settings import Profile, ProfileError, load_profile
+
+NOTE = Path(__file__).with_name("results_full.md.j2")
+"""The note for readers, as a template."""
 
 LARGEST = 1_000_000
 """Tables with more bytes stay out of the repository; the note names them."""
@@ -53,27 +57,26 @@ def keep_results(profile: Profile, names: Collection[str]) -> Path:
             makes them.
     """
     build, target = paths.build_dir(profile.name), results_folder(profile)
-    found = {name: build / "tables" / f"{name}.csv" for name in sorted(names)}
+    found = {path.stem: path.read_bytes() for path in sorted((build / "tables").glob("*.csv")) if path.stem in names}
     grids = {path.stem for path in (build / "grids").glob("*.safetensors")}
-    absent = [name for name, path in found.items() if not path.is_file()]
-    kept = [name for name, path in found.items() if name not in absent and path.stat().st_size <= LARGEST]
     seconds = notebook_seconds(build)
-    if len(absent) == len(found) or not seconds:
-        what = "table" if len(absent) == len(found) else "executed notebook"
+    if not (found and seconds):
+        what = "executed notebook" if found else "table"
         raise FileNotFoundError(f"there is no {what} in {build}; run: make all PROFILE={profile.name}")
+    kept = {name: content for name, content in found.items() if len(content) <= LARGEST}
     for path in target.glob("*.csv"):
         path.unlink()
-    for name in kept:
-        write_atomic(target / f"{name}.csv", found[name].read_bytes())
+    for name, content in kept.items():
+        write_atomic(target / f"{name}.csv", content)
     record = {
         "profile": profile.name,
         "model": profile.model,
         "machine": machine(),
         "versions": versions(),
         "seconds": seconds,
-        "tables": kept,
-        "too large": [name for name in found if name not in (*kept, *absent)],
-        "not computed": [name for name in absent if name not in grids],
+        "tables": [*kept],
+        "too large": sorted(found.keys() - kept),
+        "not computed": sorted({*names} - found.keys() - grids),
     }
     write_atomic(target / "run.json", json.dumps(record, indent=1, sort_keys=True) + "\n")
     write_atomic(target / "README.md", note(record))
@@ -82,10 +85,12 @@ def keep_results(profile: Profile, names: Collection[str]) -> Path:
 
 def notebook_seconds(build: Path) -> dict[str, float]:
     """Return how many seconds each executed notebook of a folder took, by its name, if it ran to its end."""
-    runs = {path.stem: nbformat.read(path, as_version=4).metadata for path in sorted(build.glob("[0-9]*.ipynb"))}
-    runs = {name: metadata.get("papermill", {}) for name, metadata in runs.items()}
-    finished = {name: run["duration"] for name, run in runs.items() if run.get("duration") and not run.get("exception")}
-    return {name: round(float(duration), 1) for name, duration in finished.items()}
+    seconds = {}
+    for path in sorted(build.glob("[0-9]*.ipynb")):
+        run = nbformat.read(path, as_version=4).metadata.get("papermill", {})
+        if run.get("duration") and not run.get("exception"):
+            seconds[path.stem] = round(float(run["duration"]), 1)
+    return seconds
 
 
 def machine() -> dict[str, Any]:
@@ -103,19 +108,10 @@ def machine() -> dict[str, Any]:
 
 def note(record: dict[str, Any]) -> str:
     """Return the note for readers from a record of `keep_results`."""
-    profile, here, seconds = record["profile"], record["machine"], record["seconds"]
-    times = pd.DataFrame({"notebook": list(seconds), "minutes": [f"{value / 60:.1f}" for value in seconds.values()]})
-    parts = [
-        f"# Results of profile {profile}",
-        f"Tables of `make all PROFILE={profile}`, as the notebooks saved them; the modules of `nemolib/experiments` that "
-        "make them say what their columns are. Notebook 06 shows what they claim beside its own claims.",
-        f"Machine: {here['processor']}, {here['cores']} cores, {here['memory']:g} GiB, {here['system']}, Python "
-        f"{here['python']}. Time: {sum(seconds.values()) / 60:.0f} minutes in all.",
-        markdown(times),
-    ]
-    texts = {"too large": "Left out, since they are large", "not computed": "Not computed"}
-    parts += [f"{text}: {', '.join(record[name])}." for name, text in texts.items() if record[name]]
-    return "\n\n".join([*parts, f"Written by `python -m tools.results_full --profile {profile}`."]) + "\n"
+    minutes = {name: f"{value / 60:.1f}" for name, value in record["seconds"].items()}
+    times = markdown(pd.DataFrame(minutes.items(), columns=["notebook", "minutes"]))
+    template = jinja2.Template(NOTE.read_text(encoding="utf-8"), keep_trailing_newline=True, trim_blocks=True)
+    return template.render(record, times=times, record=record)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -49,9 +49,8 @@ def check_parameters(path: Path, parameters: Mapping[str, Any]) -> None:
     allowed = notebook_parameters(path)
     for name, value in parameters.items():
         if name not in allowed:
-            raise RunnerError(
-                f"{path}: unknown parameter {name!r} = {value!r}; allowed: {', '.join(allowed) or 'none'}"
-            )
+            known = ", ".join(allowed) or "none"
+            raise RunnerError(f"{path}: unknown parameter {name!r} = {value!r}; allowed: {known}")
         kind = type(allowed[name])
         if None not in (value, allowed[name]) and type(value) not in ({float, int} if kind is float else {kind}):
             raise RunnerError(f"{path}: parameter {name!r}: {value!r} is no {kind.__name__}")
@@ -78,15 +77,14 @@ def run_notebook(source: Path, output: Path, parameters: Mapping[str, Any]) -> N
     # A bar that is not on a terminal becomes a line per update: then one in ten seconds is enough.
     os.environ.setdefault("TQDM_MININTERVAL", "0.1" if sys.stderr.isatty() else "10")
     sources = [cell.source for cell in notebook.cells]
+    run = {"parameters": dict(parameters), "kernel_name": "python3", "cwd": source.parent}
     try:
-        papermill.execute_notebook(
-            notebook, output, parameters=dict(parameters), kernel_name="python3", cwd=source.parent
-        )
+        papermill.execute_notebook(notebook, output, **run)
     except Exception as error:
         # A cell failed, or the kernel died or did not start. The last cell that was begun is the one.
         begun = [cell.source for cell in _read(output).cells if cell.metadata.get("papermill", {}).get("start_time")]
-        begun = [code for code in begun if code in sources]
-        where = f"cell {sources.index(begun[-1])} ({begun[-1].splitlines()[0]})" if begun else "the first cell"
+        last = next((code for code in reversed(begun) if code in sources), None)
+        where = f"cell {sources.index(last)} ({last.splitlines()[0]})" if last else "the first cell"
         traceback = "".join(f"{line}\n" for line in getattr(error, "traceback", []))
         what = f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
         raise RunnerError(f"{traceback}{source.name}: {where} failed: {what}") from error

@@ -1,17 +1,17 @@
 """The lock file, pyproject.toml and environment.yml describe one environment, the one that the tests run in."""
 
 import importlib.metadata
+import platform
 import re
-import sys
 import tomllib
 
 import pytest
 import yaml
-from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from nemolib import paths
+from tools.lock import LEFT_OUT, requirements
 
 PROJECT = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]
 
@@ -22,29 +22,23 @@ LOCK_LINES = [
 LOCK = dict(line.split("==") for line in LOCK_LINES)
 
 
-def wanted():
-    extras = PROJECT["optional-dependencies"].values()
-    return [Requirement(text) for text in [*PROJECT["dependencies"], *(text for extra in extras for text in extra)]]
-
-
-def test_every_line_pins_one_version_without_a_build_label():
+def test_every_line_pins_one_version_without_a_build_label_and_none_of_cuda():
     for line in LOCK_LINES:
         assert re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line), line
+    assert list(LOCK) == sorted(LOCK)
     assert len(LOCK) == len(LOCK_LINES)
-    assert sorted(LOCK_LINES, key=lambda line: line.split("==")[0]) == LOCK_LINES
+    assert not [name for name in LOCK if name.startswith(LEFT_OUT)]
 
 
-def test_the_lock_holds_no_cuda_libraries():
-    assert not [name for name in LOCK if name.startswith(("nvidia-", "cuda-", "triton"))]
-    assert LOCK["torch"] == "2.13.0"
-
-
-@pytest.mark.parametrize("requirement", wanted(), ids=lambda requirement: requirement.name)
+@pytest.mark.parametrize(
+    "requirement", requirements(paths.ROOT / "pyproject.toml"), ids=lambda requirement: requirement.name
+)
 def test_the_lock_satisfies_the_project(requirement):
     assert requirement.specifier.contains(LOCK[canonicalize_name(requirement.name)], prereleases=True)
 
 
 def test_this_environment_is_that_of_the_lock():
+    assert SpecifierSet(PROJECT["requires-python"]).contains(platform.python_version())
     installed = {name: importlib.metadata.version(name).partition("+")[0] for name in LOCK}
     assert installed == LOCK
 
@@ -75,11 +69,6 @@ def test_what_conda_names_is_used(name):
     assert any(re.search(rf"^\s*(import|from) {module}\b", path.read_text(), re.MULTILINE) for path in files)
 
 
-def test_this_python_is_supported():
-    version = ".".join(map(str, sys.version_info[:3]))
-    assert SpecifierSet(PROJECT["requires-python"]).contains(version)
-
-
 def test_data_of_the_package_is_part_of_it():
     tool = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     patterns = tool["package-data"]["nemolib"]
@@ -88,15 +77,11 @@ def test_data_of_the_package_is_part_of_it():
     assert set(there) == shipped
 
 
-def test_the_hooks_use_the_locked_tools():
+def test_the_hooks_use_the_locked_tools_and_strip_what_the_makefile_strips():
     hooks = yaml.safe_load((paths.ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     revisions = {hook["repo"].rsplit("/", 1)[1]: hook["rev"].removeprefix("v") for hook in hooks}
     assert revisions["ruff-pre-commit"] == LOCK["ruff"]
     assert revisions["nbstripout"] == LOCK["nbstripout"]
-
-
-def test_hook_and_makefile_strip_the_same_keys():
-    hooks = yaml.safe_load((paths.ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     (hook,) = (hook for repo in hooks for hook in repo["hooks"] if hook["id"] == "nbstripout")
     makefile = (paths.ROOT / "Makefile").read_text()
     assert hook["args"][:4] == ["--keep-output", "--keep-count", "--keep-id", "--extra-keys"]

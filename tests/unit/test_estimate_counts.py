@@ -1,6 +1,6 @@
 """What the estimate says of the stages of the notebooks, against a count of what they do in a random world."""
 
-from contextlib import contextmanager
+from unittest.mock import patch
 
 import pandas as pd
 import pytest
@@ -25,27 +25,23 @@ COUNTS = {"vm": 2, "tm": 1, "unmemorized": 3, "holdout": 4, "threshold": 3, "qua
 def profile(tmp_path_factory, random_model_folder):
     folder = tmp_path_factory.mktemp("world")
     path = folder / "counted.yaml"
-    path.write_text(
-        yaml.safe_dump(
-            {
-                "model": str(random_model_folder),
-                "device": "cpu",
-                "similarity": {"kernel_size": 3, "sigma": 0.5},
-                "search": {"theta_start": 1000.0, "theta_min": 999.0, "theta_step": 1.0, "k_start": 1, "k_max": 1},
-                "detection": {"samples": 3},
-                "limits": {"ladder": 0},
-                "holdout_size": 4,
-                "threshold_prompts": 3,
-                "extent": {"mitigated": 1, "ablated": 1, "layers": 1, "blocks": 2, "quality": 2, "quality_samples": 2},
-                "generation": {"samples": 2, "steps": 2, "batch_size": 16},
-                "mitigation": {"wen": {"target": 1e-6, "iterations": 2, "latents": 2}},
-                "encoders": write_encoders(folder, random_model_folder),
-                "prompts": write_prompts(
-                    folder, MEMORIZED, unmemorized=UNMEMORIZED, holdout=[f"{letter} {letter}" for letter in "abcd"]
-                ),
-            }
-        )
-    )
+    prompts = write_prompts(folder, MEMORIZED, unmemorized=UNMEMORIZED, holdout=["a a", "b b", "c c", "d d"])
+    settings = {
+        "model": str(random_model_folder),
+        "device": "cpu",
+        "similarity": {"kernel_size": 3, "sigma": 0.5},
+        "search": {"theta_start": 1000.0, "theta_min": 999.0, "theta_step": 1.0, "k_start": 1, "k_max": 1},
+        "detection": {"samples": 3},
+        "limits": {"ladder": 0},
+        "holdout_size": 4,
+        "threshold_prompts": 3,
+        "extent": {"mitigated": 1, "ablated": 1, "layers": 1, "blocks": 2, "quality": 2, "quality_samples": 2},
+        "generation": {"samples": 2, "steps": 2, "batch_size": 16},
+        "mitigation": {"wen": {"target": 1e-6, "iterations": 2, "latents": 2}},
+        "encoders": write_encoders(folder, random_model_folder),
+        "prompts": prompts,
+    }
+    path.write_text(yaml.safe_dump(settings))
     return load_profile(path)
 
 
@@ -63,31 +59,21 @@ def run(profile, pipe, tmp_path):
 @pytest.fixture
 def found():
     """Each prompt has a neuron of its own, and others before its refinement."""
-    rows = [
-        {
-            "kind": kind,
-            "prompt": prompt,
-            "initial": NeuronSet.of([(0, number), (2, number), (3, 0)], layers=7).to_json(),
-            "neurons": NeuronSet.of([(0, number), (2, number)], layers=7).to_json(),
-        }
-        for number, (prompt, kind) in enumerate(MEMORIZED.items())
-    ]
-    return pd.DataFrame(rows)
+    rows = []
+    for number, (prompt, kind) in enumerate(MEMORIZED.items()):
+        neurons = [(0, number), (2, number), (3, 0)]
+        sets = (NeuronSet.of(chosen, layers=7).to_json() for chosen in (neurons, neurons[:2]))
+        rows.append((kind, prompt, *sets))
+    return pd.DataFrame(rows, columns=["kind", "prompt", "initial", "neurons"])
 
 
-@contextmanager
-def counted(run):
-    """Count the latents that go through the UNet."""
-    passes = []
+def counted(run, function, *arguments):
+    """Return how many latents go through the UNet."""
     forward = run.pipe.unet.forward
     # A hook would keep a run from keeping results.
-    run.pipe.unet.forward = lambda sample, *args, **options: (
-        passes.append(len(sample)) or forward(sample, *args, **options)
-    )
-    try:
-        yield passes
-    finally:
-        del run.pipe.unet.forward
+    with patch.object(run.pipe.unet, "forward", side_effect=forward) as called:
+        function(run, *arguments)
+    return sum(len(call.args[0]) for call in called.call_args_list)
 
 
 def said(run, *names):
@@ -97,49 +83,39 @@ def said(run, *names):
 
 def test_threshold_and_scores(run):
     empty = 3  # samples of the empty prompt, once
-    with counted(run) as passes:
-        holdout_threshold.switch_table(run)
-    assert sum(passes) - empty == said(run, "memorization threshold, all protocols")
-    with counted(run) as passes:
-        memorization_score.scores(run)
-    assert sum(passes) - empty == said(run, "memorization scores, all protocols")
+    passes = counted(run, holdout_threshold.switch_table)
+    assert passes - empty == said(run, "memorization threshold, all protocols")
+    assert counted(run, memorization_score.scores) - empty == said(run, "memorization scores, all protocols")
 
 
 def test_table_1(run, found):
     first = found.groupby("kind", sort=False).head(run.profile.extent.mitigated)
-    with counted(run) as passes:
-        deactivate.measured(run, first, deactivate.settings(run, first))
+    passes = counted(run, lambda run: deactivate.measured(run, first, deactivate.settings(run, first)))
     shared = 2 * len(first) * 2 * 2 * 2  # all neurons active, and NeMo: two images of two steps with guidance
-    steps = said(
-        run,
-        "images, initial selection and random neurons",
-        "images, prompt embedding adjustment",
-        "images, attention scaling",
-        "images, random tokens",
+    names = (
+        "initial selection and random neurons",
+        "prompt embedding adjustment",
+        "attention scaling",
+        "random tokens",
     )
     # A pass with gradients is one pass here, and counts for three there.
     gradients = len(first) * 2 * 2
-    assert sum(passes) - shared == steps - 2 * gradients
+    assert passes - shared == said(run, *(f"images, {name}" for name in names)) - 2 * gradients
 
 
 def test_blocked_neurons(run):
     neurons = [NeuronSet.of([(layer, number // 2) for layer in range(2, 7)], layers=7).to_json() for number in range(8)]
     found = pd.DataFrame({"kind": "vm", "prompt": list("abcdefgh"), "neurons": neurons})
     sets, clean = side_effects.blocked_sets(run, found), side_effects.quality_prompts(run)
-    with counted(run) as passes:
-        side_effects.blocked_quality(run, clean, sets)
-    assert sum(passes) == said(run, "image quality")
-    with counted(run) as passes:
-        side_effects.block_similarity(run, clean[:2], sets)
-    assert sum(passes) == said(run, "outputs of blocks")
+    assert counted(run, side_effects.blocked_quality, clean, sets) == said(run, "image quality")
+    assert counted(run, side_effects.block_similarity, clean[:2], sets) == said(run, "outputs of blocks")
 
 
 def test_layers(run, monkeypatch):
     layers = side_effects.switched_layers(run.pipe.unet, 1)
     monkeypatch.setattr("tools.estimate.SWITCHED_LAYERS", sum(map(len, layers.values())))
-    with counted(run) as passes:
-        side_effects.layer_effects(run, ["red fox card"], layers)
-    assert sum(passes) == said(run, "layers switched off")
+    passes = counted(run, side_effects.layer_effects, ["red fox card"], layers)
+    assert passes == said(run, "layers switched off")
 
 
 def test_ablations(run):
@@ -149,7 +125,6 @@ def test_ablations(run):
     settings = ablations.ablation_settings(table, levels)
     one, images = 2 * 2 * 2, said(run, "ablations, images")
     assert (len(settings) - 2) * len(default) * one == images
-    with counted(run) as passes:
-        deactivate.measured(run, default, settings)
+    passes = counted(run, deactivate.measured, default, settings)
     # With all neurons active and the default besides; equal neuron sets make their images once.
-    assert 0 < sum(passes) <= images + 2 * len(default) * one
+    assert 0 < passes <= images + 2 * len(default) * one

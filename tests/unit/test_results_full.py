@@ -28,10 +28,9 @@ def full():
 def saved(full):
     """Return the folder of a run with two tables and a grid."""
     build = paths.build_dir(full.name)
-    write_table(
-        pd.DataFrame({"prompt": list("abc"), "neuron_count": [5, 7, 20]}), build / "tables" / "localization.csv"
-    )
-    write_table(pd.DataFrame({"tau": [0.4]}), build / "tables" / "thresholds.csv")
+    counts = pd.DataFrame({"prompt": list("abc"), "neuron_count": [5, 7, 20]})
+    for name, table in {"localization": counts, "thresholds": pd.DataFrame({"tau": [0.4]})}.items():
+        write_table(table, build / "tables" / f"{name}.csv")
     images = np.zeros((1, 1, 4, 4, 3), np.uint8)
     write_grid(Grid(images, ("a",), ("b",)), build / "grids" / "sample_grid.safetensors")
     return build
@@ -39,7 +38,6 @@ def saved(full):
 
 def executed(build, name, **run):
     notebook = nbformat.v4.new_notebook(metadata={"papermill": {"duration": 90.0, "exception": None} | run})
-    build.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, build / f"{name}.ipynb")
 
 
@@ -48,9 +46,7 @@ def test_results_are_kept_with_a_note_of_the_machine_and_the_time(full, saved):
     executed(saved, "04_deactivate_neurons", exception=True)
     folder = results_full.keep_results(full, NAMES)
     assert folder == paths.ROOT / "data" / "tiny" / "results_full"
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "README.md", "localization.csv", "run.json", "thresholds.csv",
-    ]  # fmt: skip
+    assert {path.name for path in folder.iterdir()} == {"README.md", "localization.csv", "run.json", "thresholds.csv"}
     assert (folder / "localization.csv").read_bytes() == (saved / "tables" / "localization.csv").read_bytes()
     record = json.loads((folder / "run.json").read_text())
     assert record["seconds"] == {"03_localize_neurons": 90.0}, "a notebook that failed has no time"

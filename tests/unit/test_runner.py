@@ -17,11 +17,8 @@ def printed(path):
     return "".join(output.text for cell in cells if cell.cell_type == "code" for output in cell.outputs)
 
 
-def test_parameters_and_defaults_are_read(notebook):
-    assert notebook_parameters(notebook) == {"profile": "tiny", "samples": 2}
-
-
 def test_a_notebook_runs_in_its_own_folder_with_its_parameters(notebook, tmp_path, monkeypatch):
+    assert notebook_parameters(notebook) == {"profile": "tiny", "samples": 2}
     monkeypatch.chdir(tmp_path.parent)
     output = tmp_path / "build" / "x.ipynb"
     run_notebook(notebook, output, {"samples": 5})
@@ -64,17 +61,17 @@ def test_an_integer_may_stand_for_a_float_and_anything_for_none(tmp_path):
 
 
 def test_what_has_no_parameters_is_named(tmp_path):
-    for parameters, words in [
-        (None, "0 cells are tagged"),
-        ("a = 1\nb = a + 1", "'b' is 'a \\+ 1'; it must be a literal"),
-    ]:
-        with pytest.raises(RunnerError, match=words):
-            notebook_parameters(save_notebook(tmp_path / "x.ipynb", parameters=parameters))
-    with pytest.raises(RunnerError, match=r"none\.ipynb: there is no such notebook"):
-        notebook_parameters(tmp_path / "none.ipynb")
+    save_notebook(tmp_path / "untagged.ipynb", parameters=None)
+    save_notebook(tmp_path / "computed.ipynb", parameters="a = 1\nb = a + 1")
     (tmp_path / "broken.ipynb").write_text("{")
-    with pytest.raises(RunnerError, match=r"broken\.ipynb: not a notebook"):
-        notebook_parameters(tmp_path / "broken.ipynb")
+    for name, words in {
+        "untagged": "0 cells are tagged",
+        "computed": "the default of parameter 'b' is 'a \\+ 1'; it must be a literal",
+        "broken": "not a notebook",
+        "none": "there is no such notebook",
+    }.items():
+        with pytest.raises(RunnerError, match=rf"{name}\.ipynb: {words}"):
+            notebook_parameters(tmp_path / f"{name}.ipynb")
 
 
 @pytest.mark.parametrize(
@@ -93,12 +90,9 @@ def test_a_failing_cell_and_a_dying_kernel_are_named(tmp_path, code, words):
 def test_the_command_line_reads_values_and_the_environment(notebook, tmp_path, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(runner, "run_notebook", lambda source, output, parameters: seen.append(parameters))
-    output = str(tmp_path / "x.ipynb")
-    monkeypatch.delenv("PROFILE", raising=False)
-    assert runner.main([str(notebook), output]) == 0
-    monkeypatch.setenv("PROFILE", "tiny-full")
-    assert runner.main([str(notebook), output, "-p", "samples=7"]) == 0
-    assert runner.main([str(notebook), output, "--profile", "tiny"]) == 0
+    for profile, arguments in (("", []), ("tiny-full", ["-p", "samples=7"]), ("tiny-full", ["--profile", "tiny"])):
+        monkeypatch.setenv("PROFILE", profile)
+        assert runner.main([str(notebook), str(tmp_path / "x.ipynb"), *arguments]) == 0
     assert seen == [{}, {"profile": "tiny-full", "samples": 7}, {"profile": "tiny"}]
     assert "01_x.ipynb: done in 0 s" in capsys.readouterr().err
 

@@ -45,11 +45,6 @@ def run_of(pipe, tmp_path_factory):
     return lambda profile: Run(profile, pipe, store=store, progress=False)
 
 
-@pytest.fixture
-def run(profile, run_of):
-    return run_of(profile)
-
-
 def test_the_settings_are_those_of_the_paper():
     profile = load_profile("sd14")
     assert (profile.detection.samples, profile.detection.steps, profile.detection.guidance) == (10, 50, 0.0)
@@ -69,15 +64,12 @@ def test_the_dry_run_has_the_settings_of_sd14_but_for_size():
     assert dry.downloads is dry.statistics is None
 
 
-def test_from_the_threshold_to_the_neurons(run):
-    normal = run.statistics
-    assert normal.widths == (16, 16, 32, 32, 32, 32, 32)
-    assert normal.count == 8
-    tau = run.threshold_at()
-    assert -1 < tau < 1
-    captions = run.prompts("vm", "tm")["caption"].tolist()
-    assert len(captions) == 2
-    table = localization_table(run.search(captions))
+def test_from_the_threshold_to_the_neurons(profile, run_of):
+    run = run_of(profile)
+    assert run.statistics.widths == (16, 16, 32, 32, 32, 32, 32)
+    assert run.statistics.count == 8
+    assert -1 < run.threshold_at() < 1
+    table = localization_table(run.search(run.prompts("vm", "tm")["caption"].tolist()))
     # The search looks at the most active neuron of each layer, and at no other.
     assert table["memorized"].all()
     assert table["k"].tolist() == [1, 1]
@@ -85,8 +77,9 @@ def test_from_the_threshold_to_the_neurons(run):
     assert (table["neuron_count"] <= 7).all()
 
 
-def test_what_the_notebooks_need(run):
+def test_what_the_notebooks_need(profile, run_of):
     """Planted images are smaller than the generated ones here, and of every size with Stable Diffusion."""
+    run = run_of(profile)
     rows = run.prompts("vm", "tm", "unmemorized")
     found = localize_neurons.localizations(run, rows)
     assert found["kind"].tolist() == ["vm", "tm", "unmemorized"]
@@ -114,19 +107,17 @@ def test_statistics_of_a_file_are_used(profile, pipe, run_of, tmp_path):
 
 
 def test_training_images_of_any_size_and_missing_ones(profile, run_of, tmp_path):
-    folder = tmp_path / "prompts"
-    folder.mkdir()
-    names = ["a fox", "a dog", "an owl"]
-    rows = "".join(f"{place};{name};http://a/{place};VM\n" for place, name in enumerate(names))
-    (folder / "memorized.csv").write_text(f";Caption;URL;type\n{rows}")
-    (tmp_path / "images").mkdir()
-    for place, size in enumerate([(80, 60), (64, 64)]):
-        Image.new("RGB", size, (40 * place, 90, 200)).save(tmp_path / "images" / f"{place}.png")
-    report = "".join(f"http://a/{place},images/{place}.png\n" for place in range(2)) + "http://a/2,\n"
-    (tmp_path / "images.csv").write_text("url,image\n" + report)
-    table = load_prompts(folder / "memorized.csv")
+    path = tmp_path / "prompts" / "memorized.csv"
+    for folder in ("prompts", "images"):
+        (tmp_path / folder).mkdir()
+    rows = "".join(f"{i};{name};http://a/{i};VM\n" for i, name in enumerate(["a fox", "a dog", "an owl"]))
+    path.write_text(f";Caption;URL;type\n{rows}")
+    for i, size in enumerate([(80, 60), (64, 64)]):
+        Image.new("RGB", size, (40 * i, 90, 200)).save(tmp_path / "images" / f"{i}.png")
+    (tmp_path / "images.csv").write_text("url,image\nhttp://a/0,images/0.png\nhttp://a/1,images/1.png\nhttp://a/2,\n")
+    table = load_prompts(path)
     assert table["image"].tolist() == ["images/0.png", "images/1.png", ""]
-    real = run_of(replace(profile, prompts=replace(profile.prompts, memorized=str(folder / "memorized.csv"))))
+    real = run_of(replace(profile, prompts=replace(profile.prompts, memorized=str(path))))
     assert [image.shape for image in real.planted_images(table.head(2))] == [(60, 80, 3), (64, 64, 3)]
     assert [image.shape for image in real.planted_images(table.head(2), size=(32, 48))] == [(32, 48, 3)] * 2
     copies = memorization_score.copies(real, table)
@@ -149,7 +140,7 @@ def test_the_model_of_sd14_is_found_in_the_cache_without_network(tmp_path):
     (repository / "refs" / "main").write_text(profile.revision)
     code = (
         "from tools.fetch_data import fetch_model; from nemolib.pipeline import load_pipeline\n"
-        f"print(fetch_model({profile.model!r}, {profile.revision!r}, 'pipeline'))\n"
+        f"print(fetch_model({profile.model!r}, {profile.revision!r}, 'pipeline')[1])\n"
         "pipe = load_pipeline('sd14', device='cpu'); print(pipe.unet.config.sample_size, pipe.safety_checker)"
     )
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}

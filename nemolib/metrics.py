@@ -28,7 +28,7 @@ MEMORIZED_ABOVE = 0.7
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 """Number and size of the subsets of KID in clean-fid."""
 
-RESAMPLES, _ENDS = 2000, (0.025, 0.975)
+RESAMPLES, _ENDS = 2000, ((1 - 0.95) / 2, (1 + 0.95) / 2)
 """How often prompts are drawn anew for an interval of a median, and the quantiles at the ends of an interval (95 %)."""
 
 

@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 
 from nemolib import paper, paths, plots
 from nemolib.paths import write_atomic
+from nemolib.pipeline import find_device
 from nemolib.provenance import code_hash, sidecar
 from nemolib.store import Grid
 
@@ -330,7 +331,7 @@ def _write(item: Exhibit, content: Figure | pd.DataFrame, run: Run, sources: Map
         notebook=item.notebook,
         inputs=sources,
         code=code_hash(item.draw.__module__.removeprefix("nemolib.")),
-        device=run.pipe.device.type,
+        device=find_device(run.profile.device).type,
     )
     return _written(run, item.name, contents)
 

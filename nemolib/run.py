@@ -34,7 +34,7 @@ from nemolib.pipeline import load_pipeline
 from nemolib.provenance import code_hash, content_hash, model_hash
 from nemolib.settings import load_profile, load_protocol, search_settings, settings_of
 from nemolib.store import Grid, Store, read_grid, read_table, write_grid, write_table
-from nemolib.workers import Task, map_prompts
+from nemolib.workers import FailedPrompts, Failure, Task, cluster, map_prompts
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -57,7 +57,7 @@ _TOGETHER = 128
 
 
 def open_run(profile: str | Path | Profile = "tiny", *, progress: bool = True) -> Run:
-    """Return the run of a profile, with its pipeline loaded.
+    """Return the run of a profile, whose pipeline is loaded when it is first asked for.
 
     Args:
         profile: Name of a profile, path of a YAML file, or a profile.
@@ -65,10 +65,8 @@ def open_run(profile: str | Path | Profile = "tiny", *, progress: bool = True) -
 
     Raises:
         ProfileError: The profile cannot be read.
-        PipelineError: Its model cannot be loaded.
     """
-    profile = load_profile(profile)
-    return Run(profile, load_pipeline(profile), progress=progress)
+    return Run(load_profile(profile), progress=progress)
 
 
 class Run:
@@ -76,19 +74,31 @@ class Run:
 
     Args:
         profile: The profile.
-        pipe: Its pipeline.
+        pipe: Its pipeline; None: loaded when it is first asked for, since a page of saved tables needs none.
         store: Where results are kept; None: in ``build/<profile>/store``.
         progress: Whether long work shows progress bars.
     """
 
     def __init__(
-        self, profile: Profile, pipe: StableDiffusionPipeline, *, store: Store | None = None, progress: bool = True
+        self,
+        profile: Profile,
+        pipe: StableDiffusionPipeline | None = None,
+        *,
+        store: Store | None = None,
+        progress: bool = True,
     ) -> None:
-        self.profile, self.pipe, self.progress = profile, pipe, progress
+        self.profile, self.progress = profile, progress
+        if pipe is not None:
+            self.pipe = pipe
         self.folder = paths.build_dir(profile.name)
         self.store = store or Store(self.folder / "store")
         self._encoders: dict[str, Encoder] = {}
         self._hashed: tuple[Any, str] | None = None
+
+    @cached_property
+    def pipe(self) -> StableDiffusionPipeline:
+        """The pipeline; raises PipelineError if the profile's model cannot be loaded."""
+        return load_pipeline(self.profile)
 
     # What was computed, and what is kept
 
@@ -388,10 +398,23 @@ class Run:
         keys = [content_hash([base, key]) for key in self._keys(drawing, items, {"settings": settings})]
 
         def made(waiting: Sequence[tuple[str, Any]]) -> Pairs:
-            for part in batches(waiting, max(1, _TOGETHER // settings.samples)):
-                images = self.images([caption for _, (caption, _) in part], mitigation, settings=settings)
-                found = encoder.describe(images.reshape(-1, *images.shape[2:])).unflatten(0, images.shape[:2])
-                yield from zip((key for key, _ in part), found.numpy(), strict=True)
+            failures: list[Failure] = []
+            with cluster(self.pipe):
+                for part in batches(waiting, max(1, _TOGETHER // settings.samples)):
+                    captions = {key: caption for key, (caption, _) in part}
+                    try:
+                        images = self.images(list(captions.values()), mitigation, settings=settings)
+                    except FailedPrompts as error:
+                        failures += error.failures
+                        failed = {failure.caption for failure in error.failures}
+                        captions = {key: caption for key, caption in captions.items() if caption not in failed}
+                        if not captions:
+                            continue
+                        images = self.images(list(captions.values()), mitigation, settings=settings)
+                    found = encoder.describe(images.reshape(-1, *images.shape[2:])).unflatten(0, images.shape[:2])
+                    yield from zip(captions, found.numpy(), strict=True)
+            if failures:
+                raise FailedPrompts(failures, len(waiting))
 
         return np.stack(self._kept("features", keys, items, made))
 

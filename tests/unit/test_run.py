@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from nemolib import paths
+from nemolib import exhibits, paths
 from nemolib import run as runs
 from nemolib.encoders import CopyDescriptor
 from nemolib.first_step import NORMS, guidance_norms, pairs_measure
@@ -21,7 +21,7 @@ from nemolib.pipeline import load_pipeline
 from nemolib.run import Run, localize_many, open_run
 from nemolib.settings import PAPER, RELEASED, Encoders, GenerationSettings, Profile
 from nemolib.store import Grid, Store
-from nemolib.workers import FailedPrompts
+from nemolib.workers import FailedPrompts, Failure
 from tests.random_world import SMALL, amplify, write_encoders, write_prompts
 
 VM, CLEAN = ["red fox card", "red owl card"], ["a tree", "the sea", "my dog"]
@@ -232,3 +232,28 @@ def test_a_run_is_opened_by_name_or_made_of_any_pipeline(profile, tmp_path):
     own = Run(profile, opened.pipe, store=Store(tmp_path / "mine"), progress=False)
     assert own.images(["a tree"], settings=GenerationSettings(samples=1, steps=1)).shape == (1, 1, 64, 64, 3)
     assert list((tmp_path / "mine" / "drawing").iterdir())
+
+
+def test_saved_tables_need_no_model(monkeypatch):
+    monkeypatch.setattr(runs, "load_pipeline", lambda profile: pytest.fail(f"the model of {profile.name} was loaded"))
+    run = runs.open_run("sd14")
+    with pytest.raises(FileNotFoundError, match="make notebooks PROFILE=sd14"):
+        run.load("scores")
+    drawn = exhibits.render_all(run, write=False)
+    assert all(item.reason or item.exhibit.name == "published_run" for item in drawn)
+
+
+def test_a_prompt_that_cannot_be_drawn_stops_no_features_of_others(run, monkeypatch):
+    monkeypatch.setattr(runs, "_TOGETHER", 1)
+    captions, draw = [*VM, "a bad one"], runs.Run.images
+
+    def failing(self, asked, *arguments, **settings):
+        if "a bad one" in asked:
+            raise FailedPrompts([Failure("a bad one", "ValueError: no")], len(asked))
+        return draw(self, asked, *arguments, **settings)
+
+    monkeypatch.setattr(runs.Run, "images", failing)
+    with pytest.raises(FailedPrompts, match="a bad one"):
+        run.features("copy", captions[::-1])
+    monkeypatch.setattr(runs.Run, "images", lambda *_, **__: pytest.fail("drawn again"))
+    assert run.features("copy", VM).shape[0] == len(VM)

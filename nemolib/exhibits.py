@@ -27,7 +27,6 @@ from matplotlib.figure import Figure
 
 from nemolib import paper, paths, plots
 from nemolib.paths import write_atomic
-from nemolib.pipeline import find_device
 from nemolib.provenance import code_hash, sidecar
 from nemolib.store import Grid
 
@@ -331,7 +330,7 @@ def _write(item: Exhibit, content: Figure | pd.DataFrame, run: Run, sources: Map
         notebook=item.notebook,
         inputs=sources,
         code=code_hash(item.draw.__module__.removeprefix("nemolib.")),
-        device=find_device(run.profile.device).type,
+        device=run.device,
     )
     return _written(run, item.name, contents)
 

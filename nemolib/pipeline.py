@@ -83,7 +83,7 @@ def load_pipeline(
     profile = _profile(source)
     # A relative folder of a profile starts at the repository; one that a caller types may start where the caller is.
     location = _locate(profile.model, paths.ROOT) if profile else _locate(str(source), Path.cwd(), paths.ROOT)
-    place = find_device(device or (profile.device if profile else "auto"))
+    place = _device(device or (profile.device if profile else "auto"))
     weights = _dtype(dtype or (profile.dtype if profile else "float32"), place)
     if str(location).startswith(_RANDOM):
         pipe = random_pipeline(str(location).removeprefix(_RANDOM), dtype=weights)
@@ -260,7 +260,7 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return getattr(torch, dtype)
 
 
-def find_device(device: str | torch.device) -> torch.device:
+def _device(device: str | torch.device) -> torch.device:
     """Return a device that is there; raise PipelineError for one that is not."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

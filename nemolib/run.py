@@ -100,6 +100,12 @@ class Run:
         """The pipeline; raises PipelineError if the profile's model cannot be loaded."""
         return load_pipeline(self.profile)
 
+    @property
+    def device(self) -> str:
+        """The type of device that the profile names or, with ``auto``, that this machine has."""
+        there = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        return (there if self.profile.device == "auto" else torch.device(self.profile.device)).type
+
     # What was computed, and what is kept
 
     def compute(

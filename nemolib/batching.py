@@ -68,7 +68,9 @@ def shrinking(
             result = function(batch)
         except RuntimeError as error:
             # Accelerate looks for a full stop behind these words, which not all drivers write.
-            if not should_reduce_batch_size(error) and "out of memory" not in str(error):
+            if not should_reduce_batch_size(error) and not any(
+                words in str(error).lower() for words in ("out of memory", "not enough memory")
+            ):
                 raise
             if len(batch) == 1:
                 raise MemoryError(

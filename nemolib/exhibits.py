@@ -329,7 +329,9 @@ def _write(item: Exhibit, content: Figure | pd.DataFrame, run: Run, sources: Map
         profile=run.profile,
         notebook=item.notebook,
         inputs=sources,
-        code=code_hash(item.draw.__module__.removeprefix("nemolib.")),
+        code=code_hash(
+            item.draw if item.draw.__module__ == "__main__" else item.draw.__module__.removeprefix("nemolib.")
+        ),
         device=run.device,
     )
     return _written(run, item.name, contents)

@@ -112,7 +112,9 @@ def drawing(
         factor = next((item.factor for _, item in batch if isinstance(item, DeactivatedNeurons)), 0.0)
         acting = [(caption, item or DeactivatedNeurons(none, factor)) for caption, item in batch]
         images: list[np.ndarray] = []
-        for alike, part in groupby(acting, key=lambda pair: getattr(pair[1], "factor", pair[1])):
+        for alike, part in groupby(
+            acting, key=lambda pair: pair[1].factor if isinstance(pair[1], DeactivatedNeurons) else pair[1]
+        ):
             captions, items = zip(*part, strict=True)
             chosen: dict[str, Any] = {"mitigation": alike}
             if isinstance(alike, float):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -186,7 +186,7 @@ class Search:
             protocol=protocol,
             evaluations=self._spent,
         )
-        self._selected = cache(self._select)
+        self._selections: dict[tuple[float, bool], InitialSelection] = {}
 
     def localize(self, variant: Variant) -> Localization:
         """Return what a search finds that does the same as one of its own.
@@ -199,7 +199,7 @@ class Search:
             found = {"memorized": False, "initial": nothing, "neurons": nothing}
             return Localization(**found, **self._common, **self._spent.take())
         with self._spent.stage("A3"):
-            initial = self._selected(variant.initial, variant.top_k)
+            initial = self._select(variant.initial, variant.top_k)
         with self._spent.stage("A4"):
             target = variant.refinement if initial.reached else max(variant.refinement, initial.score)
             entries = initial.candidates.entries(double=self._protocol.double_entries)
@@ -228,6 +228,12 @@ class Search:
         return {item.name: self.localize(item) for item in variants}
 
     def _select(self, threshold: float, top_k: bool) -> InitialSelection:
+        key = (threshold, top_k)
+        if key not in self._selections:
+            self._selections[key] = self._new_selection(*key)
+        return self._selections[key]
+
+    def _new_selection(self, threshold: float, top_k: bool) -> InitialSelection:
         return initial_selection(
             self._z,
             self._activations,

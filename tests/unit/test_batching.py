@@ -103,6 +103,7 @@ def test_what_was_done_is_not_done_again():
         "MPS backend out of memory (9 GB)",
         "DefaultCPUAllocator: can't allocate memory: 4 bytes",
         "CUDA error: out of memory",
+        "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.",
     ],
 )
 def test_backends_without_an_exception_of_their_own(words):

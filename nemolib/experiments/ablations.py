@@ -7,7 +7,7 @@ equal neuron sets are made once.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING
@@ -21,13 +21,23 @@ from matplotlib.ticker import MaxNLocator
 
 from nemolib import paper, plots
 from nemolib.exhibits import Claim, exhibit, must, of_kinds, rounding
-from nemolib.experiments.deactivate_neurons import METRICS, NAMES, NONE, shown_table, table_1
+from nemolib.experiments.deactivate_neurons import (
+    AS_FIGURE,
+    METRICS,
+    NONE,
+    Rule,
+    claim_rows,
+    listed,
+    medians,
+    read_rules,
+    settings_figure,
+    shown_table,
+)
 from nemolib.experiments.localize_neurons import deactivation, localizations
 from nemolib.localization import Localization, Variant, by_prompt, localization_table, neuron_sets, varying
 from nemolib.mitigation import DeactivatedNeurons, Mitigation
 from nemolib.plots import ROLES
 from nemolib.prompts import MEMORIZED
-from nemolib.store import Grid
 
 if TYPE_CHECKING:
     from nemolib.run import Run
@@ -42,9 +52,6 @@ FACTORS = (0.75, 0.5, 0.25, -0.25, -0.5, -0.75, -1.0)
 
 PAPER_LEVELS = {-1.0: "threshold 0.288", 0.0: "threshold 0.358", 1.0: "default (0.428)", 2.0: "threshold 0.498"}
 """What the paper's Table 4 calls the thresholds, by multiplier of the standard deviation."""
-
-LIMITS = ("setting", "kind", "initial_threshold", "refinement_threshold", "gate")
-"""Columns of `ablated` before those of a localization."""
 
 LADDER = ("neuron_count", "score_before", "score_after", "copy_before", "copy_after")
 """Quantities of the duplication ladder."""
@@ -136,36 +143,36 @@ def ablated(run: Run, prompts: pd.DataFrame, levels: pd.DataFrame) -> pd.DataFra
     own, guided = run.threshold, run.threshold_at(guidance=guidance)
     # Seconds differ from run to run, and what is known has a part in the key.
     known = [replace(item, seconds={}).to_record() for item in run.search(captions)]
-    with_guidance = (
-        [Variant(GUIDANCE, guided, guided)],
-        [None] * len(known),
-        replace(profile.detection, guidance=guidance),
+    searches = (
+        (own, variants_of(levels), known, profile.detection),
+        (
+            guided,
+            [Variant(GUIDANCE, guided, guided)],
+            [None] * len(known),
+            replace(profile.detection, guidance=guidance),
+        ),
     )
     common = {name: getattr(profile, name) for name in ("similarity", "search", "protocol")}
+    common |= {"statistics": run.statistics}
     found = [(Variant(default_setting(levels), own, own), own, known)]
-    for gate, (variants, given, detection) in (
-        (own, (variants_of(levels), known, profile.detection)),
-        (guided, with_guidance),
-    ):
-        common |= {"statistics": run.statistics, "variants": variants, "gate": gate, "detection": detection}
-        rows = run.compute(varying, list(zip(captions, given, strict=True)), label="searches", **common)
+    for gate, variants, given, detection in searches:
+        items, common = list(zip(captions, given, strict=True)), common | {"gate": gate, "detection": detection}
+        rows = run.compute(varying, items, label="searches", variants=variants, **common)
         found += [(item, gate, [row[item.name] for row in rows]) for item in variants]
     parts = []
     for item, gate, records in found:
         limits = {"initial_threshold": item.initial, "refinement_threshold": item.refinement, "gate": gate}
-        table = localization_table([Localization.from_record(record) for record in records])
-        parts.append(table.assign(setting=item.name, kind=prompts["kind"].to_numpy(), **limits))
-    table = pd.concat(parts, ignore_index=True)
-    return table[[*LIMITS, *(column for column in table if column not in LIMITS)]]
+        known = pd.DataFrame({"setting": item.name, "kind": prompts["kind"].to_numpy(), **limits})
+        parts.append(known.join(localization_table([Localization.from_record(record) for record in records])))
+    return pd.concat(parts, ignore_index=True)
 
 
-def fair(run: Run, found: pd.DataFrame, values: pd.DataFrame, levels: pd.DataFrame) -> Iterator[Claim]:
-    """Yield what must hold for any model if the ablations are fair ones.
+def fair(run: Run, found: pd.DataFrame, levels: pd.DataFrame) -> Iterator[Claim]:
+    """Yield what must hold for any model if the searches are right.
 
     Args:
         run: The run.
         found: What `ablated` returned.
-        values: The metrics of `ablation_settings`.
         levels: What `threshold_levels` returned.
     """
     searched = found[found["memorized"]]
@@ -173,9 +180,6 @@ def fair(run: Run, found: pd.DataFrame, values: pd.DataFrame, levels: pd.DataFra
     excess = searched["refined_score"] - searched[["refinement_threshold", "initial_score"]].max(axis=1)
     growing = found[found["setting"].isin(setting_names(levels).values())]
     growing = growing.sort_values("initial_threshold", kind="stable")
-    scaled = values[values["setting"].str.startswith("factor ") | (values["setting"] == default_setting(levels))]
-    prompts, fewest = found["prompt"].nunique(), values.groupby("setting")["prompt"].nunique().min()
-    yield must("every setting has every prompt", fewest, equals=prompts)
     yield must("every refined set of the ablations lies within its initial selection", all(not kept - initial for kept, initial in pairs))  # fmt: skip
     yield must(
         "a higher threshold never gives a larger initial selection",
@@ -189,7 +193,6 @@ def fair(run: Run, found: pd.DataFrame, values: pd.DataFrame, levels: pd.DataFra
         at_most=rounding(run.pipe.unet.dtype),
         reason="a score that is evaluated twice may differ in the last digits",
     )
-    yield must("all factors scale the same neurons", scaled.groupby("prompt")["neurons"].nunique().max(), equals=1)
 
 
 # Images (Table 4, Fig. 5b)
@@ -216,7 +219,7 @@ def ablation_settings(found: pd.DataFrame, levels: pd.DataFrame) -> dict[str, li
     return {name: [item] for name, item in (settings | sets).items()}
 
 
-def table_4(values: pd.DataFrame, levels: pd.DataFrame) -> pd.DataFrame:
+def ablation_medians(values: pd.DataFrame, levels: pd.DataFrame) -> pd.DataFrame:
     """Return Table 4: median, median absolute deviation and interval over prompts, with the paper's medians beside.
 
     Source: Table 4.
@@ -226,11 +229,11 @@ def table_4(values: pd.DataFrame, levels: pd.DataFrame) -> pd.DataFrame:
         levels: What `threshold_levels` returned.
 
     Returns:
-        One row per setting and kind, columns as of `nemolib.experiments.deactivate_neurons.table_1`; the first setting is
-        the untouched model.
+        One row per setting and kind, columns as of `nemolib.experiments.deactivate_neurons.medians`; the first setting
+        is the untouched model.
     """
     cells = [setting for setting, low, high in threshold_pairs(levels) if low != high]
-    return table_1(values[~values["setting"].isin(cells)], reported=reported(levels))
+    return medians(values[~values["setting"].isin(cells)], reported=reported(levels))
 
 
 def reported(levels: pd.DataFrame) -> pd.DataFrame:
@@ -248,7 +251,7 @@ def scaling_table(table: pd.DataFrame, levels: pd.DataFrame) -> pd.DataFrame:
     Source: Fig. 5b, Table 4.
 
     Args:
-        table: What `table_4` returned.
+        table: What `ablation_medians` returned.
         levels: What `threshold_levels` returned.
 
     Returns:
@@ -260,15 +263,6 @@ def scaling_table(table: pd.DataFrame, levels: pd.DataFrame) -> pd.DataFrame:
     chosen = chosen.assign(factor=chosen["setting"].map(factors)).sort_values(["kind", "factor"], kind="stable")
     columns = [name for name in chosen if name.startswith(METRICS)]
     return chosen[["kind", "factor", "prompts", *columns]].reset_index(drop=True)
-
-
-def scaling_grid(run: Run, found: pd.DataFrame) -> Grid:
-    """Return images of the first prompt of a table, a row for each factor by which its neurons are scaled."""
-    (prompt, neurons), *_ = by_prompt(found).items()
-    factors = (1.0, 0.5, 0.25, 0.0, -1.0)
-    made = [run.images([prompt], DeactivatedNeurons(neurons, factor) if factor != 1 else None)[0] for factor in factors]
-    seeds = tuple(f"seed {number}" for number in range(len(made[0])))
-    return Grid(np.stack(made), tuple(f"factor {factor:g}" for factor in factors), seeds)
 
 
 # Two thresholds (Fig. 14, 15)
@@ -290,25 +284,19 @@ def threshold_map(found: pd.DataFrame, values: pd.DataFrame, levels: pd.DataFram
         medians over prompts: initial_neurons, neurons (after refinement), sscd_gen, sscd_orig, and the same with the
         suffix ``_paper`` (missing where the paper has no such pair).
     """
-    reported, limits = (
-        paper.table("threshold_maps").set_index(["kind", "initial", "refinement"]),
-        levels.set_index("level"),
-    )
-    names, rows = ("initial_neurons", "neurons", "sscd_gen", "sscd_orig"), []
-    for kind in [kind for kind in MEMORIZED if kind in set(found["kind"])]:
-        for setting, low, high in threshold_pairs(levels):
-            searched, seen = (
-                table[(table["kind"] == kind) & (table["setting"] == setting)] for table in (found, values)
-            )
-            counts = searched[["initial_count", "neuron_count"]].median(), seen[["sscd_gen", "sscd_orig"]].median()
-            initial, refinement = limits.loc[low], limits.loc[high]
-            place = (kind, initial["multiplier"], refinement["multiplier"])
-            theirs = reported.loc[place, list(names)] if place in reported.index else [np.nan] * len(names)
-            thresholds = (initial["threshold"], refinement["threshold"])
-            searches = (len(searched), int(searched["reached"].sum()))
-            rows.append((kind, low, high, *thresholds, *searches, *pd.concat(counts), *theirs))
+    names, by = ["initial_neurons", "neurons", "sscd_gen", "sscd_orig"], ["setting", "kind"]
+    counts = {"initial_neurons": ("initial_count", "median"), "neurons": ("neuron_count", "median")}
+    searched = found.groupby(by).agg(prompts=("prompt", "size"), reached=("reached", "sum"), **counts)
+    cells = searched.join(values.groupby(by)[["sscd_gen", "sscd_orig"]].median()).reset_index()
+    pairs = pd.DataFrame(threshold_pairs(levels), columns=["setting", "initial", "refinement"])
+    table = pd.concat([pairs.merge(cells[cells["kind"] == kind], on="setting") for kind in MEMORIZED])
+    limits, theirs = levels.set_index("level"), paper.table("threshold_maps")
+    for name in ("initial", "refinement"):
+        table[f"{name}_threshold"] = table[name].map(limits["threshold"])
+        theirs[name] = theirs[name].map(dict(zip(levels["multiplier"], levels["level"], strict=True)))
+    table = table.merge(theirs, on=["kind", "initial", "refinement"], how="left", suffixes=("", "_paper"))
     first = ["kind", "initial", "refinement", "initial_threshold", "refinement_threshold", "prompts", "reached"]
-    return pd.DataFrame(rows, columns=[*first, *names, *(f"{name}_paper" for name in names)])
+    return table[[*first, *names, *(f"{name}_paper" for name in names)]]
 
 
 # The duplication ladder
@@ -336,128 +324,68 @@ def neuron_ladder(run: Run, per_rung: int) -> pd.DataFrame:
     return change.assign(**prompts[["caption", "copies"]], initial_count=found["initial_count"])[columns]
 
 
-def ladder_medians(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the medians of each rung: columns copies, prompts, and those of `neuron_ladder` that are numbers."""
-    names = ["initial_count", *LADDER]
-    # A table without rows has no types.
-    grouped = table.astype(dict.fromkeys(names, float)).groupby("copies")
-    return pd.concat([grouped.size().rename("prompts"), grouped[names].median()], axis=1).reset_index()
-
-
-def ladder_rank(table: pd.DataFrame) -> float:
-    """Return Spearman's rank correlation of copies and neurons; missing where either is the same for all prompts."""
-    ranks = table[["copies", "neuron_count"]].astype(float).rank()
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return float(ranks["copies"].corr(ranks["neuron_count"]))
-
-
 # What the paper's tables and figures say, and ours
 
-DEFAULT, THRESHOLDS, NEGATIVE = "default", "thresholds", "negative factors"
-"""What stands in `RULES` for settings that other thresholds and factors call otherwise."""
 
-RULES: tuple[tuple[str, Sequence[str], str, Sequence[str], Callable[..., bool], str], ...] = (
-    ("a higher threshold gives fewer neurons", MEMORIZED, "neurons", [THRESHOLDS], lambda *counts: _falls(counts),
-     "never more from one threshold to the next, and fewer at the end (the thresholds, the lowest first)"),
-    ("every threshold removes copies", ["vm"], "sscd_orig", [NONE, THRESHOLDS], lambda none, *rest: max(rest) < none / 2,
-     "less than half stays at every threshold (untouched, the thresholds)"),
-    ("guidance in detection gives no more neurons", MEMORIZED, "neurons", [GUIDANCE, DEFAULT], operator.le,
-     "not more than the default (guidance, default)"),
-    ("refinement leaves less than half of the neurons", MEMORIZED, "neurons", [DEFAULT, NO_REFINEMENT],
-     lambda default, initial: default < initial / 2,
-     "default below half of the initial selection (default, no refinement)"),
-    ("refinement does not bring copies back", ["vm"], "sscd_orig", [NONE, DEFAULT, NO_REFINEMENT],
-     lambda none, default, initial: default - initial <= 0.1 * (none - initial),
-     "the default lies above the initial selection by at most a tenth of what that removes (untouched, default, no refinement)"),
-    ("without top-k there are more neurons", MEMORIZED, "neurons", [NO_TOP_K, DEFAULT], operator.gt,
-     "more than the default (no top-k, default)"),
-    ("without top-k images change less", MEMORIZED, "sscd_gen", [NO_TOP_K, DEFAULT], operator.gt,
-     "above the default (no top-k, default)"),
-    ("half of the activation is enough for a copy", ["vm"], "sscd_orig", [NONE, "factor 0.75", "factor 0.5"],
-     lambda none, *rest: min(rest) > none / 2,
-     "more than half stays at factor 0.75 and at 0.5 (untouched, 0.75, 0.5)"),
-    ("a quarter of it is not", ["vm"], "sscd_orig", [NONE, "factor 0.25"], lambda none, quarter: quarter < none / 2,
-     "less than half stays at factor 0.25 (untouched, 0.25)"),
-    ("negative factors do what 0 does", ["vm"], "sscd_orig", [NONE, DEFAULT, NEGATIVE],
-     lambda none, zero, *rest: max(abs(value - zero) for value in rest) <= 0.1 * (none - zero),
-     "no negative factor is further from factor 0 than a tenth of what that removes (untouched, 0, the negative factors)"),
-)  # fmt: skip
-"""Claims of the paper's Table 4, in which they hold: kinds of prompts, column, the settings whose numbers are compared,
-the rule, and the rule in words."""
+def rules(levels: pd.DataFrame) -> list[Rule]:
+    """Return what the paper's Table 4 says of thresholds and of the parts of the method, with our names of the settings."""
+    own = default_setting(levels)
+    names = zip(setting_names(levels).values(), levels["multiplier"], strict=True)
+    thresholds = [name for name, multiplier in names if multiplier in PAPER_LEVELS]
+    return [
+        Rule("a higher threshold gives fewer neurons", "neurons", thresholds, lambda *counts: _falls(counts),
+             "never more from one threshold to the next, and fewer at the end", MEMORIZED),
+        Rule("every threshold removes copies", "sscd_orig", (NONE, *thresholds),
+             lambda none, *rest: max(rest) < none / 2, "less than half stays at every threshold"),
+        Rule("guidance in detection gives no more neurons", "neurons", (GUIDANCE, own), operator.le,
+             "not more than the default", MEMORIZED),
+        Rule("refinement leaves less than half of the neurons", "neurons", (own, NO_REFINEMENT),
+             lambda default, initial: default < initial / 2, "default below half of the initial selection", MEMORIZED),
+        Rule("refinement does not bring copies back", "sscd_orig", (NONE, own, NO_REFINEMENT),
+             lambda none, default, initial: default - initial <= 0.1 * (none - initial),
+             "the default lies above the initial selection by at most a tenth of what that removes"),
+        Rule("without top-k there are more neurons", "neurons", (NO_TOP_K, own), operator.gt,
+             "more than the default", MEMORIZED),
+        Rule("without top-k images change less", "sscd_gen", (NO_TOP_K, own), operator.gt, "above the default", MEMORIZED),
+    ]  # fmt: skip
 
 
-def read_table_4_claims(table_4: pd.DataFrame, ablation_levels: pd.DataFrame) -> Iterator[Claim]:
-    """Yield what the paper's Table 4 says, and whether ours says the same: `RULES`."""
-    names = setting_names(ablation_levels)
-    known = zip(names.values(), ablation_levels["multiplier"], strict=True)
-    stand_for = {
-        DEFAULT: [default_setting(ablation_levels)],
-        THRESHOLDS: [name for name, multiplier in known if multiplier in PAPER_LEVELS],
-        NEGATIVE: [f"factor {factor:g}" for factor in FACTORS if factor < 0],
-    }
-    for kind, part in table_4.groupby("kind", sort=False):
-        for text, kinds, column, settings, holds, rule in RULES:
-            if kind in kinds:
-                chosen = [name for item in settings for name in stand_for.get(item, [item])]
-                rows = part.set_index("setting").reindex(chosen)
-                ours, theirs = rows[column], rows[f"{column}_paper"]
-                held, rule = _if_known(holds(*ours), ours), f"{NAMES[column]}: {rule}"
-                yield Claim(f"{kind.upper()}: {text}", _listed(ours), _listed(theirs), held, rule)
+def read_table_4(table_4: pd.DataFrame, ablation_levels: pd.DataFrame) -> Iterator[Claim]:
+    """Yield what the paper's Table 4 says, and whether ours says the same."""
+    return read_rules(table_4, rules(ablation_levels))
 
 
-def table_4_claims(table: pd.DataFrame, levels: pd.DataFrame) -> pd.DataFrame:
-    """Return `read_table_4_claims` as a table: columns claim, kind, rule, paper, ours, verdict.
-
-    A claim that does not hold here is no error: it is a result about another model. Paper and ours are the numbers that
-    the rule compares; where one of ours is missing nothing is compared.
-    """
-    said = [(*claim.text.split(": ", 1), claim) for claim in read_table_4_claims(table, levels)]
-    rows = [(text, kind.lower(), claim.rule, claim.paper, claim.ours, claim.verdict) for kind, text, claim in said]
-    return pd.DataFrame(rows, columns=["claim", "kind", "rule", "paper", "ours", "verdict"])
-
-
-def read_table_4(table_4: pd.DataFrame) -> Iterator[Claim]:
-    """Yield whether every setting that switches neurons off removes copies of VM prompts."""
-    rows = of_kinds(table_4, "table_4", "vm")["vm"].set_index("setting")[["sscd_orig", "sscd_orig_paper"]]
-    positive = [f"factor {factor:g}" for factor in FACTORS if factor > 0]
-    none, off = rows.loc[NONE], rows.drop(index=[NONE, *positive], errors="ignore")
-    ours, theirs = (_listed([none[name], off[name].max()]) for name in rows)
-    yield Claim(
-        "VM, SSCD_Orig: all neurons active, and the largest of all searches and negative factors",
-        ours,
-        theirs,
-        _if_known((off["sscd_orig"] < none["sscd_orig"] / 2).all(), [_half(none["sscd_orig"]), *off["sscd_orig"]]),
-        "less than half stays with every search and every factor below 0; another descriptor, so not on one scale",
-    )
+def factor_rules(levels: pd.DataFrame) -> list[Rule]:
+    """Return what the paper's Fig. 5b says; its numbers are those of its Table 4."""
+    negative = [f"factor {factor:g}" for factor in FACTORS if factor < 0]
+    return [
+        Rule("half of the activation is enough for a copy", "sscd_orig", (NONE, "factor 0.75", "factor 0.5"),
+             lambda none, *rest: min(rest) > none / 2, "more than half stays"),
+        Rule("a quarter of it is not", "sscd_orig", (NONE, "factor 0.25"), lambda none, quarter: quarter < none / 2,
+             "less than half stays"),
+        Rule("negative factors do what 0 does", "sscd_orig", (NONE, default_setting(levels), *negative),
+             lambda none, zero, *rest: max(abs(value - zero) for value in rest) <= 0.1 * (none - zero),
+             "none is further from factor 0, the default, than a tenth of what that removes"),
+    ]  # fmt: skip
 
 
-def read_5b(scaling: pd.DataFrame) -> Iterator[Claim]:
+def read_5b(table_4: pd.DataFrame, ablation_levels: pd.DataFrame) -> Iterator[Claim]:
     """Yield where the copy breaks when neurons are scaled."""
-    vm = of_kinds(scaling, "scaling", "vm")["vm"].set_index("factor")
-    chosen, off = vm.reindex([1, 0.5, 0, -1]), vm.loc[vm.index < 0, "sscd_orig"]
-    whole, half, none, opposite = chosen["sscd_orig"]
-    yield Claim(
-        "VM, SSCD_Orig at the factors 1, 0.5, 0, -1",
-        _listed(chosen["sscd_orig"]),
-        _listed(chosen["sscd_orig_paper"]),
-        _if_known(max(none, *off) < whole / 2 < half, [_half(whole), half, none, *off]),
-        "more than half stays at 0.5, less than half at 0 and every negative factor; the paper's numbers are its Table 4's",
-    )
+    return read_rules(table_4, factor_rules(ablation_levels))
 
 
 def read_14(threshold_map: pd.DataFrame) -> Iterator[Claim]:
-    """Yield whether higher thresholds give fewer neurons, before and after refinement."""
-    equal = threshold_map[threshold_map["initial"] == threshold_map["refinement"]].sort_values("initial_threshold")
-    for kind, rows in equal.groupby("kind", sort=False):
-        counts, lowest = [rows["initial_neurons"], rows["neurons"]], rows.iloc[0]
+    """Yield whether a higher threshold selects fewer candidates; what is left of them is Table 4's."""
+    for kind, part in threshold_map.drop_duplicates(["kind", "initial"]).groupby("kind", sort=False):
+        rows = part.sort_values("initial_threshold")
+        counts, lowest = rows["initial_neurons"], rows.iloc[0]
         yield Claim(
-            f"{kind.upper()}: neurons, initial and refined, both thresholds from low to high",
-            "; ".join(map(_listed, counts)),
-            "; ".join(_listed(rows[f"{name}_paper"]) for name in ("initial_neurons", "neurons")),
-            _if_known(all(map(_falls, counts)), pd.concat(counts)) if len(rows) > 1 else None,
-            "both medians never rise from one threshold to the next, and end lower than they began; the initial selection "
-            f"came to the lowest for {lowest['reached']} of {lowest['prompts']} prompts, for the others refinement starts "
-            "from the score where it ended",
+            f"{kind.upper()}: neurons of the initial selection, thresholds from low to high",
+            listed(counts),
+            listed(rows["initial_neurons_paper"]),
+            _falls(counts) if len(rows) > 1 and counts.notna().all() else None,
+            "the median never rises from one threshold to the next, and ends lower than it began; the selection came down to "
+            f"the lowest for {lowest['reached']} of {lowest['prompts']} prompts",
         )
 
 
@@ -465,25 +393,27 @@ def read_15(threshold_map: pd.DataFrame, table_4: pd.DataFrame) -> Iterator[Clai
     """Yield whether every pair of thresholds removes copies of VM prompts."""
     untouched = of_kinds(table_4, "table_4", "vm")["vm"].set_index("setting").loc[NONE, "sscd_orig"]
     ends = threshold_map[threshold_map["kind"] == "vm"][["sscd_orig", "sscd_orig_paper"]].agg(["min", "max"])
+    largest = ends.loc["max", "sscd_orig"]
     yield Claim(
         "VM, SSCD_Orig of all pairs, lowest and highest",
-        _listed(ends["sscd_orig"]),
-        _listed(ends["sscd_orig_paper"]),
-        _if_known(ends.loc["max", "sscd_orig"] < untouched / 2, [_half(untouched), *ends["sscd_orig"]]),
-        f"every pair removes more than half of the copy similarity (all neurons active: {_listed([untouched])})",
+        listed(ends["sscd_orig"]),
+        listed(ends["sscd_orig_paper"]),
+        None if np.isnan([untouched, largest]).any() else bool(largest < untouched / 2),
+        f"every pair removes more than half of the copy similarity (all neurons active: {listed([untouched])})",
     )
 
 
 def read_ladder(neuron_ladder: pd.DataFrame) -> Iterator[Claim]:
     """Yield what more copies in training do; the paper has no ladder."""
-    medians, none = ladder_medians(neuron_ladder), neuron_ladder.loc[neuron_ladder["neuron_count"] == 0, "copies"]
-    low, high = medians.iloc[0], medians.iloc[-1]
-    change = {name: f"{_listed([low[name]])} to {_listed([high[name]])}" for name in LADDER}
+    medians = neuron_ladder.groupby("copies")[list(LADDER)].median()
+    change = {name: f"{listed([column.iloc[0]])} to {listed([column.iloc[-1]])}" for name, column in medians.items()}
+    rank = neuron_ladder[["copies", "neuron_count"]].corr(method="spearman").loc["copies", "neuron_count"]
     yield Claim(
-        f"from {low['copies']:g} to {high['copies']:g} copies in training, medians",
-        f"{change['neuron_count']} neurons (rank correlation {_listed([ladder_rank(neuron_ladder)])}), memorization score "
+        f"from {medians.index[0]:g} to {medians.index[-1]:g} copies in training, medians",
+        f"{change['neuron_count']} neurons (rank correlation {listed([rank])}), memorization score "
         f"{change['score_before']}, copy similarity {change['copy_before']}, without the neurons {change['copy_after']}",
     )
+    none = neuron_ladder.loc[neuron_ladder["neuron_count"] == 0, "copies"]
     up_to = f", up to {none.max():g} copies" if len(none) else ""
     yield Claim("prompts of the duplication ladder without neurons", f"{len(none)} of {len(neuron_ladder)}{up_to}")
 
@@ -491,22 +421,7 @@ def read_ladder(neuron_ladder: pd.DataFrame) -> Iterator[Claim]:
 def _falls(values: Sequence[float]) -> bool:
     """Return whether values never rise and end lower than they began."""
     values = list(values)
-    return values == sorted(values, reverse=True) and values[-1] < values[0]
-
-
-def _if_known(holds: bool, numbers: Sequence[float]) -> bool | None:
-    """Return whether a rule holds; None where one of the numbers that it compares is missing."""
-    return None if np.isnan(np.asarray(numbers, dtype=float)).any() else bool(holds)
-
-
-def _half(similarity: float) -> float:
-    """Return half of a copy similarity; missing where there is none that could fall."""
-    return similarity / 2 if similarity > 0 else np.nan
-
-
-def _listed(numbers: Sequence[float]) -> str:
-    """Return numbers of neurons or similarities as text."""
-    return ", ".join("–" if np.isnan(number) else f"{round(number, 2):g}" for number in numbers)
+    return bool(values == sorted(values, reverse=True) and values[-1] < values[0])
 
 
 # Figures and tables
@@ -519,29 +434,21 @@ def _listed(numbers: Sequence[float]) -> str:
     "most active neurons of each layer. Factors scale the neurons of the default. The paper's guidance is 7, ours that of the generation.",
     read=read_table_4,
 )  # fmt: skip
-def show_table_4(table_4: pd.DataFrame) -> pd.DataFrame:
+def table_4(table_4: pd.DataFrame) -> pd.DataFrame:
     return shown_table(table_4)
 
 
-@exhibit(
-    "", "Table 4 as a figure",
-    "Filled: ours, median over prompts with its 95 % bootstrap interval. Hollow: the paper's median, of another model.",
-    read=read_table_4,
-)  # fmt: skip
+@exhibit("", "Table 4 as a figure", AS_FIGURE)
 def table_4_figure(table_4: pd.DataFrame) -> Figure:
-    height = 0.3 * table_4["setting"].nunique() + 0.9
-    with plots.panels(1, len(METRICS), aspect=height / plots.TEXT_WIDTH, sharey=True) as (figure, axes):
-        plots.intervals(figure, axes, table_4)
-    return figure
+    return settings_figure(table_4)
 
 
 @exhibit(
     "", "what the paper's Table 4 says",
-    "Each rule holds in the paper's table. Numbers are those that the rule compares, in its order.",
-    read=read_table_4_claims,
+    "Each rule holds in the paper's table. Numbers are those that the rule compares, the paper's in the same order.",
 )  # fmt: skip
-def show_table_4_claims(table_4_claims: pd.DataFrame) -> pd.DataFrame:
-    return table_4_claims
+def table_4_claims(table_4: pd.DataFrame, ablation_levels: pd.DataFrame) -> pd.DataFrame:
+    return claim_rows(read_table_4(table_4, ablation_levels))
 
 
 @exhibit(

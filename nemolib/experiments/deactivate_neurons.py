@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from itertools import cycle, islice, product
 from operator import or_
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from nemolib import metrics, mitigation, paper, plots
-from nemolib.exhibits import Claim, exhibit, must, of_kinds
+from nemolib.exhibits import Claim, exhibit, must
 from nemolib.layers import value_activations, widths
 from nemolib.localization import by_prompt, memorized, shared_neurons
 from nemolib.mitigation import AttentionScaling, DeactivatedNeurons, EmbeddingAdjustment, Mitigation, RandomTokens
@@ -135,7 +135,7 @@ def _count(item: Mitigation | None, prompt: str) -> int:
     return len(item.neurons_of(prompt)) if isinstance(item, DeactivatedNeurons) else 0
 
 
-def table_1(values: pd.DataFrame, reported: pd.DataFrame | None = None) -> pd.DataFrame:
+def medians(values: pd.DataFrame, reported: pd.DataFrame | None = None) -> pd.DataFrame:
     """Return Table 1: median, median absolute deviation and interval over prompts, with the paper's medians beside.
 
     Where a setting was repeated, a prompt counts with its mean over the repeats. A prompt without a value is left out,
@@ -169,7 +169,7 @@ def table_1(values: pd.DataFrame, reported: pd.DataFrame | None = None) -> pd.Da
 
 
 def shown_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a table of `table_1` as it is shown: median ± median absolute deviation as text, ours and the paper's."""
+    """Return a table of `medians` as it is shown: median ± median absolute deviation as text, ours and the paper's."""
     shares = ["" if np.isnan(share) else f"{share:.0%}" for share in table["memorized"]]
     columns = {"setting": table["setting"], "prompts": table["kind"].str.upper(), "copies": shares}
     for name, label in NAMES.items():
@@ -200,22 +200,82 @@ def fair(
     yield must("a refined set is no larger than its initial selection", sizes[INITIAL] - sizes[NEMO], at_least=0)
 
 
-def _verbatim(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of Table 1 for VM prompts by setting; raise NotEnough where none has a copy similarity."""
-    return of_kinds(table, "table_1", "vm", column="sscd_orig")["vm"].set_index("setting")
+class Rule(NamedTuple):
+    """What a table of the paper says, in which it holds.
+
+    Attributes:
+        text: What it says.
+        column: The numbers that are compared.
+        settings: The settings whose numbers they are, in the order in which `holds` takes them.
+        holds: Whether it holds for these numbers.
+        rule: The same in words.
+        kinds: The kinds of prompts of which it is said.
+    """
+
+    text: str
+    column: str
+    settings: Sequence[str]
+    holds: Callable[..., bool]
+    rule: str
+    kinds: Sequence[str] = ("vm",)
+
+
+def read_rules(table: pd.DataFrame, rules: Sequence[Rule]) -> Iterator[Claim]:
+    """Yield for each rule whether it holds in our table, a table of `medians`; undecided where a number is missing.
+
+    A claim that does not hold is no error: it is a result about another model.
+    """
+    for kind, part in table.groupby("kind", sort=False):
+        for item in [item for item in rules if kind in item.kinds]:
+            rows = part.set_index("setting").reindex(item.settings)
+            ours, theirs = rows[item.column], rows[f"{item.column}_paper"]
+            named = [f"{short(name)} = {listed([value])}" for name, value in ours.items()]
+            held = None if ours.isna().any() else bool(item.holds(*ours))
+            yield Claim(
+                f"{kind.upper()}: {item.text}",
+                ", ".join(named),
+                listed(theirs),
+                held,
+                f"{NAMES[item.column]}: {item.rule}",
+            )
+
+
+def claim_rows(claims: Iterable[Claim]) -> pd.DataFrame:
+    """Return claims as a table: columns claim, rule, paper, ours, verdict."""
+    rows = [(claim.text, claim.rule, claim.paper, claim.ours, claim.verdict) for claim in claims]
+    return pd.DataFrame(rows, columns=["claim", "rule", "paper", "ours", "verdict"])
+
+
+def short(setting: str) -> str:
+    """Return the name of a setting where there is little room."""
+    return SHORT.get(setting, setting.removesuffix(" (Somepalli)").replace("random ", ""))
+
+
+def listed(numbers: Iterable[float]) -> str:
+    """Return numbers as text; what is not known (no planted image, one image per prompt, no number of the paper) as a dash."""
+    return ", ".join("–" if np.isnan(number) else f"{round(number, 2):g}" for number in numbers)
+
+
+RULES = (
+    Rule("NeMo removes copies", "sscd_orig", (NONE, NEMO), lambda none, nemo: nemo < none / 2, "less than half stays"),
+    Rule("random neurons change nothing", "sscd_orig", (NONE, RANDOM, NEMO),
+         lambda none, random, nemo: none - random <= 0.1 * (none - nemo),
+         "random neurons remove at most a tenth of what NeMo does"),
+    Rule("NeMo removes copies as well as the best baseline", "sscd_orig", (NONE, NEMO, *BASELINES),
+         lambda none, nemo, *baselines: none - nemo >= 0.9 * (none - min(baselines)),
+         "NeMo removes at least nine tenths of what the best of the others does, the one with the lowest number"),
+    Rule("one random token is not enough", "sscd_orig", (NONE, ONE_TOKEN), lambda none, token: token > none / 2,
+         "more than half stays"),
+    Rule("images become diverse", "d_sscd", (NONE, NEMO), lambda none, nemo: nemo < none / 2, "less than half stays"),
+    Rule("the alignment with the prompt stays", "a_clip", (NONE, NEMO), lambda none, nemo: nemo >= 0.9 * none,
+         "at least nine tenths stay"),
+)  # fmt: skip
+"""What the paper's Table 1 says about VM prompts."""
 
 
 def read_table_1(table_1: pd.DataFrame) -> Iterator[Claim]:
-    """Yield whether NeMo removes copies and random neurons do not."""
-    rows, order = _verbatim(table_1), [NONE, RANDOM, NEMO]
-    none, random, nemo = rows.loc[order, "sscd_orig"]
-    yield Claim(
-        "SSCD_Orig of VM prompts: untouched, random neurons, NeMo",
-        _numbers(none, random, nemo),
-        _numbers(*rows.loc[order, "sscd_orig_paper"]),
-        bool(nemo < 0.5 * none < random),
-        "NeMo removes more than half, random neurons do not; another descriptor, so not on one scale",
-    )
+    """Yield what the paper's Table 1 says about VM prompts, and whether ours says the same."""
+    return read_rules(table_1, RULES)
 
 
 @exhibit(
@@ -225,89 +285,38 @@ def read_table_1(table_1: pd.DataFrame) -> Iterator[Claim]:
     "with an image whose SSCD_Orig is above 0.7. The paper's numbers are of Stable Diffusion, with SSCD and CLIP.",
     read=read_table_1,
 )  # fmt: skip
-def show_table_1(table_1: pd.DataFrame) -> pd.DataFrame:
+def table_1(table_1: pd.DataFrame) -> pd.DataFrame:
     """Return Table 1 as it is shown."""
     return shown_table(table_1)
 
 
-def read_by_kind(table_1: pd.DataFrame) -> Iterator[Claim]:
-    """Yield what the mitigations do to prompts of each kind."""
-    for kind, part in table_1.groupby("kind", sort=False):
-        rows = part.set_index("setting").loc[[NONE, RANDOM, INITIAL, NEMO]]
-        for name in ("sscd_orig", "d_sscd", "a_clip"):
-            ours, theirs = (_numbers(*rows[f"{name}{end}"]) for end in ("", "_paper"))
-            yield Claim(f"{kind.upper()}, {NAMES[name]}: untouched, random, initial selection, NeMo", ours, theirs)
-        yield Claim(f"{kind.upper()}, share of prompts with a copy: in the same order", _numbers(*rows["memorized"]))
-
-
-@exhibit(
-    "", "Table 1 as a figure",
-    "Filled: ours, median over prompts with its 95 % bootstrap interval. Hollow: the paper's median, of another model.",
-    read=read_by_kind,
-)  # fmt: skip
-def table_1_figure(table_1: pd.DataFrame) -> Figure:
-    """Return Table 1 as a figure: a panel for each metric, a row for each setting, VM and TM."""
-    _verbatim(table_1)
-    height = 0.3 * table_1["setting"].nunique() + 0.9
-    with panels(1, len(METRICS), aspect=height / TEXT_WIDTH, sharey=True) as (figure, axes):
-        intervals(figure, axes, table_1)
-    return figure
-
-
-HIGHEST, MAD = "the highest baseline", "its median absolute deviation"
-"""What rules compare beside settings."""
-
-RULES: tuple[tuple[str, str, tuple[str, ...], str, Callable[..., bool]], ...] = (
-    ("random neurons change nothing", "sscd_orig", (NONE, RANDOM, NEMO),
-     "random neurons lower it by at most a tenth of what NeMo does (untouched, random, NeMo)",
-     lambda none, random, nemo: none - random <= 0.1 * (none - nemo)),
-    ("NeMo removes copies as well as the baselines", "sscd_orig", (NEMO, HIGHEST),
-     "NeMo is not above the highest of Wen, Ren, 4 and 10 random tokens (NeMo, that baseline)",
-     lambda nemo, baseline: nemo <= baseline),
-    ("one random token is not enough", "sscd_orig", (NONE, ONE_TOKEN),
-     "more than half stays (untouched, one token)",
-     lambda none, token: token > none / 2),
-    ("images become diverse", "d_sscd", (NONE, NEMO),
-     "less than half stays (untouched, NeMo)",
-     lambda none, nemo: nemo < none / 2),
-    ("the alignment with the prompt stays", "a_clip", (NONE, MAD, NEMO),
-     "falls by no more than the median absolute deviation over prompts (untouched, its MAD, NeMo)",
-     lambda none, mad, nemo: none - nemo <= mad),
-)  # fmt: skip
-"""Claims of the paper's Table 1 about VM prompts, in which they hold: metric, the settings that are compared, the rule in
-words, and the rule."""
-
-
-def read_table_1_claims(table_1: pd.DataFrame) -> Iterator[Claim]:
-    """Yield what the paper's Table 1 says about VM prompts, and whether ours says the same: `RULES`.
-
-    A claim that does not hold is no error: it is a result about another model. Where a number is missing, such as the
-    similarity of two images if there is one per prompt, nothing is decided.
-    """
-    rows = table_1[table_1["kind"] == "vm"].set_index("setting")
-    rows.loc[HIGHEST] = rows[rows.index.isin(BASELINES)].max(numeric_only=True)
-    rows.loc[MAD, ["a_clip", "a_clip_paper"]] = rows.reindex([NONE])[["a_clip_mad", "a_clip_paper_mad"]].to_numpy()[0]
-    for text, metric, settings, rule, holds in RULES:
-        chosen = rows.reindex(settings)
-        ours, theirs = chosen[metric], chosen[f"{metric}_paper"]
-        held = None if ours.isna().any() else bool(holds(*ours))
-        yield Claim(text, _numbers(*ours), _numbers(*theirs), held, f"{NAMES[metric]}: {rule}")
-
-
-def table_1_claims(table: pd.DataFrame) -> pd.DataFrame:
-    """Return what the paper's Table 1 says about VM prompts (`RULES`): columns claim, rule, paper, ours, verdict."""
-    rows = [(item.text, item.rule, item.paper, item.ours, item.verdict) for item in read_table_1_claims(table)]
-    return pd.DataFrame(rows, columns=["claim", "rule", "paper", "ours", "verdict"])
-
-
 @exhibit(
     "", "what the paper's Table 1 says about VM prompts",
-    "Each rule holds in the paper's table. Numbers are those that the rule compares, in its order.",
-    read=read_table_1_claims,
+    "Each rule holds in the paper's table. Numbers are those that the rule compares, the paper's in the same order.",
 )  # fmt: skip
-def show_table_1_claims(table_1_claims: pd.DataFrame) -> pd.DataFrame:
-    """Return the claims as they are."""
-    return table_1_claims
+def table_1_claims(table_1: pd.DataFrame) -> pd.DataFrame:
+    """Return the claims of Table 1 as a table."""
+    return claim_rows(read_table_1(table_1))
+
+
+AS_FIGURE = (
+    "Filled: ours, median over prompts with its 95 % bootstrap interval. Hollow: the paper's median, of another model."
+)
+"""Caption of a table of `medians` as a figure."""
+
+
+@exhibit("", "Table 1 as a figure", AS_FIGURE)
+def table_1_figure(table_1: pd.DataFrame) -> Figure:
+    """Return Table 1 as a figure."""
+    return settings_figure(table_1)
+
+
+def settings_figure(table: pd.DataFrame) -> Figure:
+    """Return a table of `medians` as a figure: a panel for each metric, a row for each setting, VM and TM."""
+    height = 0.3 * table["setting"].nunique() + 0.9
+    with panels(1, len(METRICS), aspect=height / TEXT_WIDTH, sharey=True) as (figure, axes):
+        intervals(figure, axes, table)
+    return figure
 
 
 def one_of_each(run: Run, prompts: Sequence[str], settings: Mapping[str, Sequence[Mitigation | None]]) -> Grid:
@@ -322,9 +331,7 @@ def one_of_each(run: Run, prompts: Sequence[str], settings: Mapping[str, Sequenc
 )
 def mitigation_images(mitigation_images: Grid) -> Figure:
     """Return the grid of `one_of_each` with short names."""
-    tokens = [name.removesuffix(" (Somepalli)").replace("random ", "") for name in mitigation_images.columns]
-    names = tuple(map(SHORT.get, mitigation_images.columns, tokens))
-    return image_grid(replace(mitigation_images, columns=names))
+    return image_grid(replace(mitigation_images, columns=tuple(map(short, mitigation_images.columns))))
 
 
 # One neuron, many prompts
@@ -514,7 +521,7 @@ def read_unharmed(unmemorized_images: pd.DataFrame) -> Iterator[Claim]:
     )
     yield Claim(
         "D_SSCD of unmemorized prompts: before, without one set, without all",
-        _numbers(*(middle[f"d_sscd_{name}"] for name in ("before", "one", "all"))),
+        listed(middle[f"d_sscd_{name}"] for name in ("before", "one", "all")),
     )
 
 
@@ -618,8 +625,3 @@ def unmemorized_grid(unmemorized_grid: Grid, unmemorized_quality: pd.DataFrame) 
     """Return the images; the box says how many neurons are off."""
     counts = [unmemorized_quality["neurons"].iloc[0]] * len(unmemorized_grid.rows)
     return image_grid(unmemorized_grid, counts=counts, halves=("all neurons active", "neurons deactivated"))
-
-
-def _numbers(*values: float) -> str:
-    """Return numbers as text; what is not known (no planted image, one image per prompt, no number of the paper) as a dash."""
-    return ", ".join("-" if np.isnan(value) else f"{value:.2f}" for value in values)

@@ -7,17 +7,17 @@ import pandas as pd
 import pytest
 
 from nemolib import paper, paths
-from nemolib.exhibits import NotEnough
 from nemolib.experiments import ablations
 from nemolib.experiments.ablations import FACTORS, GUIDANCE, NO_REFINEMENT, NO_TOP_K
-from nemolib.experiments.deactivate_neurons import METRICS, NONE, measured
+from nemolib.experiments.deactivate_neurons import NONE, measured
 from nemolib.localization import by_prompt
 from nemolib.mitigation import DeactivatedNeurons
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import load_pipeline
 from nemolib.run import Run
 from nemolib.settings import Profile
-from tests.random_world import amplify, write_encoders, write_prompts
+from tests.random_world import SMALL, amplify, write_encoders, write_prompts
+from tests.unit.test_deactivate_neurons import as_ours, assert_all_hold, put
 
 VM, TM = ["a tree", "the sea"], ["old map", "red owl card"]
 LADDER = {"my dog": 4, "my cat": 4, "my hat": 1, "my cup": 1}
@@ -30,23 +30,7 @@ LEVELS = pd.DataFrame(
 ).assign(threshold=[0.288, 0.358, 0.428, 0.498], default=[False, False, True, False])
 
 
-def like_the_paper(kind="vm", setting=None, column=None, value=None):
-    """Return Table 4 with the paper's numbers as ours, but for one."""
-    table = ablations.reported(LEVELS)
-    theirs = table[["neurons", *METRICS]].add_suffix("_paper")
-    table.loc[(table["setting"] == setting) & (table["kind"] == kind), column or "neurons"] = value
-    return table.join(theirs)
-
-
-def put(value, column, kind="vm", **where):
-    """Return a change of a table: a value in a column of the rows of a kind with these values."""
-
-    def change(table):
-        rows = (table["kind"] == kind) & np.logical_and.reduce([table[name] == value for name, value in where.items()])
-        return table.assign(**{column: table[column].mask(rows, value)})
-
-    return change
-
+PAPERS = as_ours(ablations.reported(LEVELS))
 
 RULES_TURN = {
     "a higher threshold gives fewer neurons": (HIGH, 7, 99), "every threshold removes copies": (HIGH, 0.8),
@@ -57,25 +41,33 @@ RULES_TURN = {
 }  # fmt: skip
 """For each rule a setting, and the value that turns it in the kept table for VM and for TM prompts."""
 
-SEARCHES = "VM, SSCD_Orig: all neurons active, and the largest of all searches and negative factors"
-PAIRS = "neurons, initial and refined, both thresholds from low to high"
-
 TURNS = [
     *(
-        ("table_4_claims", "table_4", put(value, column, kind, setting=RULES_TURN[text][0]), f"{kind.upper()}: {text}")
-        for text, kinds, column, *_ in ablations.RULES
-        for kind, value in zip(kinds, RULES_TURN[text][1:], strict=True)
+        (
+            name,
+            "table_4",
+            put(value, rule.column, kind, setting=RULES_TURN[rule.text][0]),
+            f"{kind.upper()}: {rule.text}",
+        )
+        for name, rules in (("table_4", ablations.rules(LEVELS)), ("figure_5b", ablations.factor_rules(LEVELS)))
+        for rule in rules
+        for kind, value in zip(rule.kinds, RULES_TURN[rule.text][1:], strict=True)
     ),
-    *((name, "table_4", put(0.4, "sscd_orig", setting=GUIDANCE), SEARCHES) for name in ("table_4", "table_4_figure")),
-    ("figure_5b", "scaling", put(0.1, "sscd_orig", factor=0.5), "VM, SSCD_Orig at the factors 1, 0.5, 0, -1"),
+    *(
+        (
+            "figure_14",
+            "threshold_map",
+            put(999, "initial_neurons", kind, initial="mean + 1 sd"),
+            f"{kind.upper()}: neurons of the initial selection, thresholds from low to high",
+        )
+        for kind in ("vm", "tm")
+    ),
     (
         "figure_15",
         "threshold_map",
         put(0.8, "sscd_orig", initial="mean"),
         "VM, SSCD_Orig of all pairs, lowest and highest",
     ),
-    ("figure_14", "threshold_map", put(999, "neurons", "vm", initial="mean + 1 sd"), f"VM: {PAIRS}"),
-    ("figure_14", "threshold_map", put(999, "initial_neurons", "tm", initial="mean + 1 sd"), f"TM: {PAIRS}"),
 ]
 
 
@@ -86,13 +78,18 @@ def run(tmp_path_factory, random_model_folder):
     kinds = dict.fromkeys(VM, "vm") | dict.fromkeys(TM, "tm") | dict.fromkeys(LADDER, "ladder")
     holdout = [f"{first} {second}" for first in "cdef" for second in "uvyz"]
     prompts = write_prompts(folder, kinds, unmemorized=["a house"], holdout=holdout, copies=LADDER)
-    profile = Profile(
-        name="random", model=str(random_model_folder), device="cpu", protocol="paper", prompts=prompts, holdout_size=16,
-        threshold_prompts=6, detection={"samples": 3}, similarity={"kernel_size": 3, "sigma": 0.5},
-        search={"theta_start": 12.0, "theta_step": 1.0, "theta_min": 11.0, "k_start": 1, "k_step": 1},
-        generation={"samples": 2, "steps": 2, "guidance": 3.0, "batch_size": 16},
-        encoders=write_encoders(folder, random_model_folder),
-    )  # fmt: skip
+    chosen = {
+        "search": {"theta_start": 12.0, "theta_step": 1.0, "theta_min": 11.0, "k_start": 1, "k_step": 1},
+        "detection": {"samples": 3},
+        "generation": {"samples": 2, "steps": 2, "guidance": 3.0, "batch_size": 16},
+        "threshold_prompts": 6,
+    }
+    files = {
+        "model": str(random_model_folder),
+        "prompts": prompts,
+        "encoders": write_encoders(folder, random_model_folder),
+    }
+    profile = Profile(**SMALL | chosen | files, holdout_size=16, protocol="paper")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "BUILD", folder)
         yield Run(profile, amplify(load_pipeline(profile)), progress=False)
@@ -141,7 +138,7 @@ def test_settings_are_those_of_the_paper_then_the_cells(found, levels):
 
 
 def test_the_tables_have_the_papers_rows_beside(found, values, levels):
-    table, theirs = ablations.table_4(values, levels), paper.table("table_4").set_index(["setting", "kind"])
+    table, theirs = ablations.ablation_medians(values, levels), paper.table("table_4").set_index(["setting", "kind"])
     ours = table.set_index(["setting", "kind"])
     for name, reported in ((OWN, "default (0.428)"), (LOW, "threshold 0.288"), ("factor -1", "factor -1")):
         assert ours.loc[(name, "tm"), "neurons_paper"] == theirs.loc[(reported, "tm"), "neurons"]
@@ -155,31 +152,21 @@ def test_the_tables_have_the_papers_rows_beside(found, values, levels):
     assert cells.loc[4, "sscd_orig"] == seen["sscd_orig"].median()
 
 
-def test_fair_ablations_and_what_is_not_fair(run, found, values, levels):
-    assert all(claim.holds and claim.must for claim in ablations.fair(run, found, values, levels))
+def test_right_searches_and_what_is_not_right(run, found, levels):
+    assert all(claim.holds and claim.must for claim in ablations.fair(run, found, levels))
     rows = (found["setting"] == HIGH) & (found["prompt"] == VM[0])
     others = NeuronSet.of([(0, layer) for layer in range(8)], layers=7).to_json()
-    for column, value, place in (("neurons", others, 1), ("initial_count", 10_000, 2), ("refined_score", 1.5, 3)):
+    for place, (column, value) in enumerate([("neurons", others), ("initial_count", 10_000), ("refined_score", 1.5)]):
         changed = found.assign(**{column: found[column].mask(rows, value)})
-        claims = list(ablations.fair(run, changed, values, levels))
-        assert [claim.holds for claim in claims] == [number != place for number in range(5)]
-    fewer = list(ablations.fair(run, found, values.iloc[1:].assign(neurons=range(len(values) - 1)), levels))
-    assert not fewer[0].holds
-    assert not fewer[4].holds
+        holds = [claim.holds for claim in ablations.fair(run, changed, levels)]
+        assert holds == [number != place for number in range(3)]
 
 
 def test_every_claim_holds_in_the_papers_table_and_none_without_numbers():
-    claims = ablations.table_4_claims(like_the_paper(), LEVELS)
-    assert (claims["verdict"] == "holds").all()
-    assert claims["ours"].tolist() == claims["paper"].tolist()
-    assert claims.loc[0, ["claim", "paper"]].tolist() == ["a higher threshold gives fewer neurons", "10.5, 6, 4, 3"]
-    missing = ablations.table_4_claims(like_the_paper("vm", "factor 0.25", "sscd_orig", np.nan), LEVELS)
-    assert missing.loc[missing["verdict"] != "holds", "claim"].tolist() == ["a quarter of it is not"]
-    for value in (np.nan, -0.1):
-        (claim,) = ablations.read_table_4(like_the_paper("vm", NONE, "sscd_orig", value))
-        assert claim.holds is None
-    with pytest.raises(NotEnough, match="table 'table_4' has no rows with kind 'vm'"):
-        list(ablations.read_table_4(like_the_paper().query("kind == 'tm'")))
+    assert_all_hold([*ablations.read_table_4(PAPERS, LEVELS), *ablations.read_5b(PAPERS, LEVELS)])
+    assert ablations.table_4_claims(PAPERS, LEVELS).loc[0, "paper"] == "10.5, 6, 4, 3"
+    missing = put(np.nan, "sscd_orig", setting="factor 0.25")(PAPERS)
+    assert [claim.holds for claim in ablations.read_5b(missing, LEVELS)] == [True, None, True]
 
 
 def test_thresholds_are_named_below_the_last_row_and_left_of_the_first_column():
@@ -207,8 +194,7 @@ def test_the_ladder_goes_up_and_may_be_missing(run):
     numbers = pd.DataFrame({"copies": [1, 1, 8, 8], "neuron_count": [0, 2, 3, 5]}).assign(
         **{name: 1.0 for name in ladder if name not in ("copies", "neuron_count")}
     )
-    assert ablations.ladder_medians(numbers)["neuron_count"].tolist() == [1, 4]
-    assert ablations.ladder_rank(numbers) == pytest.approx(
-        numbers["copies"].corr(numbers["neuron_count"], method="spearman")
-    )
-    assert np.isnan(ablations.ladder_rank(numbers.assign(neuron_count=1)))
+    medians, without = ablations.read_ladder(numbers)
+    assert medians.ours.startswith("1 to 4 neurons (rank correlation 0.89), memorization score 1 to 1")
+    assert without.ours == "1 of 4, up to 1 copies"
+    assert "rank correlation –" in next(ablations.read_ladder(numbers.assign(neuron_count=1))).ours

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from nemolib import metrics, paths
-from nemolib.exhibits import NotEnough
 from nemolib.experiments import side_effects
 from nemolib.experiments.side_effects import FREQUENT, OTHER, QUALITY, UNTOUCHED, Blocked
 from nemolib.first_step import first_step
@@ -52,13 +51,11 @@ def forgetful_convolutions(table):
 
 TURNS = [
     ("figure_5a", "blocked_quality", harmless, "FID with the most blocked neurons"),
-    ("figure_8", "blocked_quality", harmless, "FID with the most blocked neurons"),
     ("table_3", "block_similarity", lambda table: table.assign(cosine=0.995), "lowest cosine of a block's output, most frequent neurons"),
     ("figure_16", "layer_effects", layers_of_the_paper, "SSCD_Orig with one of the value layers set to zero"),
     ("figure_16", "layer_effects", layers_of_the_paper, "SSCD_Orig with one of the key layers set to zero"),
     ("figure_16", "layer_effects", lambda table: table.iloc[1:], "every layer has every prompt"),
     ("figure_17", "layer_effects", layers_of_the_paper, "A_CLIP with one of the value or key layers set to zero"),
-    ("figure_20", "layer_effects", forgetful_convolutions, "half of the channels of one of the convolutions blocked"),
     ("convolutions", "layer_effects", forgetful_convolutions, "half of the channels of one of the convolutions blocked"),
 ]  # fmt: skip
 
@@ -91,13 +88,12 @@ def test_the_neurons_of_most_prompts_are_blocked_first_and_others_are_none(run, 
     assert side_effects.ranked_neurons(found()) == [(0, 1), (2, 5), (2, 4), (6, 3)]
     others = [(OTHER, number, number, draw) for number in (1, 4) for draw in (0, 1)]
     assert [item.labels for item in sets] == [(UNTOUCHED, 0, 0, 0), (FREQUENT, 1, 1, 0), (FREQUENT, 4, 4, 0), *others]
-    assert all(claim.holds and claim.must for claim in side_effects.fair(found(), sets))
     assert sets[5].neurons != sets[6].neurons
     # With few prompts there is one number; others are none of any prompt all the same.
-    few = side_effects.blocked_sets(run, found())
-    assert [claim.holds for claim in side_effects.fair(found(), few)] == [True, True, True]
-    wrong = [replace(sets[1], asked=4), replace(sets[2], setting=OTHER)]
-    assert [claim.holds for claim in side_effects.fair(found(), wrong)] == [False, False, False]
+    for item in (*sets[3:], side_effects.blocked_sets(run, found())[-1]):
+        assert not set(item.neurons) & set(side_effects.ranked_neurons(found()))
+    for item in sets[5:]:
+        assert item.neurons.counts == sets[2].neurons.counts
     assert len(side_effects.blocked_sets(run, found().query("kind == 'unmemorized'"))) == 1
 
 
@@ -107,8 +103,6 @@ def test_others_are_fewer_where_a_layer_has_no_more():
     assert drawn.layers[0] == (3, 4)
     assert len(drawn.layers[1]) == 1 != drawn.layers[1][0]
     assert not side_effects.other_neurons(NeuronSet(((0,), ())), taken, (5, 5), seed=0) - drawn
-    with pytest.raises(ValueError, match="neuron 9 of layer 0 does not exist"):
-        side_effects.other_neurons(NeuronSet(((9,), ())), taken, (5, 5), seed=0)
 
 
 @pytest.mark.parametrize(("samples", "number"), [(1, 0), (2, 2), (3, 6), (4, 6), (5, 5), (10, 10)])
@@ -141,13 +135,13 @@ def test_one_distance_by_hand_and_every_other(run, sets):
 
 def test_mean_deviation_and_change_over_splits_and_draws():
     rows = [
-        (setting, 9, neurons, draw, split, split, "fid", "features", 40, value, "")
+        (setting, 9, neurons, draw, split, split, "fid", "features", 40, value)
         for split, base in enumerate((10.0, 12.0))
         for setting, neurons, draw, value in (
             (UNTOUCHED, 0, 0, base), (FREQUENT, 9, 0, base + 4 + 2 * split), (OTHER, 7, 0, base + 1), (OTHER, 8, 1, base + 3)
         )
     ]  # fmt: skip
-    columns = ["setting", "asked", "neurons", "draw", "split", "pair", "metric", "encoder", "images", "value", "reason"]
+    columns = ["setting", "asked", "neurons", "draw", "split", "pair", "metric", "encoder", "images", "value"]
     summary = side_effects.quality_summary(pd.DataFrame(rows, columns=columns)).set_index("setting")
     assert summary["mean"].tolist() == [11, 16, 13]
     # Differences in the same split: the common part of splits is gone.
@@ -157,19 +151,10 @@ def test_mean_deviation_and_change_over_splits_and_draws():
     )
 
 
-@pytest.mark.parametrize(
-    ("prompts", "samples"), [(UNMEMORIZED[:1], 1), (UNMEMORIZED, 1), (UNMEMORIZED[:1], 2), ([], 4)]
-)
-def test_too_few_images_give_a_reason_and_no_images(run, sets, prompts, samples):
+@pytest.mark.parametrize(("prompts", "samples"), [(UNMEMORIZED, 1), (UNMEMORIZED[:1], 2), ([], 4)])
+def test_too_few_images_for_a_covariance_are_not_made(run, sets, prompts, samples):
     extent = replace(run.profile.extent, quality_samples=samples)
-    values = side_effects.blocked_quality(Run(replace(run.profile, extent=extent), None), prompts, sets)
-    assert len(values) == len(sets) * 3
-    assert values["value"].isna().all()
-    for function in (side_effects.quality_summary, side_effects.figure_5a, side_effects.show_blocked_quality):
-        with pytest.raises(NotEnough, match=rf"prompts: {len(prompts)}, images of each: {samples}"):
-            function(values)
-    with pytest.raises(ValueError, match="the first set must be 'untouched'"):
-        side_effects.blocked_quality(run, UNMEMORIZED, sets[1:])
+    assert side_effects.blocked_quality(Run(replace(run.profile, extent=extent), None), prompts, sets).empty
 
 
 def test_one_cosine_by_hand_and_nothing_changes_before_the_first_neuron(run, sets):
@@ -224,6 +209,4 @@ def test_layers_are_not_compared_without_copies():
     table = pd.DataFrame([(*pair, "down", "", "a", 0.3, 1.0, 0.3) for pair in labels], columns=["part", "layer", "block", "name", "prompt", "sscd_orig", "sscd_gen", "a_clip"])  # fmt: skip
     for read in (side_effects.read_16, side_effects.read_17, side_effects.read_20):
         assert all(claim.holds is None for claim in read(table) if not claim.must)
-    with pytest.raises(NotEnough, match="no values of sscd_orig"):
-        side_effects.figure_16(table.assign(sscd_orig=np.nan))
     assert "not known" in list(side_effects.read_20(table.assign(sscd_orig=np.nan)))[0].ours

@@ -24,8 +24,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,16 +36,15 @@ from torch import Tensor
 
 import nemolib
 from nemolib import paths
-from nemolib.blocked_score import BlockReuse
 from nemolib.first_step import FirstStep, first_step
 from nemolib.holdout import ActivationStatistics, z_scores
-from nemolib.layers import collect_activations, value_activations
+from nemolib.layers import collect_activations
 from nemolib.localization import localize
 from nemolib.neurons import NeuronSet
 from nemolib.paths import write_atomic
 from nemolib.pipeline import embed
 from nemolib.prompts import MEMORIZED, load_prompts
-from nemolib.refinement import Refinement, refine_by_leading_seeds, refine_fast, refine_sequential
+from nemolib.refinement import Refinement, refine_fast, refine_sequential
 from nemolib.run import Run
 from nemolib.selection import Score, out_of_distribution, schedule
 from nemolib.settings import Profile
@@ -57,29 +55,6 @@ SAMPLES = 10
 """Seeds per prompt of the release."""
 
 SEARCHES = ("release", "sequential", "fast")
-
-
-@dataclass(frozen=True)
-class Savings:
-    """What the release's procedure does without; all off is the procedure as written.
-
-    Attributes:
-        one_pass: One UNet pass per noise difference; the release runs the timestep before as well.
-        text_activations: Activations from the text embedding; the release runs the UNet at each theta step.
-        kept_seeds: Only seeds that passed the gate; the release computes all and drops the others.
-        known_sets: No set twice, such as the same candidates at two theta steps, or a neuron with two entries.
-        groups: Candidates tested in groups (`nemolib.refinement.refine_fast`).
-        leading_seeds: A set is rejected on the seeds that lead its score, one candidate at a time.
-        reuse: Blocks before the first changed value layer computed once.
-    """
-
-    one_pass: bool = False
-    text_activations: bool = False
-    kept_seeds: bool = False
-    known_sets: bool = False
-    groups: bool = False
-    leading_seeds: bool = False
-    reuse: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,70 +70,34 @@ class Cost:
 class ReleasedScore:
     """The score of neuron sets as the release computes it; counts UNet sample-evaluations."""
 
-    def __init__(self, step: FirstStep, embedding: Tensor, savings: Savings, world: Profile, gate: float) -> None:
+    def __init__(self, step: FirstStep, embedding: Tensor, world: Profile, gate: float) -> None:
         self.samples = 0
-        self._step, self._embedding, self._savings = step, embedding, savings
+        self._step, self._embedding = step, embedding
         self._compared = {"settings": world.similarity, "protocol": world.protocol}
-        self._all = range(len(step.latents))
-        self._reuse: dict[tuple[int, ...], BlockReuse] = {}
-        self._known: dict[tuple[NeuronSet, int], float] = {}
-        self._unblocked = self.differences(None, self._all)
+        self._unblocked = self.differences()
         best = max_pairwise(pairwise(self._unblocked, **self._compared))
         self.seeds = (best > gate).nonzero().flatten().tolist()
 
     def __call__(self, neurons: NeuronSet) -> float:
-        """Return the largest similarity over the kept seeds."""
-        values = self._similarities(neurons, range(len(self.seeds)))
-        self._known |= {(neurons, place): value for place, value in enumerate(values)}
-        return max(values)
-
-    def of_seeds(self, neurons: NeuronSet, places: Sequence[int], *, limit: float = 1.0) -> float:
-        """Return the largest similarity of some kept seeds, those that are not known evaluated."""
-        known = [self._known[neurons, place] for place in places if (neurons, place) in self._known]
-        if known and max(known) > limit:
-            return max(known)
-        missing = [place for place in places if (neurons, place) not in self._known]
-        self._known |= zip([(neurons, p) for p in missing], self._similarities(neurons, missing), strict=True)
-        return max(self._known[neurons, place] for place in places)
-
-    def screen(self, neurons: NeuronSet, *, limit: float) -> float:
-        """Return the largest similarity over the kept seeds, or only one that is above a limit."""
-        return self.of_seeds(neurons, range(len(self.seeds)), limit=limit)
-
-    def ranking(self, neurons: NeuronSet) -> list[int]:
-        """Return the places of the seeds for which a set was evaluated, the most similar first."""
-        known = [place for place in range(len(self.seeds)) if (neurons, place) in self._known]
-        return sorted(known, key=lambda place: -self._known[neurons, place])
+        """Return the largest similarity over the seeds that passed the gate; the others are computed and dropped."""
+        maps = self.differences(neurons)
+        return similarity(self._unblocked[self.seeds], maps[self.seeds], **self._compared).max().item()
 
     def activations(self) -> tuple[Tensor, ...]:
-        """Return the activations [neuron] of each layer."""
-        if self._savings.text_activations:
-            return tuple(layer[0] for layer in value_activations(self._step.unet, self._embedding))
+        """Return the activations [neuron] of each layer, read in a UNet pass of one sample."""
         with collect_activations(self._step.unet) as collected:
             self._pass(None, [0])
         return tuple(outputs[0][-1].float().abs().mean(dim=0) for outputs in collected)
 
-    def differences(self, neurons: NeuronSet | None, seeds: Sequence[int]) -> Tensor:
-        """Return the noise differences of seeds, in as many passes as the release makes."""
-        if not self._savings.one_pass:
-            self._pass(neurons, seeds)
+    def differences(self, neurons: NeuronSet | None = None) -> Tensor:
+        """Return the noise differences of all seeds; the release runs the timestep before as well."""
+        seeds = list(range(len(self._step.latents)))
+        self._pass(neurons, seeds)
         return self._pass(neurons, seeds)
 
-    def _similarities(self, neurons: NeuronSet, places: Sequence[int]) -> list[float]:
-        seeds = [self.seeds[place] for place in places]
-        if not seeds:
-            return []
-        kept = self._savings.leading_seeds or self._savings.kept_seeds
-        maps = self.differences(neurons, seeds if kept else self._all)
-        return similarity(self._unblocked[seeds], maps if kept else maps[seeds], **self._compared).tolist()
-
-    def _pass(self, neurons: NeuronSet | None, seeds: Sequence[int]) -> Tensor:
+    def _pass(self, neurons: NeuronSet | None, seeds: list[int]) -> Tensor:
         self.samples += self._step.cost * len(seeds)
-        reused = nullcontext()
-        if self._savings.reuse and neurons is not None:
-            reused = self._reuse.setdefault(tuple(seeds), BlockReuse(self._step.unet)).passing(neurons)
-        with reused:
-            return self._step(self._embedding, neurons=neurons, seeds=list(seeds))
+        return self._step(self._embedding, neurons=neurons, seeds=seeds)
 
 
 def release(
@@ -167,11 +106,10 @@ def release(
     statistics: ActivationStatistics,
     world: Profile,
     threshold: float,
-    savings: Savings,
     *,
     gate: float,
 ) -> Cost:
-    """Return the cost of the release's procedure for a prompt, with some savings.
+    """Return the cost of the release's procedure for a prompt.
 
     Cost-faithful: each noise difference takes two UNet passes, of which the first is thrown away; each theta step reads
     the activations in a UNet pass of one sample; all seeds are computed, and those that failed the gate dropped
@@ -187,29 +125,21 @@ def release(
         statistics: Activation statistics.
         world: The profile.
         threshold: Memorization threshold.
-        savings: What it does without.
         gate: Similarity that a seed must exceed.
     """
     start = time.perf_counter()
-    score = ReleasedScore(step, embedding, savings, world, gate)
+    score = ReleasedScore(step, embedding, world, gate)
     if not score.seeds:
         return Cost(score.samples, time.perf_counter() - start, 0, NeuronSet.empty(len(statistics.mean)))
-    ask = cache(score) if savings.known_sets else score
     for theta, k in schedule(world.search, evaluate_limits=world.protocol.evaluate_limits):
         activations = score.activations()
         candidates = out_of_distribution(z_scores(statistics, activations), activations, theta=theta, top_k=k)
-        value = ask(candidates.neurons)
+        value = score(candidates.neurons)
         if value <= threshold:
             break
-    target, entries = max(value, threshold), candidates.entries(double=True)
-    score.differences(None, range(len(step.latents)))
-    if savings.groups:
-        neurons = refine_fast(entries, ask, threshold=target).neurons
-    elif savings.leading_seeds:
-        neurons = refine_by_leading_seeds(entries, score, threshold=target, refine=refine_sequential).neurons
-    else:
-        neurons = _refine_plainly(entries, ask, target)
-    ask(neurons)
+    score.differences()
+    neurons = _refine_plainly(candidates.entries(double=True), score, max(value, threshold))
+    score(neurons)
     return Cost(score.samples, time.perf_counter() - start, len(candidates.neurons), neurons)
 
 
@@ -257,7 +187,7 @@ def compare(run: Run, prompts: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, fl
             spent = time.perf_counter() - start
             costs[name] = Cost(sum(found.evaluations.values()), spent, len(found.initial), found.neurons)
         embedding = embed(pipe, [prompt])
-        costs["release"] = release(step, embedding, run.statistics, run.profile, threshold, Savings(), gate=threshold)
+        costs["release"] = release(step, embedding, run.statistics, run.profile, threshold, gate=threshold)
         row = {"kind": kind, "prompt": prompt, "initial": costs["release"].initial}
         for name, cost in costs.items():
             columns = {"samples": cost.samples, "seconds": cost.seconds, "neurons": len(cost.neurons)}
@@ -271,20 +201,6 @@ def compare(run: Run, prompts: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, fl
             seeds["failing"] += [spent / failing] if failing else []
         print(f"  {prompt}: " + " / ".join(str(row[f"{name}_samples"]) for name in SEARCHES), flush=True)
     return pd.DataFrame(rows), {name: float(np.mean(values)) if values else math.nan for name, values in seeds.items()}
-
-
-def savings_alone(run: Run, prompts: pd.DataFrame) -> pd.DataFrame:
-    """Return what each of the savings brings by itself: medians over prompts of ratios to the release's procedure."""
-    threshold, step = run.threshold, first_step(run.pipe)
-    names = [field.name for field in fields(Savings)]
-    rows = []
-    for kind, prompt in zip(prompts["kind"], prompts["caption"], strict=True):
-        shared = (step, embed(run.pipe, [prompt]), run.statistics, run.profile, threshold)
-        costs = {name: release(*shared, Savings(**{name: True}), gate=threshold) for name in names}
-        base = release(*shared, Savings(), gate=threshold)
-        rows += [(kind, name, base.samples / cost.samples, base.seconds / cost.seconds) for name, cost in costs.items()]
-    table = pd.DataFrame(rows, columns=["kind", "saving", "evaluations", "seconds"])
-    return table.groupby(["kind", "saving"], sort=False).median().unstack("kind")
 
 
 def recorded_searches(path: Path) -> pd.DataFrame:
@@ -405,13 +321,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark, print tables, and write ``build/benchmarks/search.json``."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--prompts", type=int, default=10, help="prompts per kind; 0 means all")
-    parser.add_argument("--savings-prompts", type=int, default=2, help="prompts per kind for each of the savings alone")
     parser.add_argument("--replay", type=Path, help="results of a run of the authors' code (CSV)")
     parser.add_argument("--prompt-table", type=Path, help="memorized prompts of the authors' release, with column type")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args(arguments)
-    if options.prompts < 0 or options.savings_prompts < 0:
-        parser.error("numbers of prompts must be at least 0")
+    if options.prompts < 0:
+        parser.error("the number of prompts must be at least 0")
     if options.replay and not options.prompt_table:
         parser.error("--replay needs --prompt-table, which says which prompts are VM and which TM")
     # Read first, so that a wrong file is noticed before the long part.
@@ -423,7 +337,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with torch.inference_mode():
         print("UNet sample-evaluations: " + " / ".join(SEARCHES), flush=True)
         table, seeds = compare(run, known.head(options.prompts or len(run.prompts(*MEMORIZED))))
-        alone = savings_alone(run, known.head(options.savings_prompts)) if options.savings_prompts else None
     for what in ("samples", "seconds"):
         for name in SEARCHES[:2]:
             table[f"{name} / fast, {what}"] = table[f"{name}_{what}"] / table[f"fast_{what}"]
@@ -431,8 +344,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     per_set = ", ".join(f"{name} {value:.2f}" for name, value in seeds.items())
     print(f"seeds: per failing step of Alg. 3, per test of Alg. 4: {per_set}")
     result: dict[str, Any] = {"tiny": ratios(table)}
-    if alone is not None:
-        details["alone"] = _shown("Each saving alone: release / release with it, medians", alone)
     if recorded is None:
         print("\nno replay: give the results of a run of the authors' code with --replay and --prompt-table")
     else:
@@ -442,8 +353,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         details["replay_summary"] = _shown("Replay of recorded searches, medians over prompts", summary(table))
         result["replay"] = ratios(table)
     print(f"\nMedians over prompts\n{ratio_table(result)}")
-    write_atomic(options.output, json.dumps(result | {"details": details}, indent=2) + "\n")
-    print(f"\nwritten: {options.output}")
+    write_atomic(OUTPUT, json.dumps(result | {"details": details}, indent=2) + "\n")
+    print(f"\nwritten: {OUTPUT}")
 
 
 if __name__ == "__main__":

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import reduce
 from itertools import cycle, islice, product
 from operator import or_
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from nemolib import metrics, mitigation, paper, plots
+from nemolib.batching import progress_bar
 from nemolib.exhibits import Claim, exhibit, must
 from nemolib.layers import value_activations, widths
 from nemolib.localization import by_prompt, memorized, shared_neurons
@@ -122,12 +124,22 @@ def measured(
     """
     found = memorized(found).reset_index(drop=True)
     rows, parts = run.rows(found["prompt"]), []
-    for name, repeats in settings.items():
-        for repeat, item in enumerate(repeats):
-            known = pd.DataFrame({"setting": name, "repeat": repeat, "kind": found["kind"], "prompt": found["prompt"]})
-            known["neurons"] = [_count(item, prompt) for prompt in found["prompt"]]
-            parts.append(pd.concat([known, run.measure(rows, item, settings=generation)], axis=1))
+    cases = [(name, repeat, item) for name, repeats in settings.items() for repeat, item in enumerate(repeats)]
+    for quiet, (name, repeat, item) in under_one_bar(run, cases, "settings"):
+        known = pd.DataFrame({"setting": name, "repeat": repeat, "kind": found["kind"], "prompt": found["prompt"]})
+        known["neurons"] = [_count(item, prompt) for prompt in found["prompt"]]
+        parts.append(pd.concat([known, quiet.measure(rows, item, settings=generation)], axis=1))
     return pd.concat(parts, ignore_index=True)
+
+
+def under_one_bar(run: Run, cases: Sequence[Any], label: str) -> Iterator[tuple[Run, Any]]:
+    """Yield cases with a run that shows no progress of its own: one bar counts all of them."""
+    quiet = copy(run)
+    quiet.pipe, quiet.progress = run.pipe, False
+    with progress_bar(len(cases), label, unit="case", enabled=run.progress) as bar:
+        for case in cases:
+            yield quiet, case
+            bar.update()
 
 
 def _count(item: Mitigation | None, prompt: str) -> int:
@@ -384,17 +396,18 @@ def single_neuron_grids(run: Run, found: pd.DataFrame) -> dict[str, Grid]:
 
 
 def _reader(place: int) -> Callable[[pd.DataFrame], Iterator[Claim]]:
-    """Return what yields what one of the most shared neurons does alone."""
+    """Return what yields whether one of the most shared neurons is responsible alone."""
 
     def read(single_neurons: pd.DataFrame) -> Iterator[Claim]:
         (layer, neuron), part = list(single_neurons.groupby(["layer", "neuron"], sort=False))[place]
         before, single, every = part[["copy_before", "copy_single", "copy_all"]].median()
         yield Claim(
-            f"copy similarity of {len(part)} prompts that share neuron {neuron} of value layer {layer}",
-            f"{before:.2f}, without this neuron {single:.2f}, without all neurons of the prompt {every:.2f} (medians)",
-            f"two neurons of value layer 1 belong to {paper.reported('shared.vm_share').value:.0%} of the VM prompts, by "
-            "families of captions",
-            rule="which neurons are shared, and by how many prompts, depends on the model",
+            "copy similarity of prompts that share a neuron, without this neuron alone",
+            f"{before:.2f}, without neuron {neuron} of value layer {layer} {single:.2f}, without all neurons of the prompt "
+            f"{every:.2f} (medians of {len(part)} prompts)",
+            "one neuron off, and prompts that share it give new images (images, no numbers)",
+            None if np.isnan([before, single]).any() else bool(single < before / 2),
+            "less than half stays; if more does, a copy here hangs on several neurons together",
         )
 
     return read

@@ -23,7 +23,7 @@ from matplotlib.ticker import NullLocator
 from nemolib import metrics, paper, plots
 from nemolib.batching import batches
 from nemolib.exhibits import Claim, exhibit, must
-from nemolib.experiments.deactivate_neurons import measured
+from nemolib.experiments.deactivate_neurons import measured, under_one_bar
 from nemolib.first_step import first_step
 from nemolib.layers import Layer, collect_outputs, cross_attention_layers, down_convolutions, spread, widths
 from nemolib.localization import memorized, neuron_sets
@@ -216,9 +216,9 @@ def blocked_quality(run: Run, prompts: Sequence[str], sets: Sequence[Blocked]) -
     roles: dict[str, Any] = {"fid": "quality", "clip_fid": own, "kid": "quality"}
     known = [frozenset(map(frozenset, split)) for split in splits]
     reference: dict[str, np.ndarray] = {}
-    for item in sets:
+    for quiet, item in under_one_bar(run, sets, "blocked neurons"):
         blocked = DeactivatedNeurons(item.neurons)
-        features = {role: run.features(role, prompts, blocked, settings=settings) for role in set(roles.values())}
+        features = {role: quiet.features(role, prompts, blocked, settings=settings) for role in set(roles.values())}
         reference = reference or features
         for split, (first, second) in enumerate(splits):
             for metric, role in roles.items():

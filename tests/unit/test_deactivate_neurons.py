@@ -1,5 +1,6 @@
 """Notebook 04: settings of Table 1, what they do by hand, the table and its claims, unmemorized prompts."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -102,6 +103,14 @@ def test_each_setting_repeat_and_prompt_has_a_row(values):
     untouched = values["setting"] == NONE
     assert values.loc[untouched, "sscd_gen"].to_numpy() == pytest.approx(1, abs=1e-6)
     assert (values.loc[~untouched].groupby("setting")["sscd_gen"].min() < 1 - 1e-5).all()
+
+
+def test_one_bar_counts_all_settings(run, found, settings, capsys):
+    loud = Run(run.profile, run.pipe, store=run.store)
+    deactivate.measured(loud, found, {name: settings[name] for name in (NONE, RANDOM)})
+    shown = capsys.readouterr().err
+    assert "3/3" in shown
+    assert set(re.findall(r"(\w+): +\d+%", shown)) == {"settings"}
 
 
 def test_metrics_of_a_prompt_by_hand(run, values):
@@ -284,5 +293,9 @@ TURNS = [
     ("table_1", "table_1", put(0.1, "sscd_orig", setting=ONE_TOKEN), "VM: one random token is not enough"),
     ("table_1", "table_1", put(0.1, "d_sscd", setting=NEMO), "VM: images become diverse"),
     ("table_1", "table_1", put(0.9, "a_clip", setting=NEMO), "VM: the alignment with the prompt stays"),
+    *(
+        (name, "single_neurons", lambda table: table.assign(copy_single=0.1), "copy similarity of prompts that share a neuron, without this neuron alone")
+        for name in deactivate.SINGLE
+    ),
     ("unmemorized_unharmed", "unmemorized_images", lambda table: table.assign(a_clip_one=0.1), "A_CLIP of unmemorized prompts"),
 ]  # fmt: skip

@@ -1,13 +1,15 @@
 """Side effects: what is blocked, one distance, one cosine and one layer by hand, and claims about layers."""
 
 from dataclasses import replace
+from unittest.mock import patch
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from nemolib import metrics, paths
+from nemolib import batching, metrics, paths
 from nemolib.experiments import side_effects
 from nemolib.experiments.side_effects import FREQUENT, OTHER, QUALITY, UNTOUCHED, Blocked
 from nemolib.first_step import first_step
@@ -16,7 +18,7 @@ from nemolib.mitigation import DeactivatedNeurons, switched_off
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.run import Run
-from nemolib.settings import Profile
+from nemolib.settings import PAPER, Profile
 from tests.random_pipeline import WIDTHS
 from tests.random_world import write_encoders, write_prompts
 
@@ -175,15 +177,36 @@ def test_one_cosine_by_hand_and_nothing_changes_before_the_first_neuron(run, set
         [6, float(expected.mean()), float(expected.min())], abs=1e-6
     )
     late = Blocked(FREQUENT, 1, 0, NeuronSet.of([(3, 0)], layers=7))
-    small = Run(
-        replace(run.profile, generation=replace(run.profile.generation, batch_size=1)), run.pipe, progress=False
-    )
-    whole = side_effects.block_similarity(small, UNMEMORIZED[:1], [late]).query("output == 'block'")["cosine"].tolist()
+    whole = side_effects.block_similarity(run, UNMEMORIZED[:1], [late]).query("output == 'block'")["cosine"].tolist()
     assert whole[:3] == pytest.approx([1, 1, 1], abs=1e-12)
     assert whole[3] < 1 - 1e-9
     assert not any(module._forward_hooks for module in run.pipe.unet.modules())
+    # How many sets are computed at once has no part in what a result is.
+    small = replace(run.profile, generation=replace(run.profile.generation, batch_size=1))
+    with patch.object(run.pipe.unet, "forward", side_effect=AssertionError("computed again")):
+        again = side_effects.block_similarity(Run(small, run.pipe, progress=False), UNMEMORIZED, sets)
+    pd.testing.assert_frame_equal(again, similarity)
     for prompts, chosen in (([], sets), (UNMEMORIZED, sets[:1])):
         assert side_effects.block_similarity(run, prompts, chosen).empty
+
+
+def test_memory_may_run_out_more_than_once(run, sets, monkeypatch):
+    # The smaller batches are for this test alone.
+    monkeypatch.setattr(batching, "_LARGEST", WeakKeyDictionary())
+    neurons = [item.neurons for item in sets[1:4]]
+    common = {"sets": neurons, "detection": replace(run.profile.detection, samples=2, guidance=0.0), "protocol": PAPER}
+    (expected,) = side_effects.comparing_outputs(run.pipe, **common)(UNMEMORIZED[:1])
+    middle, failing = run.pipe.unet.mid_block.forward, iter([False, True, False, False, True])
+
+    def forward(*arguments, **options):
+        if next(failing, False):
+            raise RuntimeError("out of memory")
+        return middle(*arguments, **options)
+
+    with patch.object(run.pipe.unet.mid_block, "forward", forward), pytest.warns(UserWarning, match="out of memory"):
+        (found,) = side_effects.comparing_outputs(run.pipe, **common)(UNMEMORIZED[:1])
+    assert next(failing, None) is None
+    assert found == pytest.approx(expected, abs=1e-7)
 
 
 def test_every_layer_and_prompt_has_a_row_and_one_is_right(run):

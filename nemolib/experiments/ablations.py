@@ -21,18 +21,8 @@ from matplotlib.ticker import MaxNLocator
 
 from nemolib import paper, plots
 from nemolib.exhibits import Claim, exhibit, must, of_kinds, rounding
-from nemolib.experiments.deactivate_neurons import (
-    AS_FIGURE,
-    METRICS,
-    NONE,
-    Rule,
-    claim_rows,
-    listed,
-    medians,
-    read_rules,
-    settings_figure,
-    shown_table,
-)
+from nemolib.experiments import deactivate_neurons as deactivate
+from nemolib.experiments.deactivate_neurons import METRICS, NONE, Rule, listed
 from nemolib.experiments.localize_neurons import deactivation, localizations
 from nemolib.localization import Localization, Variant, by_prompt, localization_table, neuron_sets, varying
 from nemolib.mitigation import DeactivatedNeurons, Mitigation
@@ -233,7 +223,7 @@ def ablation_medians(values: pd.DataFrame, levels: pd.DataFrame) -> pd.DataFrame
         is the untouched model.
     """
     cells = [setting for setting, low, high in threshold_pairs(levels) if low != high]
-    return medians(values[~values["setting"].isin(cells)], reported=reported(levels))
+    return deactivate.medians(values[~values["setting"].isin(cells)], reported=reported(levels))
 
 
 def reported(levels: pd.DataFrame) -> pd.DataFrame:
@@ -352,7 +342,7 @@ def rules(levels: pd.DataFrame) -> list[Rule]:
 
 def read_table_4(table_4: pd.DataFrame, ablation_levels: pd.DataFrame) -> Iterator[Claim]:
     """Yield what the paper's Table 4 says, and whether ours says the same."""
-    return read_rules(table_4, rules(ablation_levels))
+    return deactivate.read_rules(table_4, rules(ablation_levels))
 
 
 def factor_rules(levels: pd.DataFrame) -> list[Rule]:
@@ -371,7 +361,7 @@ def factor_rules(levels: pd.DataFrame) -> list[Rule]:
 
 def read_5b(table_4: pd.DataFrame, ablation_levels: pd.DataFrame) -> Iterator[Claim]:
     """Yield where the copy breaks when neurons are scaled."""
-    return read_rules(table_4, factor_rules(ablation_levels))
+    return deactivate.read_rules(table_4, factor_rules(ablation_levels))
 
 
 def read_14(threshold_map: pd.DataFrame) -> Iterator[Claim]:
@@ -435,12 +425,12 @@ def _falls(values: Sequence[float]) -> bool:
     read=read_table_4,
 )  # fmt: skip
 def table_4(table_4: pd.DataFrame) -> pd.DataFrame:
-    return shown_table(table_4)
+    return deactivate.shown_table(table_4)
 
 
-@exhibit("", "Table 4 as a figure", AS_FIGURE)
+@exhibit("", "Table 4 as a figure", deactivate.AS_FIGURE)
 def table_4_figure(table_4: pd.DataFrame) -> Figure:
-    return settings_figure(table_4)
+    return deactivate.settings_figure(table_4)
 
 
 @exhibit(
@@ -448,7 +438,7 @@ def table_4_figure(table_4: pd.DataFrame) -> Figure:
     "Each rule holds in the paper's table. Numbers are those that the rule compares, the paper's in the same order.",
 )  # fmt: skip
 def table_4_claims(table_4: pd.DataFrame, ablation_levels: pd.DataFrame) -> pd.DataFrame:
-    return claim_rows(read_table_4(table_4, ablation_levels))
+    return deactivate.claim_rows(read_table_4(table_4, ablation_levels))
 
 
 @exhibit(

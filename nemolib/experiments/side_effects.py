@@ -6,7 +6,6 @@ value and convolution layers one by one (Fig. 16 to 20).
 
 from __future__ import annotations
 
-import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from matplotlib.ticker import NullLocator
 from nemolib import metrics, paper, plots
 from nemolib.batching import batches
 from nemolib.exhibits import Claim, exhibit, must
-from nemolib.experiments.deactivate_neurons import measured, under_one_bar
+from nemolib.experiments.deactivate_neurons import NO_IMAGES, listed, measured, under_one_bar
 from nemolib.first_step import first_step
 from nemolib.layers import Layer, collect_outputs, cross_attention_layers, down_convolutions, spread, widths
 from nemolib.localization import memorized, neuron_sets
@@ -385,14 +384,12 @@ def layer_effects(run: Run, prompts: Sequence[str], layers: Mapping[str, Sequenc
     columns = ["part", "layer", "block", "name", "prompt", "sscd_orig", "sscd_gen", "a_clip"]
     if not prompts:
         return pd.DataFrame(columns=columns)
-    chosen = {layer.name: layer for part in layers.values() for layer in part}
-    rows = run.rows(prompts).rename(columns={"caption": "prompt"})[["kind", "prompt"]]
-    settings = {"": [None]} | {name: [switched_off(layer)] for name, layer in chosen.items()}
-    values = measured(run, rows, settings, few_images(run))
-    labels = {name: (layer.part, layer.number, layer.block) for name, layer in chosen.items()}
-    labels[""] = (UNTOUCHED, 0, "")
-    values[columns[:3]] = [labels[name] for name in values["setting"]]
-    return values.rename(columns={"setting": "name"})[columns]
+    chosen = [layer for part in layers.values() for layer in part]
+    settings = {"": [None]} | {layer.name: [switched_off(layer)] for layer in chosen}
+    labels = [(UNTOUCHED, 0, "", ""), *((layer.part, layer.number, layer.block, layer.name) for layer in chosen)]
+    rows = run.rows(prompts).rename(columns={"caption": "prompt"})
+    values = measured(run, rows, settings, few_images(run)).rename(columns={"setting": "name"})
+    return pd.DataFrame(labels, columns=columns[:4]).merge(values, on="name")[columns]
 
 
 def layer_summary(effects: pd.DataFrame) -> pd.DataFrame:
@@ -410,10 +407,10 @@ def layer_summary(effects: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**base)
 
 
-def strongest(summary: pd.DataFrame, part: str, metric: str = "sscd_orig") -> pd.DataFrame:
-    """Return the two layers of a part that lower a metric most, in the order of their numbers."""
-    rows = summary[(summary["part"] == part) & summary[metric].notna()]
-    return rows.nsmallest(2, metric).sort_values("layer", ignore_index=True)
+def strongest(summary: pd.DataFrame, part: str) -> pd.DataFrame:
+    """Return the two layers of a part that lower the similarity to the planted image most, in the order of their numbers."""
+    rows = summary[(summary["part"] == part) & summary["sscd_orig"].notna()]
+    return rows.nsmallest(2, "sscd_orig").sort_values("layer", ignore_index=True)
 
 
 def layer_grid(run: Run, prompts: Sequence[str], layers: Sequence[Layer]) -> Grid:
@@ -431,7 +428,7 @@ def layer_grid(run: Run, prompts: Sequence[str], layers: Sequence[Layer]) -> Gri
     """
     columns = ("none", *(str(layer.number) for layer in layers))
     if not prompts:
-        return Grid(np.zeros((0, len(columns), 1, 1, 3), dtype=np.uint8), (), columns)
+        return NO_IMAGES
     settings = [None, *map(switched_off, layers)]
     made = [run.images(prompts, mitigation, settings=few_images(run))[:, 0] for mitigation in settings]
     return Grid(np.stack(made, axis=1), tuple(prompts), columns)
@@ -451,7 +448,7 @@ def read_quality(blocked_quality: pd.DataFrame) -> Iterator[Claim]:
     yield Claim(
         "FID with the most blocked neurons",
         f"{'; '.join(values)}; change with the most frequent {_plus_minus(change, deviation, '+')}; two standard deviations "
-        f"are {_percent(share)} of the untouched value",
+        f"are {share:.0%} of the untouched value",
         f"no significant loss with up to {paper.reported('quality.most_blocked')} blocked neurons (values not known)",
         None if np.isnan(deviation) or not (harmed or sure) else not harmed,
         "the change is at most two standard deviations; if so, it says nothing where two standard deviations of the untouched "
@@ -479,64 +476,64 @@ def read_16(layer_effects: pd.DataFrame) -> Iterator[Claim]:
     prompts, summary = layer_effects.groupby(["part", "layer"])["prompt"].nunique(), layer_summary(layer_effects)
     yield must("every layer has every prompt", prompts.min(), equals=layer_effects["prompt"].nunique())
     for part, strong in STRONG.items():
-        ours, same = _effect(summary, part, "sscd_orig"), strongest(summary, part)["layer"].tolist() == strong
-        said = f"{part} layers {_listed(strong)} matter most; up layers hardly do (no numbers)"
-        rule = "the two layers that lower the similarity most are the paper's"
-        text = f"SSCD_Orig with one of the {part} layers set to zero"
-        yield Claim(text, ours, said, *_if_comparable(summary, same, rule))
+        yield Claim(
+            f"SSCD_Orig with one of the {part} layers set to zero",
+            _lowest(summary, part),
+            f"{part} layers {strong[0]} and {strong[1]} matter most; up layers hardly do (no numbers)",
+            strongest(summary, part)["layer"].tolist() == strong if _comparable(summary) else None,
+            f"the two layers that lower the similarity most are the paper's; {COMPARED}",
+        )
 
 
 def read_17(layer_effects: pd.DataFrame) -> Iterator[Claim]:
     """Yield whether the alignment falls with the key layers that matter most for the similarity."""
     summary = layer_summary(layer_effects)
-    top, values, keys = strongest(summary, "key"), *(_effect(summary, part, "a_clip") for part in STRONG)
-    fall = (1 - top["a_clip"] / top["a_clip_untouched"]).max()
+    top = strongest(summary, "key")
+    left = (top["a_clip"] / top["a_clip_untouched"]).min()
     yield Claim(
-        "A_CLIP with one of the value or key layers set to zero",
-        f"values {values}; keys {keys}; with the key layers that lower SSCD_Orig most {_percent(fall)} less at most",
+        "share of A_CLIP that the key layers leave that lower SSCD_Orig most",
+        listed([left]),
         "drops with the key layers that matter most, within 0.22 to 0.34 (axis; no numbers)",
-        *_if_comparable(summary, fall > LOST, f"one of these key layers takes more than {LOST:.0%} of the alignment"),
+        bool(1 - left > LOST) if _comparable(summary) else None,
+        f"one of these key layers takes more than {LOST:.0%} of the alignment; {COMPARED}",
     )
 
 
 def read_20(layer_effects: pd.DataFrame) -> Iterator[Claim]:
     """Yield whether prompts stay memorized with half of a convolution blocked."""
-    summary, part = layer_summary(layer_effects), "convolution"
-    rows = summary[summary["part"] == part]
-    kept = (rows["sscd_orig"] / rows["sscd_orig_untouched"]).median()
+    rows = layer_summary(layer_effects).query("part == 'convolution'")
+    kept, aligned = ((rows[name] / rows[f"{name}_untouched"]).median() for name in ("sscd_orig", "a_clip"))
     yield Claim(
         "half of the channels of one of the convolutions blocked",
-        f"SSCD_Orig {_effect(summary, part, 'sscd_orig')} ({_percent(kept)} stays); A_CLIP {_effect(summary, part, 'a_clip')}",
+        f"SSCD_Orig {_lowest(rows, 'convolution')}; {listed([kept])} of it and {listed([aligned])} of A_CLIP stay (medians)",
         "still memorized; quality suffers for early layers (images, no numbers)",
         bool(kept > KEPT) if (rows["sscd_orig_untouched"] > MEMORIZED_ABOVE).any() else None,
         f"more than {KEPT:.0%} stays in the median of the layers; compared where the untouched model gives copies",
     )
 
 
-def _if_comparable(summary: pd.DataFrame, holds: bool, rule: str) -> tuple[bool | None, str]:
-    """Return whether a claim about the layers that the paper names holds, None if they cannot be compared, and its rule."""
+COMPARED = (
+    "compared where all layers that the paper names are switched off and the untouched model gives copies (above "
+    f"{MEMORIZED_ABOVE})"
+)
+"""When layers are compared with those that the paper names."""
+
+
+def _comparable(summary: pd.DataFrame) -> bool:
+    """Return whether it is as `COMPARED` says."""
     known = summary[summary["sscd_orig_untouched"] > MEMORIZED_ABOVE].dropna(subset="sscd_orig")
-    comparable = all(set(strong) <= set(known.loc[known["part"] == part, "layer"]) for part, strong in STRONG.items())
-    needed = f"all layers that the paper names are switched off and the untouched model gives copies (above {MEMORIZED_ABOVE})"
-    return bool(holds) if comparable else None, f"{rule}; compared where {needed}"
+    return all(set(strong) <= set(known.loc[known["part"] == part, "layer"]) for part, strong in STRONG.items())
 
 
-def _effect(summary: pd.DataFrame, part: str, metric: str) -> str:
-    """Return which two layers of a part lower a metric most."""
-    rows, middle = strongest(summary, part, metric), summary.loc[summary["part"] == part, metric].median()
+def _lowest(summary: pd.DataFrame, part: str) -> str:
+    """Return which two layers of a part lower the similarity to the planted image most."""
+    rows = strongest(summary, part)
     if rows.empty:
         return "not known, since no prompt has a planted image"
-    lowest = [f"{layer} ({block}, {value:.2f})" for layer, block, value in rows[["layer", "block", metric]].to_numpy()]
-    untouched = rows[f"{metric}_untouched"].iloc[0]
-    return f"{untouched:.2f} untouched, {middle:.2f} in the median, lowest with layers {_listed(lowest)}"
-
-
-def _listed(names: Sequence[Any]) -> str:
-    return " and ".join(map(str, names))
-
-
-def _percent(share: float) -> str:
-    return "–" if np.isnan(share) else f"{round(share, 2) + 0.0:.0%}"
+    lowest = [
+        f"{layer} ({block}, {value:.2f})" for layer, block, value in rows[["layer", "block", "sscd_orig"]].to_numpy()
+    ]
+    return f"{rows['sscd_orig_untouched'].iloc[0]:.2f} untouched, lowest with layers {' and '.join(lowest)}"
 
 
 def _plus_minus(mean: float, deviation: float, sign: str = "") -> str:
@@ -694,22 +691,14 @@ ONE_SEED = (
 
 @exhibit("Figure 18", "images with each value layer set to zero", ONE_SEED)
 def figure_18(figure_18: Grid) -> Figure:
-    return _draw_images(figure_18)
+    return plots.image_grid(figure_18)
 
 
 @exhibit("Figure 19", "images with each key layer set to zero", ONE_SEED)
 def figure_19(figure_19: Grid) -> Figure:
-    return _draw_images(figure_19)
+    return plots.image_grid(figure_19)
 
 
 @exhibit("Figure 20", "images with half of each convolution blocked", ONE_SEED)
 def figure_20(figure_20: Grid) -> Figure:
-    return _draw_images(figure_20)
-
-
-def _draw_images(grid: Grid) -> Figure:
-    """Return the images; where there are many columns images are small, and labels of rows have two lines beside them."""
-    if len(grid.columns) < 12:
-        return plots.image_grid(grid, fraction=0.65)
-    rows = tuple(textwrap.shorten(label, 40, placeholder=" ...") for label in grid.rows)
-    return plots.image_grid(replace(grid, rows=rows))
+    return plots.image_grid(figure_20)

@@ -57,7 +57,7 @@ TURNS = [
     ("figure_16", "layer_effects", layers_of_the_paper, "SSCD_Orig with one of the value layers set to zero"),
     ("figure_16", "layer_effects", layers_of_the_paper, "SSCD_Orig with one of the key layers set to zero"),
     ("figure_16", "layer_effects", lambda table: table.iloc[1:], "every layer has every prompt"),
-    ("figure_17", "layer_effects", layers_of_the_paper, "A_CLIP with one of the value or key layers set to zero"),
+    ("figure_17", "layer_effects", layers_of_the_paper, "share of A_CLIP that the key layers leave that lower SSCD_Orig most"),
     ("convolutions", "layer_effects", forgetful_convolutions, "half of the channels of one of the convolutions blocked"),
 ]  # fmt: skip
 

@@ -192,21 +192,16 @@ def shown_table(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def fair(
-    values: pd.DataFrame, settings: Mapping[str, Sequence[Mitigation | None]], found: pd.DataFrame
-) -> Iterator[Claim]:
+def fair(values: pd.DataFrame, settings: Mapping[str, Sequence[Mitigation | None]]) -> Iterator[Claim]:
     """Yield what must hold for any model if the comparison is a fair one.
 
     Args:
         values: What `measured` returned.
         settings: The mitigations that were compared, by name.
-        found: The localizations that they were made for.
     """
     by_setting, sets = values.groupby("setting"), settings[NEMO][0].neurons
     common = sum(len(draw.neurons[prompt] & neurons) for draw in settings[RANDOM] for prompt, neurons in sets.items())
     sizes = by_setting["neurons"].sum() / by_setting["repeat"].nunique()
-    fewest = int(by_setting["prompt"].nunique().min())
-    yield must("every setting has every memorized prompt", fewest, equals=len(memorized(found)))
     yield must("random neurons are as many as the found ones", sizes[RANDOM] - sizes[NEMO], equals=0)
     yield must("no random neuron is a found one", common, equals=0)
     yield must("a refined set is no larger than its initial selection", sizes[INITIAL] - sizes[NEMO], at_least=0)

@@ -41,6 +41,8 @@ RULES_TURN = {
 }  # fmt: skip
 """For each rule a setting, and the value that turns it in the kept table for VM and for TM prompts."""
 
+CANDIDATES = "neurons of the initial selection, thresholds from low to high"
+
 TURNS = [
     *(
         (
@@ -54,21 +56,11 @@ TURNS = [
         for kind, value in zip(rule.kinds, RULES_TURN[rule.text][1:], strict=True)
     ),
     *(
-        (
-            "figure_14",
-            "threshold_map",
-            put(999, "initial_neurons", kind, initial="mean + 1 sd"),
-            f"{kind.upper()}: neurons of the initial selection, thresholds from low to high",
-        )
+        ("figure_14", "threshold_map", put(999, "initial_neurons", kind, initial="mean + 1 sd"), f"{kind.upper()}: {CANDIDATES}")
         for kind in ("vm", "tm")
     ),
-    (
-        "figure_15",
-        "threshold_map",
-        put(0.8, "sscd_orig", initial="mean"),
-        "VM, SSCD_Orig of all pairs, lowest and highest",
-    ),
-]
+    ("figure_15", "threshold_map", put(0.8, "sscd_orig", initial="mean"), "VM, SSCD_Orig of all pairs, lowest and highest"),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

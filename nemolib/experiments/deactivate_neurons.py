@@ -391,19 +391,19 @@ def single_neuron_grids(run: Run, found: pd.DataFrame) -> dict[str, Grid]:
 
 
 def _reader(place: int) -> Callable[[pd.DataFrame], Iterator[Claim]]:
-    """Return what yields whether one of the most shared neurons is responsible alone."""
+    """Return what yields whether one of the most shared neurons is responsible alone; nothing if fewer are shared."""
 
     def read(single_neurons: pd.DataFrame) -> Iterator[Claim]:
-        (layer, neuron), part = list(single_neurons.groupby(["layer", "neuron"], sort=False))[place]
-        before, single, every = part[["copy_before", "copy_single", "copy_all"]].median()
-        yield Claim(
-            "copy similarity of prompts that share a neuron, without this neuron alone",
-            f"{before:.2f}, without neuron {neuron} of value layer {layer} {single:.2f}, without all neurons of the prompt "
-            f"{every:.2f} (medians of {len(part)} prompts)",
-            "one neuron off, and prompts that share it give new images (images, no numbers)",
-            None if np.isnan([before, single]).any() else bool(single < before / 2),
-            "less than half stays; if more does, a copy here hangs on several neurons together",
-        )
+        for (layer, neuron), part in list(single_neurons.groupby(["layer", "neuron"], sort=False))[place : place + 1]:
+            before, single, every = part[["copy_before", "copy_single", "copy_all"]].median()
+            yield Claim(
+                "copy similarity of prompts that share a neuron, without this neuron alone",
+                f"{before:.2f}, without neuron {neuron} of value layer {layer} {single:.2f}, without all neurons of the prompt "
+                f"{every:.2f} (medians of {len(part)} prompts)",
+                "one neuron off, and prompts that share it give new images (images, no numbers)",
+                None if np.isnan([before, single]).any() else bool(single < before / 2),
+                "less than half stays; if more does, a copy here hangs on several neurons together",
+            )
 
     return read
 

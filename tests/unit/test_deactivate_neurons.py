@@ -219,6 +219,7 @@ def test_a_shared_neuron_against_all_of_the_prompt(run, found, values):
     assert own["copy_before"].tolist() == values.loc[values["setting"] == NONE, "sscd_orig"].tolist()
     assert own.loc[VM[1], "copy_single"] == pytest.approx(own.loc[VM[1], "copy_all"], abs=1e-6)
     assert own.loc[TM[0], "copy_single"] != own.loc[TM[0], "copy_all"]
+    assert [len(list(deactivate._reader(place)(table))) for place in range(3)] == [1, 0, 0]
     grids = deactivate.single_neuron_grids(run, found)
     single = run.images([*VM, *TM], DeactivatedNeurons(NeuronSet.of([(0, 1)], layers=7)))
     assert np.array_equal(grids["figure_10"].images[:, 2:], single)

@@ -424,14 +424,13 @@ def layer_grid(run: Run, prompts: Sequence[str], layers: Sequence[Layer]) -> Gri
         layers: The layers.
 
     Returns:
-        Rows are prompts; columns ``none`` (the untouched model), then the numbers of the layers.
+        Rows are prompts; columns ``none`` (the untouched model), then the numbers of the layers. `NO_IMAGES` without prompts.
     """
-    columns = ("none", *(str(layer.number) for layer in layers))
     if not prompts:
         return NO_IMAGES
     settings = [None, *map(switched_off, layers)]
     made = [run.images(prompts, mitigation, settings=few_images(run))[:, 0] for mitigation in settings]
-    return Grid(np.stack(made, axis=1), tuple(prompts), columns)
+    return Grid(np.stack(made, axis=1), tuple(prompts), ("none", *(str(layer.number) for layer in layers)))
 
 
 # What the paper says, and what we found
@@ -448,7 +447,7 @@ def read_quality(blocked_quality: pd.DataFrame) -> Iterator[Claim]:
     yield Claim(
         "FID with the most blocked neurons",
         f"{'; '.join(values)}; change with the most frequent {_plus_minus(change, deviation, '+')}; two standard deviations "
-        f"are {share:.0%} of the untouched value",
+        f"are {listed([share])} of the untouched value",
         f"no significant loss with up to {paper.reported('quality.most_blocked')} blocked neurons (values not known)",
         None if np.isnan(deviation) or not (harmed or sure) else not harmed,
         "the change is at most two standard deviations; if so, it says nothing where two standard deviations of the untouched "

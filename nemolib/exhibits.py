@@ -22,16 +22,21 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from nemolib import paper, paths, plots
 from nemolib.paths import write_atomic
+from nemolib.prompts import MEMORIZED
 from nemolib.provenance import code_hash, sidecar
 from nemolib.store import Grid
 
 if TYPE_CHECKING:
     from nemolib.run import Run
+
+KINDS = {"vm": "VM", "tm": "TM", "unmemorized": "unmemorized"}
+"""Kinds of prompts that are compared, and what claims and tables call them."""
 
 Load = Callable[[str], "pd.DataFrame | Grid"]
 """Returns a saved table or image grid by its name; raises FileNotFoundError where there is none."""
@@ -53,7 +58,7 @@ class Claim:
         text: What is claimed or compared, in words.
         ours: What was found here, as text with its numbers.
         paper: What the paper reports; empty if nothing is known.
-        holds: Whether it holds; None: there is nothing to compare, or too little to decide.
+        holds: Whether it holds; None: there is nothing to compare.
         rule: What decides, or why the numbers may differ.
         must: Whether it holds for any model if the computation is right: a notebook fails where it does not.
     """
@@ -67,10 +72,8 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """``holds``, ``does not hold``, ``not checked`` (it must hold, and there is too little), or ``beside``."""
-        if self.holds is None:
-            return "not checked" if self.must else "beside"
-        return "holds" if self.holds else "does not hold"
+        """``holds``, ``does not hold``, or ``beside``: there is nothing to decide."""
+        return "beside" if self.holds is None else "holds" if self.holds else "does not hold"
 
     def __str__(self) -> str:
         """Return it as a sentence, with the paper's number and the verdict where there are any."""
@@ -87,9 +90,7 @@ def must(
     at_least: float = -math.inf,
     at_most: float = math.inf,
     equals: float | None = None,
-    paper: object = "",
     reason: str = "",
-    missing: str = "",
 ) -> Claim:
     """Return a claim that must hold, for a number with a bound; a missing number (NaN) never holds.
 
@@ -99,29 +100,20 @@ def must(
         at_least: Smallest allowed value.
         at_most: Largest allowed value.
         equals: Expected value.
-        paper: What the paper says.
         reason: Why this bound, or where the tolerance comes from.
-        missing: What it would take to check the claim and is not there (`too_few`); empty: it is checked.
 
     Raises:
         ValueError: A number without a bound.
     """
     if equals is None and at_least == -math.inf and at_most == math.inf:
-        if type(value).__name__ not in ("bool", "bool_"):
+        if not isinstance(value, bool | np.bool_):
             raise ValueError(f"claim {text!r} has the value {value!r} and no bound; give at_least, at_most or equals")
         equals = 1.0
     low, high = (at_least, at_most) if equals is None else (equals, equals)
-    holds = bool(low <= float(value) <= high)
     ends = [f">= {low:.4g}"] * math.isfinite(low) + [f"<= {high:.4g}"] * math.isfinite(high)
     bound = f"{low:.4g}" if low == high else " and ".join(ends)
-    rule = "; ".join(filter(None, [f"must be {bound}", reason, missing and f"not checked: {missing}"]))
-    shown = "" if missing and math.isnan(value) else number(float(value))
-    return Claim(text, shown, str(paper), None if missing else holds, rule, must=True)
-
-
-def too_few(count: int, what: str, *, needed: int) -> str:
-    """Return what is missing for a claim about many things, such as ``"1 VM prompt, 10 needed"``; nothing if enough."""
-    return "" if count >= needed else f"{count or 'no'} {what}{'s' * (count != 1)}, {needed} needed"
+    rule = f"must be {bound}; {reason}" if reason else f"must be {bound}"
+    return Claim(text, f"{float(value):.3g}", holds=bool(low <= value <= high), rule=rule, must=True)
 
 
 def rounding(dtype: Any, *, at_least: float = 1e-4) -> float:
@@ -155,9 +147,9 @@ def of_kinds(table: pd.DataFrame, name: str, *kinds: str, column: str = "") -> d
     return parts
 
 
-def number(value: float) -> str:
-    """Return a number as text; small ones in scientific notation, so that 3e-7 is not shown as 0."""
-    return f"{value:.0e}" if 0 < abs(value) < 1e-3 else f"{value:.3f}".rstrip("0").rstrip(".")
+def each_kind(describe: Callable[[str], object], kinds: Iterable[str] = MEMORIZED) -> str:
+    """Return what is said of each kind of prompts, such as ``"VM 4 ± 3, TM 21 ± 18"``."""
+    return ", ".join(f"{KINDS[kind]} {describe(kind)}" for kind in kinds)
 
 
 def median_mad(values: Any, *, digits: int = 2) -> str:
@@ -199,9 +191,9 @@ class Exhibit:
         return self.draw.__globals__["NOTEBOOK"]
 
     @property
-    def module(self) -> str:
-        """The file that it is written in."""
-        return f"{self.draw.__module__.replace('.', '/')}.py"
+    def place(self) -> str:
+        """The function that draws it, and the file that this is in."""
+        return f"`{self.draw.__name__}` in `{self.draw.__module__.replace('.', '/')}.py`"
 
 
 _EXHIBITS: dict[str, Exhibit] = {}
@@ -218,8 +210,7 @@ def exhibit(
 
     def register(draw: Callable[..., Any]) -> Callable[..., Any]:
         item = Exhibit(draw.__name__.removeprefix("show_"), label, title, caption, draw, read)
-        known = _EXHIBITS.setdefault(item.name, item)
-        if known.module != item.module:
+        if _EXHIBITS.get(item.name, item).place != item.place:
             raise ValueError(f"two exhibits have the name {item.name!r}; their files would overwrite each other")
         _EXHIBITS[item.name] = item
         return draw
@@ -228,7 +219,7 @@ def exhibit(
 
 
 def exhibits() -> list[Exhibit]:
-    """Return all exhibits: those of the paper in its order (`nemolib.paper.FIGURES_AND_TABLES`), ours after them."""
+    """Return all exhibits: those of the paper in its order (`nemolib.paper.PLACES`), ours after them."""
     for path in sorted((paths.PACKAGE / "experiments").glob("[a-z]*.py")):
         import_module(f"nemolib.experiments.{path.stem}")
     # One of ours has its place behind all of the paper's.
@@ -280,7 +271,7 @@ class Rendered:
     @property
     def verdict(self) -> str:
         """Whether what is compared with the paper ``agrees``, ``differs``, or nothing is compared (``beside``)."""
-        compared = [claim.holds for claim in self.said if claim.holds is not None]
+        compared = [claim.holds for claim in self.said if claim.paper and claim.holds is not None]
         return "beside" if not compared else "agrees" if all(compared) else "differs"
 
 
@@ -329,9 +320,7 @@ def _write(item: Exhibit, content: Figure | pd.DataFrame, run: Run, sources: Map
         profile=run.profile,
         notebook=item.notebook,
         inputs=sources,
-        code=code_hash(
-            item.draw if item.draw.__module__ == "__main__" else item.draw.__module__.removeprefix("nemolib.")
-        ),
+        code=code_hash(item.draw),
         device=run.device,
     )
     return _written(run, item.name, contents)
@@ -382,9 +371,9 @@ def show(run: Run, name: str) -> None:
         display(Markdown(f"*{drawn.exhibit.heading}* is not shown: {drawn.reason}."))
         return
     display(drawn.content)
-    said = "\n".join(f"- {claim}" for claim in drawn.said)
-    text = f"**{drawn.exhibit.heading}.** {drawn.exhibit.caption}\n\n{said}\n\n*Written in `{drawn.exhibit.module}`.*"
-    display(Markdown(text))
+    item, said = drawn.exhibit, "\n".join(f"- {claim}" for claim in drawn.said)
+    parts = (f"**{item.heading}.** {item.caption}", said, f"*Drawn by {item.place}.*")
+    display(Markdown("\n\n".join(filter(None, parts))))
 
 
 def check(run: Run, *modules: str, extra: Sequence[Claim] = ()) -> pd.DataFrame:
@@ -475,7 +464,7 @@ def _sections(page: Sequence[Rendered], profile: str) -> Iterator[str]:
         yield f"![{heading}]({item.exhibit.name}.png)" if isinstance(item.content, Figure) else markdown(item.content)
         yield item.exhibit.caption
         command = f"make build/{profile}/{notebook}.ipynb PROFILE={profile} && make figures PROFILE={profile}"
-        where = f"Written in {item.exhibit.module}, computed by `{command}`"
+        where = f"Drawn by {item.exhibit.place}, computed by `{command}`"
         yield "\n".join(f"- {fact}" for fact in (*item.said, VERDICTS[item.verdict].capitalize(), where))
         yield " · ".join(f"[{suffix}]({path.name})" for suffix, path in item.files.items())
     ends = {"What holds, what does not, why": claim_table(page), "What is not here, and why": missing_table(page)}

@@ -40,7 +40,7 @@ def table(name: str) -> pd.DataFrame:
       source, confidence.
     - ``threshold_maps``: Fig. 14 and 15: kind, initial and refinement (multipliers of the standard deviation),
       initial_neurons, neurons (after refinement), sscd_gen, sscd_orig.
-    - ``figures``: the figures and tables of the paper in its order: label, exhibits (names of ours that show it), shows.
+    - ``figures``: the figures and tables of the paper in its order: label, exhibits (names of ours that show it).
     """
     return pd.read_csv(paths.PACKAGE / "paper" / f"{name}.csv")
 
@@ -64,10 +64,5 @@ def median(setting: str, kind: str, metric: str) -> str:
 
 _REPORTED = {row[0]: Reported(*row[1:]) for row in table("reported").itertuples(index=False)}
 
-_FIGURES = table("figures")
-
-FIGURES_AND_TABLES: dict[str, str] = dict(zip(_FIGURES["label"], _FIGURES["shows"], strict=True))
-"""The figures and tables of the paper in its order, each part by itself, and what they show."""
-
-PLACES: tuple[str, ...] = tuple(" ".join(_FIGURES["exhibits"]).split())
-"""The exhibits that show them, in this order."""
+PLACES: tuple[str, ...] = tuple(" ".join(table("figures")["exhibits"]).split())
+"""The exhibits that show the figures and tables of the paper, in its order."""

@@ -1,7 +1,7 @@
 """How figures look, and the few plots that they are made of: the NeurIPS style, fixed colours and second cues.
 
     with panels(1, 2, aspect=0.4) as (figure, axes):
-        histogram(axes[0], table, "neuron_count", xlabel="neurons per prompt")
+        histogram(axes[0], table, "neuron_count", xlabel="neurons per prompt", title="after refinement")
 
 Everything that tells kinds apart has a second cue besides its colour: a marker, a line style or a hatch.
 """
@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter
 from tueplots import figsizes, fontsizes
 
+from nemolib.prompts import MEMORIZED
 from nemolib.store import Grid
 
 # It wonders about the date of the font that comes with matplotlib.
@@ -41,9 +42,6 @@ LINE = 0.6
 """Width of axes and ticks, in points; all other widths are multiples of it."""
 
 GREY = "0.35"
-
-MEMORIZED = ("vm", "tm")
-"""Kinds of prompts that most figures show."""
 
 FONTS = ["STIXGeneral", "DejaVu Serif"]
 """A Times-like font that comes with matplotlib, so that a figure has the same bytes on every machine."""
@@ -96,15 +94,14 @@ def neurips(fraction: float = 1.0, *, aspect: float = 0.618) -> dict[str, Any]:
         fraction: Width as a share of the text width, in (0, 1].
         aspect: Height divided by width.
     """
-    size = figsizes.neurips2024(rel_width=fraction, height_to_width_ratio=aspect, pad_inches=0.0)
+    size = figsizes.neurips2024(rel_width=fraction, ncols=1, height_to_width_ratio=aspect, pad_inches=0.0)
     # The family itself and not "serif": that name would be looked up when the figure is drawn, outside the context.
-    fonts = {"font.family": FONTS, "mathtext.fontset": "cm", "text.usetex": False, "pdf.fonttype": 42}
+    fonts = {"font.family": FONTS, "mathtext.fontset": "cm", "text.usetex": False}
     lines = {"lines.linewidth": 2 * LINE, "lines.markersize": 5 * LINE}
     lines |= dict.fromkeys(("axes.linewidth", "xtick.major.width", "ytick.major.width", "patch.linewidth"), LINE)
     lines |= dict.fromkeys(("xtick.minor.width", "ytick.minor.width", "hatch.linewidth", "grid.linewidth"), LINE / 2)
     plain = dict.fromkeys(("legend.frameon", "axes.spines.top", "axes.spines.right"), False)
-    plain |= {"image.interpolation": "nearest", "savefig.bbox": None, "figure.dpi": 150}
-    plain |= {"figure.figsize": (TEXT_WIDTH * fraction, TEXT_WIDTH * fraction * aspect)}
+    plain |= {"image.interpolation": "nearest", "figure.dpi": 150}
     return size | fontsizes.neurips2024() | fonts | lines | plain
 
 
@@ -136,69 +133,45 @@ def of_kinds(table: pd.DataFrame, kinds: Sequence[str]) -> dict[str, pd.DataFram
 # Distributions
 
 
-def histogram(
-    axes: Axes,
-    table: pd.DataFrame,
-    column: str,
-    *,
-    edges: np.ndarray,
-    kinds: Sequence[str] = MEMORIZED,
-    shares: bool = False,
-    xlabel: str,
-    title: str = "",
-) -> None:
-    """Draw the distribution of a column for each kind of prompt.
-
-    Args:
-        axes: Where.
-        table: Columns kind and ``column``.
-        column: What is counted.
-        edges: Edges of the bars.
-        kinds: Kinds of prompts.
-        shares: Whether bars are shares of the prompts of a kind, overlapping, with a mark below for each prompt; else
-            they are numbers of prompts, side by side, with a line at the median.
-        xlabel: What the column is.
-        title: Title of the panel.
-    """
-    parts = of_kinds(table, kinds)
-    style = {"multiple": "layer", "element": "step", "stat": "probability", "common_norm": False, "alpha": 0.35} if shares else {
-        "multiple": "dodge", "shrink": 0.9, "edgecolor": "white", "alpha": 1.0}  # fmt: skip
-    colors = {kind: ROLES[kind].color for kind in parts}
-    known = {"data": pd.concat(parts.values()), "x": column, "hue": "kind", "hue_order": list(parts), "palette": colors}
-    sns.histplot(**known, bins=list(edges), ax=axes, legend=False, **style)
-    # seaborn draws the last kind first.
-    for drawn, kind in zip(axes.collections if shares else axes.containers, reversed(parts), strict=True):
-        mpl.artist.setp([drawn] if shares else drawn, hatch=ROLES[kind].hatch)
-        drawn.set_label("_")
-    for level, (kind, part) in enumerate(parts.items()):
-        look = ROLES[kind]
-        face = {"facecolor": (look.color, 0.35), "edgecolor": look.color} if shares else {
-            "facecolor": look.color, "edgecolor": "white"}  # fmt: skip
-        label = f"{look.label}, n = {len(part)}"
-        axes.add_patch(mpl.patches.Rectangle((np.nan, np.nan), 0, 0, hatch=look.hatch, label=label, **face))
-        if shares:
-            _rug(axes, part[column], look.color, level)
-        else:
-            axes.axvline(part[column].median(), color=look.color, linestyle=look.line)
-    axes.set(xlabel=xlabel, ylabel="prompts of a kind" if shares else "prompts", title=title)
-    if shares:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    else:
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(integer=True))
+def histogram(axes: Axes, table: pd.DataFrame, column: str, *, xlabel: str, title: str) -> None:
+    """Draw how many VM and TM prompts have which count, bars side by side, and the medians as lines."""
+    parts = of_kinds(table, MEMORIZED)
+    looks = [ROLES[kind] for kind in parts]
+    axes.hist(
+        [part[column] for part in parts.values()],
+        count_edges(table[column]),
+        rwidth=0.9,
+        color=[look.color for look in looks],
+        hatch=[look.hatch for look in looks],
+        edgecolor="white",
+        label=[f"{look.label}, n = {len(part)}" for look, part in zip(looks, parts.values(), strict=True)],
+    )
+    for look, part in zip(looks, parts.values(), strict=True):
+        axes.axvline(part[column].median(), color=look.color, linestyle=look.line)
+    axes.set(xlabel=xlabel, ylabel="prompts", title=title)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
 
 
-def count_edges(values: pd.Series, bins: int = 12) -> np.ndarray:
+def count_edges(values: pd.Series, bins: int = 20) -> np.ndarray:
     """Return at most ``bins`` bins for counts: whole numbers wide, from 0 (which is a bin's first value) on."""
     width = max(1, int(np.ceil((values.max() + 1) / bins)))
     return np.arange(0, values.max() + 1 + width, width) - 0.5 * (width == 1)
 
 
-def _rug(axes: Axes, values: pd.Series, color: str, level: int) -> None:
-    """Mark every value by a short line below the axis."""
-    top, style = -0.03 * (level + 1), {"color": color, "linewidth": 0.5, "clip_on": False}
-    axes.vlines(values, top - 0.025, top, transform=axes.get_xaxis_transform(), **style)
+def distributions(axes: Axes, parts: Mapping[str, pd.DataFrame], column: str, *, xlabel: str) -> None:
+    """Draw shares of the prompts of each kind over a column, overlapping, with a short line below for each prompt."""
+    edges = np.histogram_bin_edges(pd.concat(parts.values())[column], bins=24)
+    for level, (kind, part) in enumerate(parts.items()):
+        look, weights = ROLES[kind], np.full(len(part), 1 / len(part))
+        style = {"facecolor": (look.color, 0.35), "edgecolor": look.color, "hatch": look.hatch}
+        label = f"{look.label}, n = {len(part)}"
+        axes.hist(part[column], edges, weights=weights, histtype="stepfilled", label=label, **style)
+        top, rug = -0.03 * (level + 1), {"color": look.color, "linewidth": 0.5, "clip_on": False}
+        axes.vlines(part[column], top - 0.025, top, transform=axes.get_xaxis_transform(), **rug)
     axes.tick_params(axis="x", length=2, pad=8)
+    axes.set(xlabel=xlabel, ylabel="prompts of a kind")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
 def threshold(axes: Axes, value: float, *, horizontal: bool = False) -> None:
@@ -217,7 +190,7 @@ def points(axes: Axes, table: pd.DataFrame, x: str, y: str) -> None:
     for place, (kind, part) in zip(np.linspace(-0.18, 0.18, len(parts)), parts.items(), strict=True):
         look = ROLES[kind]
         spread = np.resize(np.linspace(-0.12, 0.12, 7), len(part))
-        across = part[x].map({value: number for number, value in enumerate(order)}).to_numpy() + place + spread
+        across = part[x].map(order.index) + place + spread
         axes.plot(across, part[y], **look.line_style(linestyle="", markersize=2, alpha=0.7, markeredgewidth=0))
     axes.set_xticks(range(len(order)), [str(value) for value in order])
 
@@ -278,9 +251,7 @@ def intervals(figure: Figure, axes: Sequence[Axes], table: pd.DataFrame) -> None
             panel.hlines(rows, part[f"{metric}_low"], part[f"{metric}_high"], color=look.color, linewidth=1)
             for name, style in zip((metric, f"{metric}_paper"), look.beside_paper(linestyle=""), strict=True):
                 panel.plot(part[name], rows, **style)
-        known = table[[f"{metric}{end}" for end in ("", "_low", "_high", "_paper")]].to_numpy(dtype=float)
-        top = np.ceil(round(10 * float(np.nanmax(known)), 3)) / 10 if np.isfinite(known).any() else 1.0
-        panel.set(title=METRICS[metric], xlim=(min(0.0, float(np.nanmin(known, initial=0.0))) - 0.04, top + 0.05))
+        panel.set_title(METRICS[metric])
         panel.grid(axis="x", alpha=0.4)
         if place == 0:
             panel.set_yticks(range(len(names)), ["\n".join(textwrap.wrap(name, 24)) for name in names])
@@ -312,10 +283,8 @@ def legend_above(axes: Axes, *, columns: int = 2) -> None:
 
 def legend_below(figure: Figure, *, columns: int | None = None) -> None:
     """Put one legend for all panels below them, each label once."""
-    named: dict[str, Any] = {}
-    for axes in figure.axes:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            named.setdefault(label, handle)
+    found = [axes.get_legend_handles_labels() for axes in figure.axes]
+    named = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
     if named:
         figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns or len(named))
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 
 from nemolib import paper, plots
-from nemolib.exhibits import Claim, exhibit, must, too_few
+from nemolib.exhibits import Claim, exhibit
 from nemolib.first_step import pairs_measure
 from nemolib.holdout import memorization_threshold
-from nemolib.layers import value_layers
 from nemolib.settings import PAPER, RELEASED, Protocol
 
 if TYPE_CHECKING:
@@ -53,22 +51,6 @@ def thresholds(run: Run) -> pd.DataFrame:
     table = paper.table("thresholds")
     ours = [run.threshold_at(multiplier) for multiplier in table["multiplier"]]
     return table.assign(ours=ours, low=low, high=high, tau=run.threshold)
-
-
-def layer_table(run: Run) -> pd.DataFrame:
-    """Return the value layers with their activation statistics.
-
-    Source: Sec. 3.2.
-
-    Returns:
-        Columns layer (from 1, as in the paper), block, neurons, mean and sd (averaged over the neurons), sd_low and
-        sd_high (smallest and largest of a neuron).
-    """
-    rows = []
-    for layer, mean, sd in zip(value_layers(run.pipe.unet), run.statistics.mean, run.statistics.std, strict=True):
-        numbers = (float(value) for value in (mean.mean(), sd.mean(), sd.min(), sd.max()))
-        rows.append((layer.index + 1, layer.name.partition(".transformer_blocks")[0], layer.width, *numbers))
-    return pd.DataFrame(rows, columns=["layer", "block", "neurons", "mean", "sd", "sd_low", "sd_high"])
 
 
 def switches(guidance: float) -> list[tuple[str, str, str, Protocol, float]]:
@@ -115,64 +97,34 @@ def switch_table(run: Run) -> pd.DataFrame:
     return table.assign(difference=table["threshold"] - table["threshold"].iloc[0])
 
 
-def gate_table(run: Run, guidances: Sequence[float]) -> pd.DataFrame:
-    """Return the share of holdout prompts that pass the gate if threshold and detection use different guidance.
-
-    The gate is open if the largest pair of seeds is above the threshold; protocol `released`.
-
-    Returns:
-        A row for each guidance of the detection, a column for each guidance of the threshold.
-    """
-    found = {guidance: run.holdout_scores(protocol=RELEASED, guidance=guidance) for guidance in sorted(guidances)}
-    limits = [memorization_threshold(scores, protocol=RELEASED) for scores in found.values()]
-    shares = [[(scores.max(axis=1) > limit).mean() for limit in limits] for scores in found.values()]
-    return pd.DataFrame(shares, index=pd.Index(found, name="detection"), columns=pd.Index(found, name="threshold"))
-
-
-def read_thresholds(thresholds: pd.DataFrame, holdout_pairs: pd.DataFrame) -> Iterator[Claim]:
-    """Yield the threshold beside the paper's, and whether it leaves the search room on both sides."""
+def read_thresholds(thresholds: pd.DataFrame) -> Iterator[Claim]:
+    """Yield the threshold beside the paper's."""
     ours, row = thresholds.set_index("multiplier")["ours"], thresholds.iloc[0]
-    few = too_few(holdout_pairs["prompt"].nunique(), "holdout prompt", needed=10)
     others = f"95 % of other holdout sets: {row['low']:.2f} to {row['high']:.2f}"
     found = f"{ours[1]:.3f} = {ours[0]:.3f} + {ours[1] - ours[0]:.3f}; {others}"
     theirs = "{} = {} + {}".format(*map(paper.reported, ("threshold", "threshold.mean", "threshold.sd")))
-    rule = "; ".join(filter(None, ["another model with smaller latents: its similarities have another scale", few]))
-    yield Claim("mean + 1 sd", found, theirs, rule=rule)
-    room = "the search needs room on both sides"
-    yield must("a threshold between similarities", ours[1], at_least=0.05, at_most=0.95, reason=room, missing=few)
+    yield Claim(
+        "mean + 1 sd", found, theirs, rule="another model with smaller latents: its similarities have another scale"
+    )
 
 
-@exhibit(
-    "Table 4 (thresholds)", "four memorization thresholds",
-    "Mean of the holdout scores plus a multiple of their standard deviation.", read=read_thresholds,
-)  # fmt: skip
+@exhibit("Table 4 (thresholds)", "four memorization thresholds",
+    "Mean of the holdout scores plus a multiple of their standard deviation.", read=read_thresholds)  # fmt: skip
 def table_4_thresholds(thresholds: pd.DataFrame) -> pd.DataFrame:
     return thresholds[["setting", "paper", "ours"]].round(3)
 
 
-def read_holdout(holdout_pairs: pd.DataFrame) -> Iterator[Claim]:
-    """Yield mean and standard deviation of the similarities."""
-    pairs, largest = holdout_pairs["similarity"], holdout_pairs.groupby("prompt")["similarity"].max()
-    ours = ", ".join(f"{values.mean():.3f} ± {values.std():.3f}" for values in (pairs, largest))
-    theirs = f"{paper.reported('threshold.mean')} ± {paper.reported('threshold.sd')}"
-    what = f"{len(pairs)} pairs, the largest pairs of {len(largest)} prompts (mean ± standard deviation)"
-    yield Claim(what, ours, theirs)
-
-
-@exhibit(
-    "", "similarity of the seeds of holdout prompts",
-    "Similarity of two seeds of a holdout prompt: all pairs (filled) and the largest pair of each prompt (outlined). Lines: the four "
-    "thresholds.",
-    read=read_holdout,
-)  # fmt: skip
+@exhibit("", "similarity of the seeds of holdout prompts",
+    "Similarity of two seeds of a holdout prompt: all pairs (filled) and the largest pair of each prompt (outlined). Lines: "
+    "the four thresholds.")  # fmt: skip
 def holdout_distribution(holdout_pairs: pd.DataFrame, thresholds: pd.DataFrame) -> Figure:
     pairs, largest = holdout_pairs["similarity"], holdout_pairs.groupby("prompt")["similarity"].max()
     edges, look = np.linspace(pairs.min(), pairs.max(), 61), plots.ROLES["holdout"]
+    filled = {"facecolor": (look.color, 0.35), "edgecolor": look.color, "hatch": look.hatch, "label": "all pairs"}
+    outlined = {"histtype": "step", "color": "#E69F00", "label": "largest pair"}
     with plots.panels(fraction=0.7) as (figure, axes):
-        shares = {"stat": "proportion", "element": "step", "color": look.color, "alpha": 0.35, "hatch": look.hatch}
-        sns.histplot(pairs, bins=edges, label="all pairs", ax=axes, **shares)
-        share = np.full(len(largest), 1 / len(largest))
-        axes.hist(largest, edges[::2], weights=share, histtype="step", color="#E69F00", label="largest pair")
+        axes.hist(pairs, edges, weights=np.full(len(pairs), 1 / len(pairs)), histtype="stepfilled", **filled)
+        axes.hist(largest, edges[::2], weights=np.full(len(largest), 1 / len(largest)), **outlined)
         for line, row in zip(((0, (1, 2)), "--", "-", "-."), thresholds.itertuples(), strict=True):
             axes.axvline(row.ours, color="black", linestyle=line, linewidth=1, label=row.setting)
         axes.set(xlabel="similarity of two seeds of a holdout prompt", ylabel="share")
@@ -181,25 +133,9 @@ def holdout_distribution(holdout_pairs: pd.DataFrame, thresholds: pd.DataFrame) 
     return figure
 
 
-def read_switches(protocol_switches: pd.DataFrame) -> Iterator[Claim]:
-    """Yield what moves the threshold most."""
-    rows = protocol_switches.set_index("switch")
-    single = rows.loc[["timestep", "pairs", "similarity"], "difference"]
-    most = single.abs().idxmax()
-    tau = rows["threshold"]
-    ours = f"{tau['none']:.3f}, {tau['all']:.3f}, {rows['change'][most]} ({single[most]:+.3f})"
-    theirs = "text and code differ; what each difference does is not reported"
-    yield Claim("threshold of `released`, of `paper`, and the largest single change", ours, theirs)
-    raised = rows["mean"]["pairs"] - rows["mean"]["none"]
-    yield must("largest pairs raise the mean", raised, at_least=0, reason="a largest value is at least the mean")
-
-
-@exhibit(
-    "", "what each difference between paper and code does to the threshold",
-    "Mean of the values that the threshold is taken over (point) and the threshold (bar, one standard deviation above). Dashed: protocol "
-    "released.",
-    read=read_switches,
-)  # fmt: skip
+@exhibit("", "what each difference between paper and code does to the threshold",
+    "Mean of the values that the threshold is taken over (point) and the threshold (bar, one standard deviation above). "
+    "Dashed: protocol released.")  # fmt: skip
 def protocol_switches(protocol_switches: pd.DataFrame) -> Figure:
     table, places = protocol_switches, np.arange(len(protocol_switches))[::-1]
     with plots.panels(aspect=0.4) as (figure, axes):
@@ -213,10 +149,8 @@ def protocol_switches(protocol_switches: pd.DataFrame) -> Figure:
     return figure
 
 
-@exhibit(
-    "", "thresholds by protocol switch",
-    "Gate: share of holdout prompts whose largest pair is above the threshold. Questions are those of notebook 01.",
-)  # fmt: skip
+@exhibit("", "thresholds by protocol switch",
+    "Gate: share of holdout prompts whose largest pair is above the threshold. Questions are those of notebook 01.")  # fmt: skip
 def protocol_switches_table(protocol_switches: pd.DataFrame) -> pd.DataFrame:
     columns = ["question", "change", "mean", "sd", "threshold", "difference", "gate"]
     return protocol_switches[columns].fillna({"question": ""}).round(3)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import matplotlib as mpl
 import numpy as np
@@ -13,7 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nemolib.exhibits import Claim, NotEnough, exhibit
-from nemolib.neurons import NeuronSet
 from nemolib.plots import GREY, LABEL_SIZE, LINE, ROLES, TEXT_WIDTH, TICK_SIZE, neurips
 from nemolib.store import Grid
 
@@ -28,64 +26,33 @@ SHOWN, AFTER, NAMED = 4, 3, 2
 COLOR, OTHER = ROLES["vm"].color, ROLES["unmemorized"].color
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Followed:
-    """One prompt's way through the method, beside an unmemorized prompt.
+def compared(overview: pd.DataFrame, scores: pd.DataFrame, noise_differences: Grid, samples: Grid) -> pd.Series:
+    """Return two memorization scores by caption: of the prompt that notebook 03 searches by hand, and of an unmemorized one.
 
-    Attributes:
-        prompts: The two captions, the memorized one first.
-        scores: Their memorization scores.
-        threshold: Memorization threshold.
-        neurons: All neurons of the value layers: columns layer (from 1), neuron, z, across (place in the layer, from 0 to
-            1), initial and refined (bool).
-        theta: Threshold of the z-score at which the initial selection ended; missing if it had no step.
-    """
-
-    prompts: tuple[str, str]
-    scores: tuple[float, float]
-    threshold: float
-    neurons: pd.DataFrame
-    theta: float
-
-
-def follow(
-    overview: pd.DataFrame, localization: pd.DataFrame, scores: pd.DataFrame, search_steps: pd.DataFrame,
-    noise_differences: Grid, samples: Grid,
-) -> Followed:  # fmt: skip
-    """Return the way of the prompt that notebook 03 follows, beside the last unmemorized prompt with images.
+    The other is the last unmemorized prompt with images.
 
     Raises:
-        NotEnough: Notebook 02 saved nothing of the prompt, or of no unmemorized one, or the search left it out.
+        NotEnough: Notebook 02 saved nothing of the prompt, or of no unmemorized one.
     """
     prompt, known = overview["prompt"].iloc[0], scores.set_index("caption")
     if prompt not in noise_differences.rows:
         raise NotEnough(f"image grid 'noise_differences' does not have {prompt!r}, the prompt that notebook 03 follows")
-    if prompt not in set(localization["prompt"]):
-        raise NotEnough(f"table 'localization' does not have the prompt {prompt!r}")
     others = [row for row in noise_differences.rows if row in samples.rows and known["kind"].get(row) == "unmemorized"]
     if not others:
         raise NotEnough("image grid 'noise_differences' has no unmemorized prompt")
-    found, prompts = localization.set_index("prompt").loc[prompt], (prompt, others[-1])
-    across = (overview["neuron"] + 0.5) / (overview.groupby("layer")["neuron"].transform("max") + 1)
-    neurons, pairs = overview.assign(across=across), list(zip(overview["layer"] - 1, overview["neuron"], strict=True))
-    for name, column in (("initial", "initial"), ("refined", "neurons")):
-        chosen = NeuronSet.from_json(found[column])
-        neurons[name] = [pair in chosen for pair in pairs]
-    threshold = float(search_steps["threshold"].iloc[0])
-    return Followed(prompts, tuple(known.loc[list(prompts), "score"]), threshold, neurons, float(found["theta"]))
+    return known.loc[[prompt, others[-1]], "score"]
 
 
 def read_1(
-    overview: pd.DataFrame, localization: pd.DataFrame, scores: pd.DataFrame, search_steps: pd.DataFrame,
-    noise_differences: Grid, samples: Grid,
-) -> Iterator[Claim]:  # fmt: skip
+    overview: pd.DataFrame, scores: pd.DataFrame, search_steps: pd.DataFrame, noise_differences: Grid, samples: Grid
+) -> Iterator[Claim]:
     """Yield whether the threshold tells the prompts apart, and what refinement leaves of the candidates."""
-    way = follow(overview, localization, scores, search_steps, noise_differences, samples)
-    (mine, other), rule = way.scores, "the threshold tells the two prompts apart"
-    ours, apart = f"{mine:.2f} and {other:.2f}, threshold {way.threshold:.2f}", bool(mine > way.threshold >= other)
+    mine, other = compared(overview, scores, noise_differences, samples)
+    threshold, rule = search_steps["threshold"].iloc[-1], "the threshold tells the two prompts apart"
+    ours, apart = f"{mine:.2f} and {other:.2f}, threshold {threshold:.2f}", bool(mine > threshold >= other)
     yield Claim("most similar seeds of the prompt and of an unmemorized one", ours, "", apart, rule)
-    initial, refined = way.neurons[["initial", "refined"]].sum()
-    ours = f"{initial} and {refined} of {len(way.neurons):,} neurons"
+    initial, refined = overview[["initial", "refined"]].sum()
+    ours = f"{initial} and {refined} of {len(overview):,} neurons"
     theirs = "the candidates of one prompt are neurons 124, 221 and 362; the rest is a drawing without numbers"
     rule = "refinement leaves some of the candidates, not all"
     yield Claim("its candidates, and those that stay", ours, theirs, bool(0 < refined < initial), rule)
@@ -97,27 +64,26 @@ def read_1(
     "of the z-score or among the most active of their layer. (c) Those that refinement keeps (filled) and gives back (hollow). (d) Images "
     "of the same seeds with all neurons active, and with the neurons of (c) deactivated.", read=read_1)  # fmt: skip
 def figure_1(
-    overview: pd.DataFrame, localization: pd.DataFrame, scores: pd.DataFrame, search_steps: pd.DataFrame,
-    overview_images: Grid, noise_differences: Grid, samples: Grid,
+    overview: pd.DataFrame, scores: pd.DataFrame, search_steps: pd.DataFrame, overview_images: Grid,
+    noise_differences: Grid, samples: Grid,
 ) -> Figure:  # fmt: skip
-    way = follow(overview, localization, scores, search_steps, noise_differences, samples)
+    both, end = compared(overview, scores, noise_differences, samples), search_steps.iloc[-1]
+    # Where a neuron is in its layer, from 0 to 1.
+    across = (overview["neuron"] + 0.5) / (overview.groupby("layer")["neuron"].transform("max") + 1)
+    neurons = overview.assign(across=across)
     halves = np.split(overview_images.images[0], 2)
     # The first column of the samples is the planted image, which an unmemorized prompt does not have.
-    images = halves[0][0], samples.images[samples.rows.index(way.prompts[1]), 1]
-    maps = [noise_differences.images[noise_differences.rows.index(name)][:SHOWN] for name in way.prompts]
+    images = halves[0][0], samples.images[samples.rows.index(both.index[1]), 1]
+    maps = [noise_differences.images[noise_differences.rows.index(name)][:SHOWN] for name in both.index]
     style = {"figure.constrained_layout.use": False, "axes.labelsize": TICK_SIZE, "axes.labelpad": 1}
     with mpl.rc_context(neurips(aspect=HEIGHT / TEXT_WIDTH) | style):
         figure = Figure()
-        _detection(figure, way, images, maps)
-        _activations(_axes(figure, 0.40, 0.42, 1.66, 0.95), way)
-        _refinement(_axes(figure, 2.62, 0.42, 0.86, 0.95), way)
-        _deactivation(figure, halves, way.neurons["refined"].sum())
-        for start, end in ((1.30, 2.30), (3.32, 4.04)):
-            ends = ((x / TEXT_WIDTH, 1.70 / HEIGHT) for x in (start, end))
-            look = {"mutation_scale": 9, "linewidth": 1.5 * LINE, "color": "0.3", "shrinkA": 0, "shrinkB": 0}
-            figure.add_artist(
-                mpl.patches.FancyArrowPatch(*ends, transform=figure.transFigure, arrowstyle="-|>", **look)
-            )
+        _detection(figure, both, end["threshold"], images, maps)
+        _activations(_axes(figure, 0.40, 0.42, 1.66, 0.95), neurons, end["theta"])
+        _refinement(_axes(figure, 2.62, 0.42, 0.86, 0.95), neurons)
+        _deactivation(figure, halves, neurons["refined"].sum())
+        for x in (1.60, 3.50):
+            _text(figure, x, 1.58, "→", fontsize=2 * LABEL_SIZE, color="0.3")
     return figure
 
 
@@ -145,49 +111,52 @@ def _counted(number: int, word: str) -> str:
     return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
-def _detection(figure: Figure, way: Followed, images: Sequence[np.ndarray], maps: Sequence[np.ndarray]) -> None:
+def _detection(
+    figure: Figure, scores: pd.Series, threshold: float, images: Sequence[np.ndarray], maps: Sequence[np.ndarray]
+) -> None:
     """Draw an image and the noise differences of both prompts."""
     _title(figure, 0.05, 3.05, "a", "Noise differences of the first denoising step: do seeds agree?")
     for place, (word, color) in enumerate((("memorized", COLOR), ("unmemorized", OTHER))):
-        left, score = 0.05 + place * 2.78, way.scores[place]
-        _text(
-            figure, left, 2.86, textwrap.shorten(f"{word}: “{way.prompts[place]}”", 52, placeholder=" …”"), color=color
-        )
+        left, prompt, score = 0.05 + place * 2.78, scores.index[place], scores.iloc[place]
+        caption = textwrap.shorten(f"{word}: “{prompt}”", 52, placeholder=" …”")
+        _text(figure, left, 2.86, caption, color=color)
         _picture(figure, images[place], left, 2.03, 0.78, color)
         for seed, image in enumerate(maps[place]):
             _picture(figure, image, left + 0.90 + seed * 0.43, 2.41, 0.40)
-        seeds, sign = _counted(len(maps[place]), "seed"), ">" if score > way.threshold else r"\leq"
+        seeds, sign = _counted(len(maps[place]), "seed"), ">" if score > threshold else r"\leq"
         _text(figure, left + 0.90, 2.34, f"noise differences of {seeds}", va="top", color=GREY)
-        verdict = rf"most similar pair ${score:.2f} {sign} \tau = {way.threshold:.2f}$"
+        verdict = rf"most similar pair ${score:.2f} {sign} \tau = {threshold:.2f}$"
         _text(figure, left + 0.90, 2.19, verdict, va="top", color=color)
 
 
-def _activations(axes: Axes, way: Followed) -> None:
+def _activations(axes: Axes, neurons: pd.DataFrame, theta: float) -> None:
     """Draw the z-score of every neuron, layer by layer, all layers equally wide, and which of them are candidates."""
-    layers, size = sorted(way.neurons["layer"].unique()), way.neurons["z"].abs()
-    places, chosen = way.neurons["layer"].map(layers.index) + way.neurons["across"], way.neurons["initial"]
+    layers, size = sorted(neurons["layer"].unique()), neurons["z"].abs()
+    places, chosen = neurons["layer"].map(layers.index) + neurons["across"], neurons["initial"]
     axes.vlines(places[~chosen], 0, size[~chosen], color="0.7", linewidth=LINE)
     axes.vlines(places[chosen], 0, size[chosen], color=COLOR, linewidth=1.5 * LINE)
     axes.plot(places[chosen], size[chosen], "o", color=COLOR, markersize=2.5, markeredgewidth=0)
     axes.vlines(
         range(1, len(layers)), 0, 1, transform=axes.get_xaxis_transform(), color="0.9", linewidth=LINE, zorder=0
     )
-    # A threshold far above all neurons, as random weights have it, would leave nothing to see.
-    top = max(size.max(), way.theta if way.theta <= 2 * size.max() else 0.0) or 1.0
-    if not np.isnan(way.theta):
-        axes.axhline(way.theta, color="black", linestyle=":", linewidth=1.5 * LINE)
-        note = {"xycoords": "axes fraction", "ha": "right", "va": "bottom", "fontsize": TICK_SIZE - 1, "color": GREY}
-        axes.annotate(rf"dotted: $\theta = {way.theta:g}$", (1, 1), **note)
-    axes.set(xlim=(0, len(layers)), ylim=(0, 1.18 * top), xlabel="value layer", ylabel=r"$|z|$ of a neuron")
+    axes.axhline(theta, color="black", linestyle=":", linewidth=1.5 * LINE)
+    note = {"xycoords": "axes fraction", "ha": "right", "va": "bottom", "fontsize": TICK_SIZE - 1, "color": GREY}
+    axes.annotate(rf"dotted: $\theta = {theta:g}$", (1, 1), **note)
+    axes.set(
+        xlim=(0, len(layers)),
+        ylim=(0, 1.18 * max(size.max(), theta)),
+        xlabel="value layer",
+        ylabel=r"$|z|$ of a neuron",
+    )
     axes.set_xticks(np.arange(len(layers)) + 0.5, layers)
     axes.tick_params(axis="x", length=0)
     _title(axes.figure, 0.05, 1.64, "b", "Initial selection")
     _text(axes.figure, 0.18, 1.49, f"{chosen.sum()} of {len(chosen)} neurons, unusual or most active", color=COLOR)
 
 
-def _refinement(axes: Axes, way: Followed) -> None:
+def _refinement(axes: Axes, neurons: pd.DataFrame) -> None:
     """Draw the candidates of each layer, and which of them stay."""
-    layers, table = sorted(way.neurons["layer"].unique()), way.neurons[way.neurons["initial"]]
+    layers, table = sorted(neurons["layer"].unique()), neurons[neurons["initial"]]
     kept, gone = table[table["refined"]], table[~table["refined"]]
     axes.hlines(layers, 0, 1, color="0.85", linewidth=LINE, zorder=0)
     hollow = {"color": "white", "markeredgecolor": "0.5", "markersize": 3, "markeredgewidth": LINE}

@@ -1,26 +1,24 @@
 """A run that somebody else has published: its table of results beside what is computed here, marked in every exhibit.
 
 The authors' code writes one row per prompt, separated by semicolons: the prompt, the neurons of the initial selection
-(a neuron that was found twice stands there twice) and those that refinement left, each with its score. Such a table does
-not say with which model and settings it was made. Kinds of prompts are those of the profile's prompt table.
+(a neuron that was found twice stands there twice) and those that refinement left. Such a table does not say with which
+model and settings it was made. Kinds of prompts are those of the profile's prompt table.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
 from nemolib import localization, paper, paths, plots
-from nemolib.exhibits import Claim, exhibit, of_kinds
+from nemolib.exhibits import Claim, each_kind, exhibit, of_kinds
 from nemolib.experiments import localize_neurons as search
-from nemolib.experiments.localize_neurons import each_kind
 from nemolib.neurons import NeuronSet
 from nemolib.prompts import MEMORIZED, load_prompts
 
@@ -29,10 +27,10 @@ if TYPE_CHECKING:
 
 NOTEBOOK = "06_figures"
 
-COLUMNS = ("Caption", "Initial Neurons", "Initial SSIM", "Refined Neurons", "Refined SSIM")
+COLUMNS = ("Caption", "Initial Neurons", "Refined Neurons")
 """Columns of a table of results of the authors' code that are read."""
 
-KEPT = ("kind", "prompt", "initial_count", "neuron_count", "initial", "neurons", "initial_score", "refined_score")
+KEPT = ("kind", "prompt", "initial_count", "neuron_count", "neurons")
 
 
 class PublishedRunError(ValueError):
@@ -46,13 +44,12 @@ def localizations(run: Run) -> pd.DataFrame:
 
     Returns:
         One row per prompt of the run, columns kind (missing if the profile's prompts do not have the caption), prompt,
-        initial_count and neuron_count (different neurons before and after refinement), initial and neurons (JSON of a
-        neuron set), initial_score and refined_score.
+        initial_count and neuron_count (different neurons before and after refinement), neurons (JSON of a neuron set).
 
     Raises:
         FileNotFoundError: The file, or the table of prompts, is missing.
-        PublishedRunError: A column is missing, neurons are no lists of lists of integers, a refined neuron is no
-            candidate, or a score is no finite number; or no caption of the run is among the prompts.
+        PublishedRunError: A column is missing, neurons are no lists of lists of integers, or a refined neuron is no
+            candidate; or no caption of the run is among the prompts.
     """
     if run.profile.published_run is None:
         return pd.DataFrame(columns=list(KEPT))
@@ -67,7 +64,7 @@ def localizations(run: Run) -> pd.DataFrame:
     return table
 
 
-def _rows(path: Path) -> Iterator[tuple[Any, ...]]:
+def _rows(path: Path) -> Iterator[tuple[str, int, int, str]]:
     """Yield the checked rows of a table of results: all of `KEPT` but the kind."""
     text = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
     try:
@@ -77,25 +74,19 @@ def _rows(path: Path) -> Iterator[tuple[Any, ...]]:
             f"{path}: {error}; expected columns {', '.join(COLUMNS)}, split by semicolons"
         ) from error
     for number, row in enumerate(table.to_dict("records"), start=1):
-        where = f"{path}, row {number}"
-        initial, first, refined, last = (_value(row[column], column, where) for column in COLUMNS[1:])
+        where = f"{path}, row {number}: column"
+        initial, refined = (_neurons(row[column], f"{where} {column!r}") for column in COLUMNS[1:])
         if len(initial.layers) != len(refined.layers) or refined - initial:
-            raise PublishedRunError(f"{where}: column 'Refined Neurons' is not within the initial neurons")
-        yield (row["Caption"], len(initial), len(refined), initial.to_json(), refined.to_json(), first, last)
+            raise PublishedRunError(f"{where} 'Refined Neurons' is not within the initial neurons")
+        yield row["Caption"], len(initial), len(refined), refined.to_json()
 
 
-def _value(text: str, column: str, where: str) -> Any:
-    """Return a field as a neuron set, or as a finite number."""
-    neurons = column.endswith("Neurons")
+def _neurons(text: str, where: str) -> NeuronSet:
     try:
-        if neurons:
-            return NeuronSet.from_json(f'{{"layers": {text}}}')
-        if math.isfinite(value := float(text)):
-            return value
+        return NeuronSet.from_json(f'{{"layers": {text}}}')
     except (ValueError, RecursionError):
-        pass
-    expected = "neurons by layer, such as [[3], [], [1, 2]]" if neurons else "a finite number"
-    raise PublishedRunError(f"{where}: column {column!r} is {text[:60]!r}; expected {expected}")
+        expected = "neurons by layer, such as [[3], [], [1, 2]]"
+        raise PublishedRunError(f"{where} is {text[:60]!r}; expected {expected}") from None
 
 
 # What it gives
@@ -118,24 +109,18 @@ FACTOR = 2.0
 TOLERANCE = 0.05
 """How far the share of the VM prompts that have the neurons that the paper names may be from the paper's."""
 
-SHARED = ((1, 25), (1, 221))
-"""These neurons, as (layer, neuron), the layer counted from 1 (Sec. 4)."""
+SHARED = ((0, 25), (0, 221))
+"""These neurons, as (layer, neuron) of a neuron set: value layer 1 (Sec. 4)."""
 
-BINS = 24
-"""Bars of each kind: a run of Stable Diffusion has prompts with few and with very many neurons."""
+
+def _verbatim(published_run: pd.DataFrame) -> pd.DataFrame:
+    """Return the VM prompts of the run; raise `NotEnough` if there are none."""
+    return of_kinds(published_run, "published_run", "vm")["vm"]
 
 
 def _known(published_run: pd.DataFrame) -> pd.DataFrame:
     """Return the VM and TM prompts of the run; raise `NotEnough` if there are none of a kind."""
     return pd.concat(of_kinds(published_run, "published_run", *MEMORIZED).values())
-
-
-def _size(published_run: pd.DataFrame) -> Claim:
-    """Return how many prompts of the run are shown, as a claim."""
-    known = _known(published_run)
-    counts, other = known["kind"].value_counts(), len(published_run) - len(known)
-    left_out = f"; {other} not in the prompt table, left out" if other else ""
-    return Claim("prompts of the run", f"VM {counts['vm']}, TM {counts['tm']}{left_out}")
 
 
 def _near(claim: Claim, known: pd.DataFrame, column: str, reported: str) -> Claim:
@@ -158,19 +143,22 @@ def read_4a(published_run: pd.DataFrame) -> Iterator[Claim]:
     """Yield whether VM and TM prompts have as many neurons as in the paper."""
     known = _known(published_run)
     neurons, _, single = search.read_4a(known)
-    yield from (_size(published_run), _near(neurons, known, "neuron_count", "neurons.{}"), single)
+    counts, other = known["kind"].value_counts(), len(published_run) - len(known)
+    left_out = f"; {other} not in the prompt table, left out" if other else ""
+    yield Claim("prompts of the run", f"VM {counts['vm']}, TM {counts['tm']}{left_out}")
+    yield from (_near(neurons, known, "neuron_count", "neurons.{}"), single)
 
 
 @exhibit("Figure 4a (published run)", "memorization neurons per prompt, not computed here",
     f"Histogram over prompts; vertical lines are medians. {NOTE}", read=read_4a)  # fmt: skip
 def published_figure_4a(published_run: pd.DataFrame) -> Figure:
-    return _marked(search.counts_figure(_known(published_run), {"neuron_count": "memorization neurons"}, bins=BINS))
+    return _marked(search.counts_figure(_known(published_run), {"neuron_count": "memorization neurons"}))
 
 
 def read_4b(published_run: pd.DataFrame) -> Iterator[Claim]:
     """Yield in which value layers the neurons lie."""
     share, most = search.read_4b(_known(published_run))
-    yield from (_size(published_run), replace(share, rule=f"{share.rule}; {OTHER}"), most)
+    yield from (replace(share, rule=f"{share.rule}; {OTHER}"), most)
 
 
 @exhibit("Figure 4b (published run)", "memorization neurons per value layer, not computed here",
@@ -184,41 +172,32 @@ def read_7(published_run: pd.DataFrame) -> Iterator[Claim]:
     known = _known(published_run)
     initial, refined = search.read_7(known)
     initial = _near(initial, known, "initial_count", "neurons.{}.initial")
-    yield from (_size(published_run), initial, replace(refined, holds=None, rule=""))
+    yield from (initial, replace(refined, holds=None, rule=""))
 
 
 @exhibit("Figure 7 (published run)", "neurons before and after refinement, not computed here",
     f"Histograms over prompts; vertical lines are medians. {NOTE}", read=read_7)  # fmt: skip
 def published_figure_7(published_run: pd.DataFrame) -> Figure:
-    return _marked(search.counts_figure(_known(published_run), search.STAGES, bins=BINS))
-
-
-def _owners(published_run: pd.DataFrame, layer: int, neuron: int) -> pd.DataFrame:
-    """Return the VM prompts that have a neuron; its layer is counted from 1."""
-    verbatim = published_run[published_run["kind"] == "vm"]
-    return verbatim[[(layer - 1, neuron) in neurons for neurons in localization.neuron_sets(verbatim)]]
+    return _marked(search.counts_figure(_known(published_run), search.STAGES))
 
 
 def read_shared(published_run: pd.DataFrame) -> Iterator[Claim]:
     """Yield how many VM prompts have one of the two neurons that the paper names."""
-    yield _size(published_run)
-    having = {pair: _owners(published_run, *pair) for pair in SHARED}
-    for (layer, neuron), rows in having.items():
-        ours = f"belongs to {len(rows)} VM prompts and is the only one of {(rows['neuron_count'] == 1).sum()}"
-        yield Claim(f"neuron {neuron} of value layer {layer}", ours)
-    reported = paper.reported("shared.vm_share").value
-    share = pd.concat(having.values())["prompt"].nunique() / (published_run["kind"] == "vm").sum()
+    sets, reported = (
+        _verbatim(published_run)["neurons"].map(NeuronSet.from_json),
+        paper.reported("shared.vm_share").value,
+    )
+    share = sets.map(lambda neurons: any(pair in neurons for pair in SHARED)).mean()
     rule = f"the share is within {100 * TOLERANCE:g} percentage points; {OTHER}"
-    near = bool(abs(share - reported) <= TOLERANCE)
-    yield Claim("VM prompts that have one of the two", f"{share:.0%}", f"{reported:.0%}", near, rule)
+    near, text = bool(abs(share - reported) <= TOLERANCE), "VM prompts that have neuron 25 or 221 of value layer 1"
+    yield Claim(text, f"{share:.0%}", f"{reported:.0%}", near, rule)
 
 
-@exhibit("Figures 10-12 (as a table, published run)", "shared neurons, not computed here",
-    f"Neurons that most prompts have in their refined set, and the words that their captions have in common. {NOTE}",
+@exhibit("Figures 10-12 (as a table, published run)", "neurons that VM prompts share, not computed here",
+    f"Neurons that most VM prompts have in their refined set, and the words that their captions have in common. {NOTE}",
     read=read_shared)  # fmt: skip
 def published_shared_neurons(published_run: pd.DataFrame) -> pd.DataFrame:
-    shown, verbatim = localization.shared_neurons(_known(published_run)).head(12), (published_run["kind"] == "vm").sum()
-    numbers = [len(_owners(published_run, *pair)) for pair in zip(shown["layer"], shown["neuron"], strict=True)]
-    shown.insert(3, "VM prompts", numbers)
-    shown.insert(4, "of all VM prompts", [f"{number / verbatim:.0%}" for number in numbers])
-    return shown.drop(columns="captions")
+    verbatim = _verbatim(published_run)
+    shown = localization.shared_neurons(verbatim).head(12)
+    shown.insert(3, "of all VM prompts", (shown["prompts"] / len(verbatim)).map("{:.0%}".format))
+    return shown.drop(columns="captions").rename(columns={"prompts": "VM prompts"})

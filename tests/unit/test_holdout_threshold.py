@@ -3,7 +3,6 @@
 from dataclasses import fields, replace
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from nemolib import paths
@@ -12,11 +11,6 @@ from nemolib.holdout import memorization_threshold
 from nemolib.run import Run
 from nemolib.settings import PAPER, RELEASED, Profile
 from tests.random_world import SMALL, write_prompts
-
-TURNS = [
-    ("table_4_thresholds", "thresholds", lambda table: table.assign(ours=0.99), "a threshold between similarities"),
-    ("protocol_switches", "protocol_switches", lambda table: table.assign(mean=table["mean"] * (table["switch"] == "none")), "largest pairs raise the mean"),
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +51,6 @@ def test_thresholds_of_the_switches(run):
     assert np.allclose(rows["difference"], rows["threshold"] - rows.loc["none", "threshold"])
     largest = run.holdout_scores(protocol=RELEASED).max(axis=1)
     assert rows.loc["none", "gate"] == (largest > rows.loc["none", "threshold"]).mean()
-    gates = holdout.gate_table(run, [7.0, 0.0])
-    assert gates.index.tolist() == gates.columns.tolist() == [0.0, 7.0]
-    assert [gates.loc[7.0, 7.0], gates.loc[0.0, 0.0]] == rows.loc[["none", "guidance"], "gate"].tolist()
-    assert gates.loc[7.0, 0.0] == (largest > rows.loc["guidance", "threshold"]).mean()
 
 
 def test_pairs_keep_their_prompt_and_seeds(run):
@@ -78,24 +68,3 @@ def test_the_four_thresholds_and_what_other_holdout_sets_give(run):
     assert table.loc[0, ["low", "high"]].tolist() == pytest.approx(np.quantile(draws, [0.025, 0.975]).tolist())
     given = replace(run.profile, thresholds={"value": 0.25})
     assert (holdout.thresholds(Run(given, run.pipe, store=run.store, progress=False))["tau"] == 0.25).all()
-
-
-def test_layers_with_their_statistics(run):
-    table, normal = holdout.layer_table(run), run.statistics
-    assert table["layer"].tolist() == list(range(1, 8))
-    assert table["neurons"].tolist() == list(normal.widths)
-    assert table["block"].iloc[-1] == "mid_block.attentions.0"
-    assert table["sd"].iloc[2] == pytest.approx(float(normal.std[2].mean()))
-    assert table["sd_low"].le(table["sd"]).all()
-    assert table["sd_high"].iloc[0] == float(normal.std[0].max())
-
-
-def test_a_threshold_of_few_prompts_is_not_checked():
-    thresholds = pd.DataFrame({"multiplier": [0.0, 1.0], "ours": [0.9, 0.99], "low": 0.9, "high": 1.0})
-    pairs = pd.DataFrame({"prompt": [0, 0, 1], "similarity": 0.9})
-    beside, room = holdout.read_thresholds(thresholds, pairs)
-    assert room.verdict == "not checked"
-    assert "2 holdout prompts, 10 needed" in room.rule
-    assert "2 holdout prompts, 10 needed" in beside.rule
-    many = pd.DataFrame({"prompt": range(10), "similarity": 0.9})
-    assert list(holdout.read_thresholds(thresholds, many))[1].verdict == "does not hold"

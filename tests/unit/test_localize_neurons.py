@@ -19,11 +19,9 @@ from nemolib.localization import localize
 from nemolib.mitigation import DeactivatedNeurons
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
-from nemolib.refinement import RefinementTest
 from nemolib.run import Run
 from nemolib.settings import Encoders, Profile, ProfileError
 from nemolib.similarity import memorization_score
-from nemolib.store import StoreError
 from tests.random_world import write_prompts
 
 VM, TM, CLEAN = ["red fox card", "red owl card"], ["blue cat case"], ["a tree", "the sea", "my dog"]
@@ -75,22 +73,21 @@ def localize_one(run, prompt, **settings):
 
 
 def test_the_course_of_a_search(run):
-    single = localize_one(run, VM[0], protocol=replace(run.profile.protocol, double_entries=False))
-    steps, tests = search.search_steps(single.steps, -0.5), search.search_tests(single.initial.layers, single.tests)
+    sequential = replace(run.profile.search, method="sequential")
+    single = localize_one(run, VM[0], search=sequential, protocol=replace(run.profile.protocol, double_entries=False))
+    steps, tests = search.search_steps(single.steps, -0.5), search.search_tests(single.initial, single.tests)
     assert steps["neurons"].tolist() == [len(step.neurons) for step in single.steps]
     assert steps["score"].iloc[-1] == single.initial_score
     assert tests["left"].iloc[-1] == len(single.neurons)
     assert tests["test"].tolist() == list(range(1, len(single.tests) + 1))
     assert (tests["left"].diff().dropna() <= 0).all()
-
-
-def test_entries_that_a_test_removes():
-    tests = [RefinementTest(0, 5, 0.1, True), RefinementTest(0, 5, 0.9, False), RefinementTest(0, 6, 0.1, True)]
-    assert search.search_tests([[5, 6, 5]], tests)["left"].tolist() == [2, 2, 1], "a neuron with two entries is one"
-    group = [RefinementTest(1, None, 0.9, False, group=((1, 7), (0, 5))), RefinementTest(1, None, 0.1, True, group=((1, 7), (0, 6)))]  # fmt: skip
-    table = search.search_tests([[5, 6, 6], [7]], group)
-    assert table["left"].tolist() == [3, 1]
-    assert table["neuron"].isna().all()
+    assert len(single.neurons) < len(single.initial)
+    z = [torch.full((width,), 0.5) for width in run.statistics.widths]
+    table = search.prompt_neurons(z, single.initial, single.neurons)
+    assert len(table) == sum(run.statistics.widths)
+    for column, chosen in (("initial", single.initial), ("refined", single.neurons)):
+        pairs = table.loc[table[column], ["layer", "neuron"]].itertuples(index=False, name=None)
+        assert NeuronSet.of([(layer - 1, neuron) for layer, neuron in pairs], layers=7) == chosen
 
 
 # All prompts
@@ -99,7 +96,6 @@ def test_entries_that_a_test_removes():
 def test_localizations_are_those_of_localize(run, found):
     assert found["kind"].tolist() == ["vm", "vm", "tm", "unmemorized", "unmemorized"]
     assert localization.by_prompt(found)[VM[1]] == localize_one(run, VM[1]).neurons
-    assert not [name for name in search.without_seconds(found) if name.startswith("seconds")]
     z = search.neuron_z_scores(run, found)
     assert len(z) == found["neuron_count"].sum()
     values = z_scores(run.statistics, value_activations(run.pipe.unet, embed(run.pipe, [z["prompt"][0]])))
@@ -133,12 +129,9 @@ def table():
 
 def test_counts(table):
     counts = search.counts_table(table).set_index("kind")
-    assert counts.loc["vm", ["prompts", "searched", "reached", "without_neurons"]].tolist() == [2, 2, 2, 0]
+    assert counts.loc["vm", ["prompts", "reached", "without_neurons"]].tolist() == [2, 2, 0]
     assert counts.loc["vm", ["initial", "neurons"]].tolist() == ["15.0 ± 5.0", "1.5 ± 0.5"]
     assert counts.loc["unmemorized", ["without_neurons", "neurons"]].tolist() == [2, "1.0 ± 0.0"]
-    assert counts["single"].tolist() == [0.5, 0, pytest.approx(1 / 3)]
-    assert counts["at_most_5"].tolist() == [1, 0, pytest.approx(1 / 3)]
-    assert counts["at_least_50"].tolist() == [0, 0.5, 0]
     none = search.counts_table(table[table["neuron_count"] == 0]).set_index("kind")
     assert none.loc["unmemorized", "neurons"] == ""
     assert search.layer_means(table).to_numpy().tolist() == [[1.5, 0], [28, 0]]
@@ -180,9 +173,6 @@ def test_what_must_hold_of_any_search(table, broken, failed):
     Half.pipe.unet.dtype = torch.float32
     claims = list(search.search_claims(Half, table.assign(**broken)))
     assert [claim.text for claim in claims if claim.holds is False] == [failed]
-    unchecked = [claim.rule for claim in claims if claim.holds is None]
-    assert all(rule.endswith("not checked: no searched prompts, 1 needed") for rule in unchecked)
-    assert len(unchecked) == ("memorized" in broken)
     # A type of few digits may miss the threshold by its rounding.
     Half.pipe.unet.dtype = torch.bfloat16
     assert all(claim.holds for claim in search.search_claims(Half, table.assign(refined_score=0.41)))
@@ -226,11 +216,7 @@ def changed(table):
     return table.head(4)[["kind", "prompt", "neuron_count", "reached"]].assign(**values)
 
 
-def test_prompts_before_and_after(changed):
-    shown = search.change_table(changed)
-    texts = ["0.85 ± 0.05", "0.35 ± 0.15", "0.15 ± 0.05"]
-    assert shown.loc["vm", ["score_before", "score_after", "copy_after"]].tolist() == texts
-    assert search.change_table(changed.assign(seeds_before=np.nan))["seeds_before"].tolist() == ["", ""]
+def test_prompts_that_stay_memorized_and_examples(changed):
     assert search.stay_memorized(changed)["prompt"].tolist() == ["blue dog case", "blue cat case"]
     assert search.stay_memorized(changed, share=0.9)["prompt"].tolist() == ["blue dog case"]
     assert search.example_prompts(changed, "vm", 3) == ["red owl card", "red fox card"]
@@ -240,38 +226,16 @@ def test_prompts_before_and_after(changed):
     assert search.example_prompts(changed, "ladder", 2) == []
 
 
-def test_the_median_score_must_fall_where_there_are_prompts_enough(changed):
-    def of_vm(change):
-        steps = pd.DataFrame({"threshold": [0.4]})
-        return next(claim for claim in search.read_scores(change, steps) if claim.must)
-
-    many = pd.concat([changed] * 3)
-    assert of_vm(many).holds
-    assert of_vm(many.assign(score_after=1.0)).holds is False
-    few = of_vm(changed.assign(score_after=1.0))
-    assert few.holds is None
-    assert few.rule.endswith("not checked: 2 VM prompts, 5 needed")
-
-
 def test_the_table_beside_a_model(run, tmp_path):
     other = Run(replace(run.profile, model=str(tmp_path / "model")), run.pipe, store=run.store)
     assert list(search.plain_table(other)) == ["model", "kind", "quantity", "value"]
     assert search.plain_table(other).empty
     (tmp_path / "plain_model.csv").write_text("model,kind,quantity,value\nplain,vm,density,0.5\n")
     assert search.plain_table(other)["value"].tolist() == [0.5]
-    with pytest.raises(NotEnough, match="has none of the quantities density"):
-        search.plain_model(search.plain_table(other).assign(quantity="speed"))
-    (tmp_path / "plain_model.csv").write_text("model,kind\nplain,vm\n")
-    with pytest.raises(StoreError, match="column 'quantity' is missing"):
-        search.plain_table(other)
 
 
 def swap_kinds(table):
     return table.assign(kind=table["kind"].replace({"vm": "tm", "tm": "vm"}))
-
-
-def rising(kind):
-    return lambda table: table.assign(score_after=table["score_after"].where(table["kind"] != kind, 1.0))
 
 
 TURNS = [
@@ -282,7 +246,5 @@ TURNS = [
     ("table_2", "search_cost", lambda table: table.assign(seconds=1.0 + 9.0 * (table["algorithm"] == "total")), "share of the refinement (A4) in the seconds"),
     ("shared_neurons", "neuron_overlap", lambda table: table.assign(overlap=1.0 / (1 + table["common_words"])), "neurons shared by captions with two common words, and by others"),
     ("figure_3", "deactivation", lambda table: table.assign(copy_after=table["copy_before"]), "similarity of these prompts to the planted image"),
-    ("scores_before_after", "deactivation", rising("vm"), "VM: the median score falls without the neurons"),
-    ("scores_before_after", "deactivation", rising("tm"), "TM: the median score falls without the neurons"),
-    ("scores_before_after", "deactivation", rising("tm"), "memorization score (medians)"),
+    ("scores_before_after", "deactivation", lambda table: table.assign(score_after=1.0), "memorization score (medians)"),
 ]  # fmt: skip

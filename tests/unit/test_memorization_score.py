@@ -29,17 +29,10 @@ def normal_activations(table):
 
 
 TURNS = [
-    ("samples", "copies", lambda table: table.assign(copy_similarity=0.1), "VM images are replayed"),
-    ("samples", "copies", lambda table: table.assign(seed_similarity=0.9), "unmemorized seeds differ"),
     ("figure_2a", "scores", upside_down("score"), "memorization score (median ± MAD)"),
     ("figure_2b", "z_by_neuron", normal_activations, "largest |z| in value layer 1"),
     ("z_by_layer", "z_by_prompt", normal_activations, "largest |z| of a prompt in a layer (median)"),
     ("detection_table", "detection", lambda table: table.assign(auroc=0.5), "AUROC of the score, and its TPR@1%FPR"),
-    *(
-        ("detection_table", "scores", upside_down("score"), f"AUROC of {kind}, score of the profile's protocol")
-        for kind in ("VM", "TM")
-    ),
-    ("duplication_ladder", "ladder", upside_down("copy_similarity"), "more copies, more alike"),
 ]
 
 
@@ -136,8 +129,7 @@ def test_copies_of_planted_images_and_of_none(run):
 
 
 def test_samples_and_noise_differences_as_images(run):
-    rows = score.examples(run)
-    assert rows["caption"].tolist() == [*VM, "blue cat case", *CLEAN]
+    rows = run.prompts("vm", "tm", "unmemorized")
     grid, noise = score.sample_grid(run, rows), score.noise_grid(run, rows)
     assert grid.rows == noise.rows == tuple(rows["caption"])
     assert grid.columns == ("planted", "seed 0", "seed 1")
@@ -146,17 +138,3 @@ def test_samples_and_noise_differences_as_images(run):
     assert np.array_equal(grid.images[:, 1:], run.images(rows["caption"].tolist()))
     red = noise_differences(run.pipe, VM[0])[1, 0]
     assert np.array_equal(noise.images[0, 1, ..., 0], (red.double().numpy() * 255).round().astype(np.uint8))
-
-
-def test_what_there_are_too_few_prompts_for_is_said():
-    kinds = ["vm", "tm", "unmemorized"]
-    copies = pd.DataFrame({"kind": kinds, "copy_similarity": [0.1, 0.1, np.nan], "seed_similarity": np.nan})
-    alike, replayed, differ = score.read_samples(copies)
-    assert "VM unknown (one seed)" in alike.ours
-    assert replayed.rule.endswith("not checked: 1 VM prompt with its image, 10 needed")
-    assert (differ.ours, differ.verdict) == ("", "not checked")
-    values = dict.fromkeys(("score", *score.SCORES), [0.1, 0.1, 0.9])
-    scores = pd.DataFrame({"kind": kinds, **values})
-    *_, vm, tm = score.read_detection(score.detection(scores), scores)
-    assert (vm.ours, vm.verdict, tm.verdict) == ("0", "not checked", "not checked")
-    assert "1 TM and unmemorized prompt, 10 needed" in tm.rule

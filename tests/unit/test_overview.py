@@ -7,43 +7,38 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from nemolib.exhibits import NotEnough
 from nemolib.experiments import overview
-from nemolib.neurons import NeuronSet
 from nemolib.plots import TEXT_WIDTH
 from nemolib.store import Grid
 
 PROMPT, OTHER = "a planted fox", "another owl"
-INITIAL, REFINED = NeuronSet(((1, 2), (0,), (3, 4, 5))), NeuronSet(((2,), (), (3, 4, 5)))
+INITIAL, REFINED = {(1, 1), (1, 2), (2, 0), (3, 3), (3, 4), (3, 5)}, {(1, 2), (3, 3), (3, 4), (3, 5)}
 
 
-def sources(*, seeds=2, detected=3, prompt=PROMPT, initial=INITIAL, refined=REFINED, theta=4.25):
+def sources(*, seeds=2, detected=3, prompt=PROMPT, initial=INITIAL, refined=REFINED):
     generator, rows = np.random.default_rng(0), [PROMPT, "a phone case", OTHER]
 
     def grid(rows, columns, side):
         images = generator.integers(0, 255, (len(rows), len(columns), side, side, 3), dtype=np.uint8)
         return Grid(images, tuple(rows), tuple(columns))
 
-    neurons = [(layer, neuron, 4.5 * generator.standard_normal()) for layer in (1, 2, 3) for neuron in range(6)]
-    found = {
-        "prompt": [PROMPT],
-        "kind": "vm",
-        "theta": theta,
-        "initial": initial.to_json(),
-        "neurons": refined.to_json(),
-    }
+    pairs = [(layer, neuron) for layer in (1, 2, 3) for neuron in range(6)]
+    neurons = pd.DataFrame(pairs, columns=["layer", "neuron"]).assign(prompt=prompt, z=generator.standard_normal(18))
     names = [f"seed {i}" for i in range(seeds)]
     return {
-        "overview": pd.DataFrame(neurons, columns=["layer", "neuron", "z"]).assign(prompt=prompt),
-        "localization": pd.DataFrame(found),
+        "overview": neurons.assign(
+            initial=[pair in initial for pair in pairs], refined=[pair in refined for pair in pairs]
+        ),
         "scores": pd.DataFrame({"caption": rows, "kind": ["vm", "tm", "unmemorized"], "score": [0.9, 0.5, 0.2]}),
-        "search_steps": pd.DataFrame({"threshold": [0.4], "prompt": [PROMPT]}),
+        "search_steps": pd.DataFrame({"threshold": [0.4, 0.4], "theta": [5.0, 4.25]}),
         "overview_images": grid([PROMPT], 2 * names, 8),
         "noise_differences": grid(rows, [f"seed {i}" for i in range(detected)], 4),
         "samples": grid(rows, ["planted", *names], 8),
     }
 
 
-def follow(given):
-    return overview.follow(**{name: value for name, value in given.items() if name != "overview_images"})
+def compared(given):
+    names = ("overview", "scores", "noise_differences", "samples")
+    return overview.compared(**{name: given[name] for name in names})
 
 
 def texts(figure):
@@ -55,13 +50,8 @@ def pictures(figure):
     return [axes.images[0].get_array() for axes in figure.axes if axes.images]
 
 
-def test_the_way_is_that_of_the_prompt():
-    way = follow(sources())
-    assert (way.prompts, way.scores, way.threshold, way.theta) == ((PROMPT, OTHER), (0.9, 0.2), 0.4, 4.25)
-    marked = way.neurons.set_index(["layer", "neuron"])
-    for name, chosen in (("initial", INITIAL), ("refined", REFINED)):
-        assert set(marked.index[marked[name]]) == {(layer + 1, neuron) for layer, neuron in chosen}
-    assert marked["across"].between(0, 1).all()
+def test_the_prompt_is_compared_with_an_unmemorized_one():
+    assert compared(sources()).to_dict() == {PROMPT: 0.9, OTHER: 0.2}
 
 
 def test_everything_is_drawn_within_the_width_of_the_text():
@@ -85,6 +75,7 @@ def test_numbers_and_names_of_neurons():
     for text in (
         "6 of 18 neurons, unusual or most active",
         "6 → 4 neurons",
+        r"dotted: $\theta = 4.25$",
         "4 neurons off, same seeds",
         "#2",
         "3 neurons",  # of one layer: counted, not listed
@@ -102,23 +93,18 @@ def test_few_and_many_seeds(seeds, detected):
 
 
 def test_a_prompt_without_neurons_is_drawn_too():
-    nothing = NeuronSet.empty(3)
-    shown = texts(overview.figure_1(**sources(initial=nothing, refined=nothing, theta=np.nan)))
-    assert "0 → 0 neurons" in shown
-    assert not any("theta" in text for text in shown)
+    assert "0 → 0 neurons" in texts(overview.figure_1(**sources(initial=(), refined=())))
 
 
 def test_what_notebook_02_did_not_save_is_named():
     with pytest.raises(NotEnough, match="'noise_differences' does not have 'somebody else'"):
-        follow(sources(prompt="somebody else"))
-    with pytest.raises(NotEnough, match="'localization' does not have the prompt 'a planted fox'"):
-        follow(sources() | {"localization": pd.DataFrame({"prompt": ["other"]})})
+        compared(sources(prompt="somebody else"))
     given = sources()
     with pytest.raises(NotEnough, match="'noise_differences' has no unmemorized prompt"):
-        follow(given | {"scores": given["scores"].assign(kind="vm")})
+        compared(given | {"scores": given["scores"].assign(kind="vm")})
 
 
 TURNS = [
     ("figure_1", "search_steps", lambda table: table.assign(threshold=0.99), "most similar seeds of the prompt and of an unmemorized one"),
-    ("figure_1", "localization", lambda table: table.assign(neurons=table["initial"]), "its candidates, and those that stay"),
+    ("figure_1", "overview", lambda table: table.assign(refined=table["initial"]), "its candidates, and those that stay"),
 ]  # fmt: skip

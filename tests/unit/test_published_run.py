@@ -12,13 +12,13 @@ from nemolib.experiments.published_run import PublishedRunError, localizations
 from nemolib.neurons import NeuronSet
 from nemolib.settings import ProfileError, load_profile
 
-HEADER = "Caption;URL;Initial Neurons;Initial SSIM;Refined Neurons;Refined SSIM"
+HEADER = "Caption;URL;Initial Neurons;Initial SSIM;Refined Neurons"
 
 ROWS = (
-    '"the ""fox""; podcast";http://a/1;[[25, 7, 25], [3], []];0.25;[[25], [], []];0.375',
-    "the owl podcast;;[[221], [3], [4]];0.25;[[221], [3], []];0.375",
-    "a phone case;;[[25, 30], [3], [4, 5, 6]];0.25;[[], [3], [4, 5, 6]];0.375",
-    "an unknown caption;;[[9], [], []];0.25;[[9], [], []];0.375",
+    '"the ""fox""; podcast";http://a/1;[[25, 7, 25], [3], []];0.25;[[25], [], []]',
+    "the owl podcast;;[[25, 221], [3], [4]];0.25;[[25, 221], [3], []]",
+    "a phone case;;[[25, 30], [3], [4, 5, 6]];0.25;[[], [3], [4, 5, 6]]",
+    "an unknown caption;;[[9], [], []];0.25;[[9], [], []]",
 )
 
 PROMPTS = ';Caption;URL;type\n0;"the ""fox""; podcast";http://a/1;VM\n1;the owl podcast;;VM\n2;a phone case;;TM\n3;never;;VM\n'
@@ -43,33 +43,30 @@ def test_a_run_becomes_a_table_of_localizations(read):
     assert table["kind"].isna().tolist() == [False, False, False, True]
     assert table["prompt"][0] == 'the "fox"; podcast'
     # A neuron that is listed twice counts once.
-    assert table["initial_count"].tolist() == [3, 3, 6, 1]
-    assert table["neuron_count"].tolist() == [1, 2, 4, 1]
+    assert table["initial_count"].tolist() == [3, 4, 6, 1]
+    assert table["neuron_count"].tolist() == [1, 3, 4, 1]
     assert NeuronSet.from_json(table["neurons"][2]) == NeuronSet(((), (3,), (4, 5, 6)))
-    assert table[["initial_score", "refined_score"]].to_numpy().tolist() == [[0.25, 0.375]] * 4
     none = localizations(SimpleNamespace(profile=load_profile("tiny")))
     assert none.empty
     assert list(none) == list(table)
 
 
 def test_a_long_list_of_candidates(read):
-    table = read(f"a phone case;;[{list(range(40_000))}];0.1;[[5]];0.2")
+    table = read(f"a phone case;;[{list(range(40_000))}];0.1;[[5]]")
     assert table["initial_count"].tolist() == [40_000]
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("a;b;[[1]];0.1;[[1]]", "row 1: column 'Refined SSIM' is ''; expected a finite number"),
-        ("a;b;[[1], [2;0.1;[[1], []];0.2", r"'Initial Neurons' is '\[\[1\], \[2'; expected neurons by layer"),
-        ("a;b;[1, 2];0.1;[[1], []];0.2", "column 'Initial Neurons' is .* expected neurons by layer"),
-        ("a;b;__import__('os');0.1;[[1], []];0.2", "column 'Initial Neurons' is .* expected neurons by layer"),
-        ("a;b;[[1]];0.1;[[-1]];0.2", "column 'Refined Neurons' is .* expected neurons by layer"),
-        ("a;b;[[1.5]];0.1;[[1]];0.2", "column 'Initial Neurons' is .* expected neurons by layer"),
-        ("a;b;[[1]];0.1;[[2]];0.2", "column 'Refined Neurons' is not within the initial neurons"),
-        ("a;b;[[1], []];0.1;[[1]];0.2", "column 'Refined Neurons' is not within the initial neurons"),
-        ("a;b;[[1]];0.1;[[1]];nan", "column 'Refined SSIM' is 'nan'"),
-        ("a;b;[[1]];0.1;[[1]];0.2", "none of its 1 captions is in the prompt table"),
+        ("a;b;[[1], [2;0.1;[[1], []]", r"'Initial Neurons' is '\[\[1\], \[2'; expected neurons by layer"),
+        ("a;b;[1, 2];0.1;[[1], []]", "column 'Initial Neurons' is .* expected neurons by layer"),
+        ("a;b;__import__('os');0.1;[[1], []]", "column 'Initial Neurons' is .* expected neurons by layer"),
+        ("a;b;[[1]];0.1;[[-1]]", "column 'Refined Neurons' is .* expected neurons by layer"),
+        ("a;b;[[1.5]];0.1;[[1]]", "column 'Initial Neurons' is .* expected neurons by layer"),
+        ("a;b;[[1]];0.1;[[2]]", "column 'Refined Neurons' is not within the initial neurons"),
+        ("a;b;[[1], []];0.1;[[1]]", "column 'Refined Neurons' is not within the initial neurons"),
+        ("a;b;[[1]];0.1;[[1]]", "none of its 1 captions is in the prompt table"),
     ],
 )
 def test_a_row_that_cannot_be_used(read, row, message):
@@ -78,7 +75,7 @@ def test_a_row_that_cannot_be_used(read, row, message):
 
 
 def test_a_file_that_cannot_be_used(read, tmp_path):
-    with pytest.raises(PublishedRunError, match=r"not found: \['Refined SSIM'\]; expected columns Caption"):
+    with pytest.raises(PublishedRunError, match=r"not found: \['Refined Neurons'\]; expected columns Caption"):
         read(header=HEADER.rpartition(";")[0])
     with pytest.raises(PublishedRunError, match="none of its 0 captions"):
         read()
@@ -102,18 +99,16 @@ def test_numbers_are_those_of_the_run(read):
     said = {claim.text: claim for claim in published.read_4a(table)}
     assert said["prompts of the run"].ours == "VM 2, TM 1; 1 not in the prompt table, left out"
     neurons = said["neurons per prompt"]
-    assert (neurons.ours, neurons.holds) == ("VM 1.5 ± 0.5, TM 4.0 ± 0.0", False)
-    assert "VM 0.38 times the paper's, TM 0.19 times the paper's" in neurons.rule
-    assert {claim.ours for claim in published.read_7(table)} >= {"VM 3.0 ± 0.0, TM 6.0 ± 0.0"}
+    assert (neurons.ours, neurons.holds) == ("VM 2.0 ± 1.0, TM 4.0 ± 0.0", False)
+    assert "VM 0.5 times the paper's, TM 0.19 times the paper's" in neurons.rule
+    assert {claim.ours for claim in published.read_7(table)} >= {"VM 3.5 ± 0.5, TM 6.0 ± 0.0"}
     assert published.OTHER in next(claim.rule for claim in published.read_4b(table) if claim.holds is not None)
     bars = published.published_figure_4a(table).axes[0].containers
     assert sorted(sum(bar.get_height() for bar in container) for container in bars) == [1, 2]
     shown = published.published_shared_neurons(table)
-    assert shown.drop(columns="words").to_numpy().tolist() == [[2, 3, 2, 1, "50%"]]
-    shared = {claim.text: claim for claim in published.read_shared(table)}
-    assert shared["neuron 25 of value layer 1"].ours == "belongs to 1 VM prompts and is the only one of 1"
-    assert shared["neuron 221 of value layer 1"].ours == "belongs to 1 VM prompts and is the only one of 0"
-    assert (shared["VM prompts that have one of the two"].ours, shared["VM prompts that have one of the two"].holds) == ("100%", False)  # fmt: skip
+    assert shown.drop(columns="words").to_numpy().tolist() == [[1, 25, 2, "100%"]]
+    shared = next(published.read_shared(table))
+    assert (shared.ours, shared.holds) == ("100%", False)
 
 
 def test_every_figure_says_what_it_is(read):
@@ -144,5 +139,10 @@ TURNS = [
     ("published_figure_4a", "published_run", counts(vm=4, tm=21), "neurons per prompt"),
     ("published_figure_4b", "published_run", swap_kinds, "share of the neurons in value layers 1 and 2"),
     ("published_figure_7", "published_run", counts(vm=26, tm=674), "neurons, initial selection"),
-    ("published_shared_neurons", "published_run", with_the_papers_neurons, "VM prompts that have one of the two"),
+    (
+        "published_shared_neurons",
+        "published_run",
+        with_the_papers_neurons,
+        "VM prompts that have neuron 25 or 221 of value layer 1",
+    ),
 ]

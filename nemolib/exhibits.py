@@ -22,11 +22,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from nemolib import paper, paths, plots
+from nemolib import metrics, paper, paths, plots
 from nemolib.paths import write_atomic
 from nemolib.prompts import MEMORIZED
 from nemolib.provenance import code_hash, sidecar
@@ -96,18 +95,13 @@ def must(
 
     Args:
         text: The claim in words.
-        value: What was found here; True and False stand for 1 and 0, and without bounds it must be True.
+        value: What was found here; without bounds it must be True, which stands for 1.
         at_least: Smallest allowed value.
         at_most: Largest allowed value.
         equals: Expected value.
         reason: Why this bound, or where the tolerance comes from.
-
-    Raises:
-        ValueError: A number without a bound.
     """
     if equals is None and at_least == -math.inf and at_most == math.inf:
-        if not isinstance(value, bool | np.bool_):
-            raise ValueError(f"claim {text!r} has the value {value!r} and no bound; give at_least, at_most or equals")
         equals = 1.0
     low, high = (at_least, at_most) if equals is None else (equals, equals)
     ends = [f">= {low:.4g}"] * math.isfinite(low) + [f"<= {high:.4g}"] * math.isfinite(high)
@@ -154,8 +148,6 @@ def each_kind(describe: Callable[[str], object], kinds: Iterable[str] = MEMORIZE
 
 def median_mad(values: Any, *, digits: int = 2) -> str:
     """Return median ± median absolute deviation as text, such as ``"0.83 ± 0.16"``; nothing if no value is known."""
-    from nemolib import metrics
-
     known = pd.Series(values).dropna()
     return "" if known.empty else "{:.{d}f} ± {:.{d}f}".format(*metrics.median_mad(known), d=digits)
 

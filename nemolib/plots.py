@@ -23,7 +23,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from tueplots import figsizes, fontsizes
 
 from nemolib.prompts import MEMORIZED
@@ -232,9 +232,8 @@ def rungs(axes: Axes, table: pd.DataFrame, column: str, *, look: Role, label: st
     axes.plot(table["copies"], table[column], **look.line_style(linestyle="", alpha=0.5, markersize=3, label="_"))
     axes.plot(medians.index, medians, **look.line_style(markersize=3.5, label=label))
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(list(medians.index)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xticks(medians.index, [f"{copies:g}" for copies in medians.index])
+    axes.set_xticks([], minor=True)
 
 
 def intervals(figure: Figure, axes: Sequence[Axes], table: pd.DataFrame) -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from nemolib import paper, paths, plots
 from nemolib.exhibits import KINDS, Claim, each_kind, exhibit, median_mad, must, of_kinds, rounding
@@ -94,10 +93,8 @@ def search(search_steps: pd.DataFrame, search_tests: pd.DataFrame) -> Figure:
         count.plot(steps["theta"], steps["neurons"], "s-", color="black")
         removed, kept = tests[tests["removed"]], tests[~tests["removed"]]
         color = plots.ROLES["vm"].color
-        tested.plot(
-            removed["test"], removed["score"], "o", color="0.6", markersize=2.5, label="not needed: reactivated"
-        )
-        tested.plot(kept["test"], kept["score"], "v", color=color, markersize=2.5, label="needed: stays off")
+        tested.plot("test", "score", "o", data=removed, color="0.6", markersize=2.5, label="not needed: reactivated")
+        tested.plot("test", "score", "v", data=kept, color=color, markersize=2.5, label="needed: stays off")
         left.step(tests["test"], tests["left"], where="post", color="black")
         # Where the initial selection did not reach the threshold, its own score takes the threshold's place.
         for place, line in ((score, threshold), (tested, max(threshold, steps["score"].iloc[-1]))):
@@ -107,8 +104,6 @@ def search(search_steps: pd.DataFrame, search_tests: pd.DataFrame) -> Figure:
         count.set(xlabel=r"threshold $\theta$ of the z-score", ylabel="neurons off", ylim=(0, None))
         left.set(xlabel="test (layers first, then neurons)", ylim=(0, None))
         count.invert_xaxis()
-        for axis in (count.yaxis, left.xaxis, left.yaxis):
-            axis.set_major_locator(MaxNLocator(5, integer=True))
         figure.suptitle(steps["prompt"].iloc[0], fontsize=plots.LABEL_SIZE)
         figure.legend(*tested.get_legend_handles_labels(), loc="outside lower right", ncols=2)
     return figure
@@ -181,12 +176,10 @@ def neuron_counts(neuron_counts: pd.DataFrame) -> pd.DataFrame:
     of_kinds(neuron_counts, "neuron_counts", *MEMORIZED)
     table, kinds = neuron_counts, neuron_counts["kind"]
     known = ["" if kind == "unmemorized" else str(paper.reported(f"neurons.{kind}.initial")) for kind in kinds]
+    refined = [str(paper.reported(f"neurons.{kind}")) for kind in kinds]
     shown = {"prompts": kinds.map(KINDS), "number": table["prompts"], "without neurons": table["without_neurons"]}
     shown |= {"reached": table["reached"], "initial": table["initial"], "initial (paper)": known}
-    shown |= {
-        "refined": table["neurons"],
-        "refined (paper)": [str(paper.reported(f"neurons.{kind}")) for kind in kinds],
-    }
+    shown |= {"refined": table["neurons"], "refined (paper)": refined}
     return pd.DataFrame(shown).fillna("")
 
 
@@ -261,7 +254,6 @@ def read_4b(localization: pd.DataFrame) -> Iterator[Claim]:
     theirs = "VM mostly in the first layers, TM deeper; heights of the bars are not known"
     rule = "compared: share of the first down block, VM at least TM"
     yield Claim("share of the neurons in value layers 1 and 2", ours, theirs, holds, rule)
-    yield Claim("value layer with most neurons", each_kind(lambda kind: means.loc[kind].idxmax()))
 
 
 @exhibit("Figure 4b", "memorization neurons per value layer",
@@ -367,9 +359,8 @@ def read_shared(neuron_overlap: pd.DataFrame) -> Iterator[Claim]:
     if family.any() and not family.all():
         inside, others = (neuron_overlap.loc[chosen, "overlap"].mean() for chosen in (family, ~family))
         ours = f"{inside:.0%} and {others:.0%} (means over pairs)"
-        theirs = (
-            f"two neurons of value layer 1 belong to {paper.reported('shared.vm_share').value:.0%} of the VM prompts"
-        )
+        share = paper.reported("shared.vm_share").value
+        theirs = f"two neurons of value layer 1 belong to {share:.0%} of the VM prompts"
         text = "neurons shared by captions with two common words, and by others"
         yield Claim(text, ours, theirs, bool(inside > others), "compared: families share more")
 

@@ -136,9 +136,8 @@ def _activations(axes: Axes, neurons: pd.DataFrame, theta: float) -> None:
     axes.vlines(places[~chosen], 0, size[~chosen], color="0.7", linewidth=LINE)
     axes.vlines(places[chosen], 0, size[chosen], color=COLOR, linewidth=1.5 * LINE)
     axes.plot(places[chosen], size[chosen], "o", color=COLOR, markersize=2.5, markeredgewidth=0)
-    axes.vlines(
-        range(1, len(layers)), 0, 1, transform=axes.get_xaxis_transform(), color="0.9", linewidth=LINE, zorder=0
-    )
+    for edge in range(1, len(layers)):
+        axes.axvline(edge, color="0.9", linewidth=LINE, zorder=0)
     axes.axhline(theta, color="black", linestyle=":", linewidth=1.5 * LINE)
     note = {"xycoords": "axes fraction", "ha": "right", "va": "bottom", "fontsize": TICK_SIZE - 1, "color": GREY}
     axes.annotate(rf"dotted: $\theta = {theta:g}$", (1, 1), **note)

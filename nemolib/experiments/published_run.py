@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -58,9 +59,7 @@ def localizations(run: Run) -> pd.DataFrame:
     table = pd.DataFrame(_rows(path), columns=list(KEPT[1:]))
     table.insert(0, "kind", table["prompt"].map(known))
     if table["kind"].isna().all():
-        raise PublishedRunError(
-            f"{path}: none of its {len(table)} captions is in the prompt table {paths.resolve(prompts)}"
-        )
+        raise PublishedRunError(f"{path}: none of its {len(table)} captions is in the prompt table {prompts}")
     return table
 
 
@@ -70,9 +69,7 @@ def _rows(path: Path) -> Iterator[tuple[str, int, int, str]]:
     try:
         table = pd.read_csv(path, sep=";", usecols=COLUMNS, index_col=False, **text)
     except ValueError as error:
-        raise PublishedRunError(
-            f"{path}: {error}; expected columns {', '.join(COLUMNS)}, split by semicolons"
-        ) from error
+        raise PublishedRunError(f"{path}: {error}; expected columns {', '.join(COLUMNS)}, split by ;") from error
     for number, row in enumerate(table.to_dict("records"), start=1):
         where = f"{path}, row {number}: column"
         initial, refined = (_neurons(row[column], f"{where} {column!r}") for column in COLUMNS[1:])
@@ -111,11 +108,6 @@ TOLERANCE = 0.05
 
 SHARED = ((0, 25), (0, 221))
 """These neurons, as (layer, neuron) of a neuron set: value layer 1 (Sec. 4)."""
-
-
-def _verbatim(published_run: pd.DataFrame) -> pd.DataFrame:
-    """Return the VM prompts of the run; raise `NotEnough` if there are none."""
-    return of_kinds(published_run, "published_run", "vm")["vm"]
 
 
 def _known(published_run: pd.DataFrame) -> pd.DataFrame:
@@ -157,8 +149,8 @@ def published_figure_4a(published_run: pd.DataFrame) -> Figure:
 
 def read_4b(published_run: pd.DataFrame) -> Iterator[Claim]:
     """Yield in which value layers the neurons lie."""
-    share, most = search.read_4b(_known(published_run))
-    yield from (replace(share, rule=f"{share.rule}; {OTHER}"), most)
+    (share,) = search.read_4b(_known(published_run))
+    yield replace(share, rule=f"{share.rule}; {OTHER}")
 
 
 @exhibit("Figure 4b (published run)", "memorization neurons per value layer, not computed here",
@@ -183,11 +175,8 @@ def published_figure_7(published_run: pd.DataFrame) -> Figure:
 
 def read_shared(published_run: pd.DataFrame) -> Iterator[Claim]:
     """Yield how many VM prompts have one of the two neurons that the paper names."""
-    sets, reported = (
-        _verbatim(published_run)["neurons"].map(NeuronSet.from_json),
-        paper.reported("shared.vm_share").value,
-    )
-    share = sets.map(lambda neurons: any(pair in neurons for pair in SHARED)).mean()
+    verbatim, reported = of_kinds(published_run, "published_run", "vm")["vm"], paper.reported("shared.vm_share").value
+    share = np.mean([any(pair in neurons for pair in SHARED) for neurons in localization.neuron_sets(verbatim)])
     rule = f"the share is within {100 * TOLERANCE:g} percentage points; {OTHER}"
     near, text = bool(abs(share - reported) <= TOLERANCE), "VM prompts that have neuron 25 or 221 of value layer 1"
     yield Claim(text, f"{share:.0%}", f"{reported:.0%}", near, rule)
@@ -197,7 +186,7 @@ def read_shared(published_run: pd.DataFrame) -> Iterator[Claim]:
     f"Neurons that most VM prompts have in their refined set, and the words that their captions have in common. {NOTE}",
     read=read_shared)  # fmt: skip
 def published_shared_neurons(published_run: pd.DataFrame) -> pd.DataFrame:
-    verbatim = _verbatim(published_run)
+    verbatim = of_kinds(published_run, "published_run", "vm")["vm"]
     shown = localization.shared_neurons(verbatim).head(12)
     shown.insert(3, "of all VM prompts", (shown["prompts"] / len(verbatim)).map("{:.0%}".format))
     return shown.drop(columns="captions").rename(columns={"prompts": "VM prompts"})

@@ -246,12 +246,6 @@ def test_what_must_hold(arguments, verdict, rule):
     assert (claim.verdict, claim.rule) == (verdict, rule)
 
 
-def test_a_number_that_must_hold_needs_a_bound():
-    with pytest.raises(ValueError, match="'x' has the value 0.5 and no bound"):
-        must("x", 0.5)
-    assert Claim("x", "1", holds=None).verdict == "beside"
-
-
 def test_what_is_shown_in_a_notebook(own, capsys):
     exhibits.show(own, "line")
     exhibits.show(FakeRun(), "line")

@@ -30,11 +30,6 @@ def turns():
         yield from importlib.import_module(f"tests.unit.test_{module}").TURNS
 
 
-def pictures(rows, columns):
-    images = np.random.default_rng(0).integers(0, 255, (len(rows), len(columns), 8, 8, 3), dtype=np.uint8)
-    return Grid(images, tuple(rows), tuple(columns))
-
-
 def kept(name):
     """Return a table of the longer run, or what stands for those that are not kept: large tables and images."""
     path = KEPT / f"{name}.csv"
@@ -46,24 +41,14 @@ def kept(name):
     if name == "published_run":
         found = kept("localization")
         return found[found["kind"].isin(["vm", "tm"])]
-    seeds = ["seed 0", "seed 1"]
-    followed = kept("overview")["prompt"].iloc[0]
-    scores = kept("scores")
-    other = scores.loc[scores["kind"] == "unmemorized", "caption"].iloc[0]
-    memorized = kept("deactivation")["prompt"].tolist()[:2]
-    grids = {
-        "overview_images": pictures([followed], 2 * seeds),
-        "noise_differences": pictures([followed, other], seeds),
-        "samples": pictures([followed, other], ["planted", *seeds]),
-        "figure_9": pictures(memorized, ["planted", *seeds]),
-        "mitigation_images": pictures(memorized, ["planted", "all neurons active", "NeMo"]),
-        "unmemorized_grid": pictures([other], 2 * seeds),
-    }
-    grids |= {f"figure_{number}": pictures(memorized, 2 * seeds) for number in (3, 10, 11, 12)}
-    grids |= {f"figure_{number}": pictures(memorized, ["none", "1", "2"]) for number in (18, 19, 20)}
-    if name in grids:
-        return grids[name]
-    raise FileNotFoundError(name)
+    captions = kept("deactivation")["prompt"].tolist()[:2]
+    if name in ("noise_differences", "samples"):
+        captions = [
+            kept("overview")["prompt"].iloc[0],
+            kept("scores").query("kind == 'unmemorized'")["caption"].iloc[0],
+        ]
+    images = np.random.default_rng(0).integers(0, 255, (2, 4, 8, 8, 3), dtype=np.uint8)
+    return Grid(images, tuple(captions), ("seed 0", "seed 1") * 2)
 
 
 def sources(item):
@@ -246,13 +231,33 @@ def test_what_must_hold(arguments, verdict, rule):
     assert (claim.verdict, claim.rule) == (verdict, rule)
 
 
-def test_what_is_shown_in_a_notebook(own, capsys):
-    exhibits.show(own, "line")
+def test_what_is_shown_in_a_notebook(own, monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda item: shown.append(getattr(item, "data", item)))
+    for name in ("line", "numbers"):
+        exhibits.show(own, name)
     exhibits.show(FakeRun(), "line")
-    shown = capsys.readouterr().out
-    assert "Figure" in shown
+    figure, said, table, plain, missing = shown
+    assert isinstance(figure, Figure)
+    assert said.splitlines()[::2] == ["**Fig. 99: a line.** A caption with <signs> & such.",
+        "- it ends at 4: 5; paper: 4; **does not hold** (equal)", f"*Drawn by `line` in `{__name__.replace('.', '/')}.py`.*"]  # fmt: skip
+    assert len(table) == 3
+    assert plain == f"**The numbers.** As they are.\n\n*Drawn by `show_numbers` in `{__name__.replace('.', '/')}.py`.*"
+    assert missing == "*Fig. 99: a line* is not shown: there is no table or image grid 'numbers'."
     with pytest.raises(KeyError, match="unknown exhibit 'lines'; known: line, numbers"):
         exhibits.show(own, "lines")
+
+
+def test_what_agrees_with_the_paper_needs_a_number_of_the_paper():
+    known, unknown, worse = Claim("a", "1", "1", True), Claim("b", "1", "", False), Claim("c", "1", "2", False)
+    cases = {
+        (known, unknown): "agrees",
+        (known, worse): "differs",
+        (unknown,): "beside",
+        (Claim("d", "1", "1"),): "beside",
+    }
+    for claims, verdict in cases.items():
+        assert exhibits.Rendered(ALL[0], None, claims).verdict == verdict
 
 
 def test_numbers_as_text():

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from nemolib import localization, paths
-from nemolib import run as runs
 from nemolib.encoders import CopyDescriptor
 from nemolib.exhibits import NotEnough
 from nemolib.experiments import localize_neurons as search
@@ -20,7 +19,7 @@ from nemolib.mitigation import DeactivatedNeurons
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.run import Run
-from nemolib.settings import Encoders, Profile, ProfileError
+from nemolib.settings import Profile
 from nemolib.similarity import memorization_score
 from tests.random_world import write_prompts
 
@@ -101,12 +100,6 @@ def test_localizations_are_those_of_localize(run, found):
     values = z_scores(run.statistics, value_activations(run.pipe.unet, embed(run.pipe, [z["prompt"][0]])))
     assert z["z"][0] == pytest.approx(float(values[z["layer"][0]][0, z["neuron"][0]]))
     assert all(claim.holds for claim in search.search_claims(run, found))
-
-
-def test_a_resumed_run_gives_the_same_rows(run, found, change, monkeypatch):
-    monkeypatch.setattr(runs, "map_prompts", lambda task, batches, **settings: iter([*batches][len(batches) :]))
-    pd.testing.assert_frame_equal(search.localizations(run), found)
-    pd.testing.assert_frame_equal(search.deactivation(run, found), change)
 
 
 def rows(*prompts):
@@ -201,12 +194,6 @@ def test_scores_and_images_without_the_neurons_by_hand(run, found, change):
     )
     nothing = run.with_and_without(VM[:1], DeactivatedNeurons(NeuronSet.empty(7)))
     assert np.array_equal(*np.split(nothing.images[0], 2))
-
-
-def test_a_profile_without_a_descriptor(run, found):
-    other = Run(replace(run.profile, encoders=Encoders()), run.pipe, store=run.store, progress=False)
-    with pytest.raises(ProfileError, match=r"profile 'random' has encoders.copy = None"):
-        search.deactivation(other, found)
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Fig. 1: the prompt that is followed, and what is drawn of it."""
 
+from operator import itemgetter
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,6 +14,8 @@ from nemolib.store import Grid
 
 PROMPT, OTHER = "a planted fox", "another owl"
 INITIAL, REFINED = {(1, 1), (1, 2), (2, 0), (3, 3), (3, 4), (3, 5)}, {(1, 2), (3, 3), (3, 4), (3, 5)}
+
+COMPARED = itemgetter("overview", "scores", "noise_differences", "samples")
 
 
 def sources(*, seeds=2, detected=3, prompt=PROMPT, initial=INITIAL, refined=REFINED):
@@ -36,11 +40,6 @@ def sources(*, seeds=2, detected=3, prompt=PROMPT, initial=INITIAL, refined=REFI
     }
 
 
-def compared(given):
-    names = ("overview", "scores", "noise_differences", "samples")
-    return overview.compared(**{name: given[name] for name in names})
-
-
 def texts(figure):
     found = [text.get_text() for text in figure.texts]
     return found + [text.get_text() for axes in figure.axes for text in axes.texts]
@@ -51,7 +50,7 @@ def pictures(figure):
 
 
 def test_the_prompt_is_compared_with_an_unmemorized_one():
-    assert compared(sources()).to_dict() == {PROMPT: 0.9, OTHER: 0.2}
+    assert overview.compared(*COMPARED(sources())).to_dict() == {PROMPT: 0.9, OTHER: 0.2}
 
 
 def test_everything_is_drawn_within_the_width_of_the_text():
@@ -98,10 +97,10 @@ def test_a_prompt_without_neurons_is_drawn_too():
 
 def test_what_notebook_02_did_not_save_is_named():
     with pytest.raises(NotEnough, match="'noise_differences' does not have 'somebody else'"):
-        compared(sources(prompt="somebody else"))
+        overview.compared(*COMPARED(sources(prompt="somebody else")))
     given = sources()
     with pytest.raises(NotEnough, match="'noise_differences' has no unmemorized prompt"):
-        compared(given | {"scores": given["scores"].assign(kind="vm")})
+        overview.compared(*COMPARED(given | {"scores": given["scores"].assign(kind="vm")}))
 
 
 TURNS = [

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from nemolib import localization, paths
-from nemolib.encoders import CopyDescriptor
 from nemolib.exhibits import NotEnough
 from nemolib.experiments import localize_neurons as search
 from nemolib.first_step import first_step
@@ -21,7 +20,7 @@ from nemolib.pipeline import embed
 from nemolib.run import Run
 from nemolib.settings import Profile
 from nemolib.similarity import memorization_score
-from tests.random_world import write_prompts
+from tests.random_world import SMALL, write_encoders, write_prompts
 
 VM, TM, CLEAN = ["red fox card", "red owl card"], ["blue cat case"], ["a tree", "the sea", "my dog"]
 
@@ -30,23 +29,15 @@ VM, TM, CLEAN = ["red fox card", "red owl card"], ["blue cat case"], ["a tree", 
 def run(tmp_path_factory, random_model_folder, random_pipe):
     folder = tmp_path_factory.mktemp("world")
     kinds, holdout = dict.fromkeys(VM, "vm") | dict.fromkeys(TM, "tm"), [f"{a} {b}" for a in "abcdef" for b in "uvwxyz"]
-    prompts = write_prompts(folder, kinds, unmemorized=CLEAN, holdout=holdout)
-    torch.manual_seed(0)
-    CopyDescriptor((4, 4, 4), 8).save(folder / "descriptor")
     profile = Profile(
-        name="random",
         model=str(random_model_folder),
-        device="cpu",
+        prompts=write_prompts(folder, kinds, unmemorized=CLEAN, holdout=holdout),
         holdout_size=36,
-        threshold_prompts=2,
-        prompts=prompts,
         extent={"searched": 2},
-        detection={"samples": 3},
-        similarity={"kernel_size": 3, "sigma": 0.5},
         thresholds={"value": -0.5},
         search={"theta_start": 3.0, "theta_step": 1.0, "k_step": 2},
-        generation={"samples": 2, "steps": 2, "batch_size": 4},
-        encoders={"copy": {"kind": "descriptor", "path": str(folder / "descriptor")}},
+        encoders=write_encoders(folder, random_model_folder),
+        **SMALL | {"detection": {"samples": 3}},
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "BUILD", folder / "build")

@@ -16,6 +16,9 @@ from typing import Any
 
 import nbformat
 import papermill
+from ipykernel.kernelspec import get_kernel_dict
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
 
 from nemolib.settings import ProfileError, load_profile
 
@@ -24,17 +27,27 @@ class RunnerError(Exception):
     """A notebook that cannot be run or that failed; the message names notebook and parameter or cell."""
 
 
+class ThisPython(AsyncKernelManager):
+    """Starts kernels with the Python that runs this, whatever kernel a site may have put under the name python3."""
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        """The kernel of this environment."""
+        return KernelSpec(**get_kernel_dict())
+
+
 def notebook_parameters(path: Path) -> dict[str, Any]:
     """Return the parameters of a notebook with their defaults, from its one cell tagged ``parameters``.
 
     Raises:
         RunnerError: The file is missing or no notebook; it has no or several such cells; a default is no literal.
     """
-    tagged = sum("parameters" in cell.metadata.get("tags", []) for cell in _read(path).cells)
+    notebook = _read(path)
+    tagged = sum("parameters" in cell.metadata.get("tags", []) for cell in notebook.cells)
     if tagged != 1:
         raise RunnerError(f"{path}: {tagged} cells are tagged 'parameters'; there must be one")
     found = {}
-    for name, parameter in papermill.inspect_notebook(path).items():
+    for name, parameter in papermill.inspect_notebook(notebook).items():
         found[name] = _literal(parameter["default"])
         if found[name] == parameter["default"]:
             raise RunnerError(f"{path}: the default of parameter {name!r} is {found[name]!r}; it must be a literal")
@@ -71,15 +84,18 @@ def run_notebook(source: Path, output: Path, parameters: Mapping[str, Any]) -> N
     source, output = source.resolve(), output.resolve()
     check_parameters(source, parameters)
     notebook = _read(source)
-    if "profile" in parameters and not load_profile(parameters["profile"]).solutions:
-        notebook.cells = [cell for cell in notebook.cells if "solution" not in cell.metadata.get("tags", [])]
+    if profile := parameters.get("profile"):
+        if not load_profile(profile).solutions:
+            notebook.cells = [cell for cell in notebook.cells if "solution" not in cell.metadata.get("tags", [])]
+        if Path(profile).is_file():  # the notebook runs in another folder
+            parameters = {**parameters, "profile": str(Path(profile).resolve())}
     output.parent.mkdir(parents=True, exist_ok=True)
     # A bar that is not on a terminal becomes a line per update: then one in ten seconds is enough.
     os.environ.setdefault("TQDM_MININTERVAL", "0.1" if sys.stderr.isatty() else "10")
     sources = [cell.source for cell in notebook.cells]
-    run = {"parameters": dict(parameters), "kernel_name": "python3", "cwd": source.parent}
+    kernel = {"cwd": source.parent, "kernel_manager_class": ThisPython}
     try:
-        papermill.execute_notebook(notebook, output, **run)
+        papermill.execute_notebook(notebook, output, dict(parameters), **kernel)
     except Exception as error:
         # A cell failed, or the kernel died or did not start. The last cell that was begun is the one.
         begun = [cell.source for cell in _read(output).cells if cell.metadata.get("papermill", {}).get("start_time")]
@@ -91,12 +107,15 @@ def run_notebook(source: Path, output: Path, parameters: Mapping[str, Any]) -> N
 
 
 def _read(path: Path) -> nbformat.NotebookNode:
+    """Return a notebook, whose language is Python even where it does not say so."""
     if not path.is_file():
         raise RunnerError(f"{path}: there is no such notebook")
     try:
-        return nbformat.read(path, as_version=4)
+        notebook = nbformat.read(path, as_version=4)
     except Exception as error:
         raise RunnerError(f"{path}: not a notebook ({type(error).__name__}: {error})") from error
+    notebook.metadata.kernelspec = {"name": "python3", "language": "python", "display_name": "Python 3 (ipykernel)"}
+    return notebook
 
 
 def _literal(text: str) -> Any:

@@ -12,12 +12,24 @@ def notebook(tmp_path):
     return save_notebook(tmp_path / "notebooks" / "01_x.ipynb", "import os\nprint(profile, samples, os.getcwd())")
 
 
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """Give another Python the name of our kernel, as JUPYTER_PATH of a site may."""
+    folder = tmp_path / "kernels" / "python3"
+    folder.mkdir(parents=True)
+    (folder / "kernel.json").write_text('{"argv": ["/no/python"], "display_name": "site", "language": "python"}')
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+
+
 def printed(path):
     cells = nbformat.read(path, as_version=4).cells
     return "".join(output.text for cell in cells if cell.cell_type == "code" for output in cell.outputs)
 
 
-def test_a_notebook_runs_in_its_own_folder_with_its_parameters(notebook, tmp_path, monkeypatch):
+def test_a_notebook_runs_here_in_its_own_folder_with_its_parameters(notebook, site, tmp_path, monkeypatch):
+    unnamed = nbformat.read(notebook, as_version=4)
+    del unnamed.metadata["kernelspec"]
+    nbformat.write(unnamed, notebook)
     assert notebook_parameters(notebook) == {"profile": "tiny", "samples": 2}
     monkeypatch.chdir(tmp_path.parent)
     output = tmp_path / "build" / "x.ipynb"
@@ -25,14 +37,15 @@ def test_a_notebook_runs_in_its_own_folder_with_its_parameters(notebook, tmp_pat
     assert printed(output) == f"tiny 5 {notebook.parent}\n"
 
 
-def test_a_profile_may_leave_the_solutions_out(notebook, tmp_path):
+def test_a_profile_may_leave_the_solutions_out(notebook, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     read = nbformat.read(notebook, as_version=4)
     read.cells.append(nbformat.v4.new_code_cell("print('solved')", metadata={"tags": ["solution"]}))
     nbformat.write(read, notebook)
     output, profile = tmp_path / "x.ipynb", tmp_path / "p.yaml"
     for solutions, expected in (("true", "solved\n"), ("false", "")):
         profile.write_text(f"extends: tiny\nsolutions: {solutions}\n")
-        run_notebook(notebook, output, {"profile": str(profile)})
+        run_notebook(notebook, output, {"profile": profile.name})
         assert printed(output) == f"{profile} 2 {notebook.parent}\n{expected}"
     assert "solved" in notebook.read_text()
 

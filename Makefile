@@ -7,7 +7,8 @@ PYTHON  ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 VENV  := .venv
 PY    := $(VENV)/bin/python
 ENV   := $(VENV)/.installed
-BUILD := build/$(PROFILE)
+# A profile may be the path of a file, whose folder and name may have spaces.
+BUILD := build/$(shell basename "$(PROFILE)" .yaml | tr ' ' '_')
 
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
 BUILT     := $(NOTEBOOKS:notebooks/%.ipynb=$(BUILD)/%.ipynb)
@@ -34,7 +35,7 @@ env: $(ENV) ## create .venv with the versions of requirements.lock
 $(ENV): requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed, and none was found; give one: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@echo "making $(VENV) with the versions of requirements.lock (some minutes)"
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	test -x $(PY) || "$(PYTHON)" -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
@@ -59,7 +60,7 @@ built = $(filter $(foreach number,$(1),$(BUILD)/$(number)_%),$(BUILT))
 .none $(call built,06): $(call built,01 02 03 04 05)
 
 figures: $(call built,06) ## make the figures and tables of the paper into figures/PROFILE/
-	@echo "figures and tables: figures/$(PROFILE)/"
+	@echo "figures and tables: figures/$(notdir $(BUILD))/"
 
 data: $(ENV) ## fetch what a profile needs and the repository does not hold (PROFILE=sd14: gigabytes)
 	$(PY) -m tools.fetch_data --profile "$(PROFILE)"
@@ -70,7 +71,7 @@ estimate: $(ENV) ## what a profile costs on this machine: UNet evaluations and h
 published: $(ENV) ## draw a published run beside the paper: make published PROFILE=sd14 RUN=results.csv
 	@test -n "$(RUN)" || { echo "which results? make published PROFILE=sd14 RUN=results.csv" >&2; exit 1; }
 	@mkdir -p $(BUILD)
-	$(PY) -m tools.runner --profile "$(PROFILE)" -p "published_run=$(abspath $(RUN))" notebooks/06_figures.ipynb $(BUILD)/published.ipynb
+	$(PY) -m tools.runner --profile "$(PROFILE)" -p "published_run=$(RUN)" notebooks/06_figures.ipynb $(BUILD)/published.ipynb
 
 results-full: $(ENV) ## keep the tables of a finished run of tiny-full in data/tiny/results_full/
 	$(PY) -m tools.results_full --profile tiny-full

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from tokenizers import pre_tokenizers
 
 from nemolib import paths
 from nemolib.layers import value_layers
@@ -31,19 +31,15 @@ ARCHITECTURES = paths.PACKAGE / "architectures"
 PARTS = ("unet", "vae", "text_encoder", "scheduler")
 """The files of an architecture."""
 
-PERIOD = 99_991
-"""After how many values those of a random weight repeat; a prime, so that its rows do not."""
-
 _DTYPES = ("float32", "float16", "bfloat16")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 _RANDOM = "random:"
 
-_SCARCE = 3 * 2**30
-"""Free memory of a GPU, in bytes, below which time is given for memory."""
-
 _WEIGHTS = ("unet", "vae", "text_encoder")
+
+_SUPPORTED = "StableDiffusionPipeline"
 
 
 class PipelineError(ValueError):
@@ -56,6 +52,7 @@ def load_pipeline(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
+    variant: str | None = None,
 ) -> StableDiffusionPipeline:
     """Return a Stable Diffusion pipeline, ready for detection and generation.
 
@@ -71,6 +68,7 @@ def load_pipeline(
         dtype: overrides the profile's dtype; ``"float32"``, ``"float16"``, ``"bfloat16"``, a torch.dtype, or
             ``"auto"``: float16 with CUDA, else float32.
         revision: overrides the profile's revision of a hub model.
+        variant: overrides the profile's variant of the files of weights, such as ``"fp16"``.
 
     Returns:
         The pipeline: weights frozen, in evaluation mode, without a progress bar of its own.
@@ -78,7 +76,8 @@ def load_pipeline(
     Raises:
         ProfileError: the profile cannot be read.
         PipelineError: no such profile, folder or architecture; a folder without ``model_index.json`` or without
-            safetensors; a UNet without cross-attention value layers; no network; an unknown dtype or device.
+            safetensors; a pipeline of another kind; a UNet without cross-attention value layers; no network; an unknown
+            dtype or device.
     """
     profile = _profile(source)
     # A relative folder of a profile starts at the repository; one that a caller types may start where the caller is.
@@ -88,10 +87,13 @@ def load_pipeline(
     if str(location).startswith(_RANDOM):
         pipe = random_pipeline(str(location).removeprefix(_RANDOM), dtype=weights)
     else:
-        pipe = _from_pretrained(location, dtype=weights, revision=revision or (profile.revision if profile else None))
+        revision = revision or (profile.revision if profile else None)
+        variant = variant or (profile.variant if profile else None)
+        pipe = _from_pretrained(location, dtype=weights, revision=revision, variant=variant)
     _prepare(pipe, location)
     pipe.to(place)
-    _spare_memory(pipe)
+    if place.type != "cpu" and hasattr(pipe.vae, "enable_slicing"):
+        pipe.vae.enable_slicing()  # images are decoded one by one
     if profile:
         note_profile(profile, pipe)
     return pipe
@@ -115,13 +117,12 @@ def embed(pipe: StableDiffusionPipeline, prompts: Sequence[str], *, batch_size: 
         Tensor [prompt, token, feature] on the pipeline's device, in its dtype.
 
     Raises:
+        PipelineError: a pipeline of another kind.
         ValueError: no prompt, or one that is not text.
     """
-    if isinstance(prompts, str) or not len(prompts):
-        raise ValueError(f"expected a list of at least one prompt, got {prompts!r}")
-    for number, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            raise ValueError(f"prompt {number} is {prompt!r}; expected text")
+    _check_kind([kind.__name__ for kind in type(pipe).__mro__], "this pipeline")
+    if isinstance(prompts, str) or not len(prompts) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"expected a list of at least one prompt, each a text, got {prompts!r:.200}")
     encoder, length = pipe.text_encoder, pipe.tokenizer.model_max_length
     cut = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
     found = []
@@ -161,18 +162,13 @@ def _locate(model: str, *starts: Path) -> Path | str:
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise PipelineError unless a folder holds a Stable Diffusion pipeline with safetensors."""
+    """Raise PipelineError unless a folder holds a pipeline of the right kind with safetensors."""
     index = folder / "model_index.json"
     if not index.is_file():
         raise PipelineError(
             f"model folder {folder} has no model_index.json; give the folder that pipe.save_pretrained wrote"
         )
-    try:
-        kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    except (ValueError, AttributeError) as error:
-        raise PipelineError(f"{index} is not readable as JSON ({error}); copy the model again") from error
-    if kind != "StableDiffusionPipeline":
-        raise PipelineError(f"{index}: _class_name is {kind!r}; expected 'StableDiffusionPipeline'")
+    _check_index(index)
     for part in _WEIGHTS:
         if not any((folder / part).glob("*.safetensors")):
             raise PipelineError(
@@ -181,22 +177,49 @@ def _check_folder(folder: Path) -> None:
             )
 
 
-def _from_pretrained(location: Path | str, *, dtype: torch.dtype, revision: str | None) -> StableDiffusionPipeline:
+def _check_index(index: Path) -> None:
+    """Raise PipelineError unless a ``model_index.json`` is that of the supported kind of pipeline."""
+    try:
+        kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    except (ValueError, AttributeError) as error:
+        raise PipelineError(f"{index} is not readable as JSON ({error}); copy the model again") from error
+    _check_kind([kind], str(index))
+
+
+def _check_kind(kinds: Sequence[str], where: str) -> None:
+    """Raise PipelineError unless one of the classes of a pipeline is the one that is supported."""
+    if _SUPPORTED not in kinds:
+        raise PipelineError(
+            f"{where}: _class_name is {kinds[0]!r}; expected {_SUPPORTED!r}: Stable Diffusion v1 and v2, and models with "
+            "their architecture; others (SDXL, SD3, Flux, ...) have other text encoders or no cross-attention"
+        )
+
+
+def _from_pretrained(
+    location: Path | str, *, dtype: torch.dtype, revision: str | None, variant: str | None
+) -> StableDiffusionPipeline:
     """Return the pipeline of a folder or a hub id; errors of the loader become a PipelineError."""
     local = isinstance(location, Path)
+    where = {"local_files_only": True} if local else {"revision": revision}
     safely = {"use_safetensors": True, "safety_checker": None, "requires_safety_checker": False}
     try:
         with quiet(bars=not local):
             from diffusers import StableDiffusionPipeline
+            from huggingface_hub import hf_hub_download
 
+            if not local:  # before the weights are fetched
+                _check_index(Path(hf_hub_download(location, "model_index.json", revision=revision)))
             return StableDiffusionPipeline.from_pretrained(
-                str(location), dtype=dtype, local_files_only=local, revision=None if local else revision, **safely
+                str(location), dtype=dtype, variant=variant, **where, **safely
             )
+    except PipelineError:
+        raise
     except Exception as error:
         reason = f"{type(error).__name__}: {(str(error).strip() or 'no reason').splitlines()[0]}"
         if local:
             raise PipelineError(
-                f"model folder {location} could not be loaded; copy the model again ({reason})"
+                f"model folder {location} could not be loaded; copy the model again, or say which variant of its files "
+                f"is there, such as load_pipeline(folder, variant='fp16') ({reason})"
             ) from error
         raise PipelineError(
             f"model {location!r} could not be loaded from the hub: no network, no such model, or no access; check the "
@@ -238,18 +261,6 @@ def _prepare(pipe: StableDiffusionPipeline, location: Path | str) -> None:
     pipe.set_progress_bar_config(disable=True)
 
 
-def _spare_memory(pipe: StableDiffusionPipeline) -> None:
-    """On a GPU decode images one by one; with little memory left compute attention in slices."""
-    if pipe.device.type == "cpu":
-        return
-    if hasattr(pipe.vae, "enable_slicing"):
-        pipe.vae.enable_slicing()
-    if pipe.device.type == "cuda":
-        cached = torch.cuda.memory_reserved(pipe.device) - torch.cuda.memory_allocated(pipe.device)
-        if torch.cuda.mem_get_info(pipe.device)[0] + cached < _SCARCE:
-            pipe.enable_attention_slicing()
-
-
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
@@ -281,7 +292,7 @@ def random_pipeline(architecture: str | Path, *, dtype: torch.dtype = torch.floa
     """Return a Stable Diffusion pipeline of an architecture whose weights are drawn at random, on the CPU.
 
     Its tokenizer is CLIP's without merges: a text is spelt letter by letter, with CLIP's numbers of the letters. The
-    weights are always the same, and torch's own random numbers stay as they were; the values of a large weight repeat.
+    weights are always the same, and torch's own random numbers stay as they were.
 
     Args:
         architecture: Name of an architecture that comes with the package (``"sd14"``), or a folder.
@@ -326,42 +337,22 @@ def _configs(architecture: str | Path) -> tuple[Path, dict[str, dict[str, Any]]]
     for path in (folder / f"{part}.json" for part in PARTS):
         try:
             configs[path.stem] = dict(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise PipelineError(f"architecture {folder}: {path.name} is missing") from None
-        except (ValueError, TypeError) as error:
-            raise PipelineError(f"{path} is not readable as JSON ({error})") from error
+        except (OSError, ValueError, TypeError) as error:
+            raise PipelineError(f"architecture {folder}: {path.name} is not readable as JSON ({error})") from error
     return folder, configs
 
 
 @contextlib.contextmanager
 def _weights_drawn(dtype: torch.dtype) -> Iterator[None]:
-    """Let new modules draw their weights in a type, always the same; of a large one only the first `PERIOD` values.
-
-    Each layer draws from the distribution that it always has. Drawing all values takes ten seconds for Stable Diffusion.
-    """
+    """Let new modules draw their weights in a type, always the same."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.random.fork_rng(devices=[]), _Repeated():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             yield
     finally:
         torch.set_default_dtype(before)
-
-
-class _Repeated(TorchDispatchMode):
-    """Draws the first values of a tensor, and repeats them."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        draws = func in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default)
-        if not draws or args[0].numel() <= PERIOD or not args[0].is_contiguous():
-            return func(*args, **(kwargs or {}))
-        flat = args[0].view(-1)
-        func(flat[:PERIOD], *args[1:], **(kwargs or {}))
-        whole = len(flat) // PERIOD * PERIOD
-        flat[PERIOD:whole].view(-1, PERIOD).copy_(flat[:PERIOD].expand(whole // PERIOD - 1, -1))
-        flat[whole:].copy_(flat[: len(flat) - whole])
-        return args[0]
 
 
 def _spelling(length: int, start_id: int, end_id: int) -> CLIPTokenizer:
@@ -372,8 +363,7 @@ def _spelling(length: int, start_id: int, end_id: int) -> CLIPTokenizer:
     from transformers import CLIPTokenizer
 
     start, end = "<|startoftext|>", "<|endoftext|>"
-    printing = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    letters = [chr(code) for code in printing] + [chr(256 + place) for place in range(256 - len(printing))]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     names = [*letters, *(letter + "</w>" for letter in letters)]
     return CLIPTokenizer(
         vocab={name: index for index, name in enumerate(names)} | {start: start_id, end: end_id},

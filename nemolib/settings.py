@@ -425,6 +425,7 @@ class Profile:
             ``random:`` and an architecture of ``nemolib/architectures``: random weights.
         prompts: The prompt tables.
         revision: Commit or branch of a hub model; None: its default.
+        variant: Variant of the files of weights, such as ``fp16``; None: those without one.
         dtype: Floating-point type of the weights in memory; ``auto``: float16 with CUDA, else float32.
         device: Where the model runs; ``auto``: CUDA if there is one, else MPS, else the CPU.
         protocol: ``released`` (the authors' code) or ``paper`` (the paper's text); a Protocol of one's own in Python.
@@ -453,6 +454,7 @@ class Profile:
     model: str
     prompts: PromptTables
     revision: str | None = None
+    variant: str | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     protocol: Annotated[Protocol, BeforeValidator(load_protocol)] = RELEASED

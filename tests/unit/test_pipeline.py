@@ -1,5 +1,6 @@
 import dataclasses
-from types import SimpleNamespace
+import shutil
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,15 +17,12 @@ def pipe(random_model_folder):
     return load_pipeline(random_model_folder, device="cpu")
 
 
-def test_a_folder_gives_a_frozen_pipeline(pipe):
+def test_a_folder_gives_a_frozen_pipeline_that_makes_images(pipe):
     assert isinstance(pipe.scheduler, DDIMScheduler)
     assert pipe.safety_checker is None
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         assert not part.training
         assert not any(parameter.requires_grad for parameter in part.parameters())
-
-
-def test_a_pipeline_makes_images(pipe):
     images = pipe("a", num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images
     assert images.shape == (1, 64, 64, 3)
     assert 0 <= images.min() <= images.max() <= 1
@@ -51,10 +49,30 @@ def test_settings_are_those_of_the_profile_else_those_of_the_paper(pipe, random_
         protocol_of(pipe, "")
 
 
-def test_a_profile_may_be_a_file(random_model_folder, tmp_path):
-    path = tmp_path / "mine.yaml"
-    path.write_text(f"extends: tiny\nmodel: {random_model_folder}\n")
-    assert profile_of(load_pipeline(path)).name == "mine"
+def test_files_of_a_variant_are_loaded_by_its_name(tmp_path):
+    random_pipeline().save_pretrained(tmp_path / "model", variant="fp16", safe_serialization=True)
+    (tmp_path / "mine.yaml").write_text(f"extends: tiny\nmodel: {tmp_path / 'model'}\nvariant: fp16\n")
+    for source, variant in ((tmp_path / "model", "fp16"), (tmp_path / "mine.yaml", None)):
+        weight = load_pipeline(source, device="cpu", variant=variant).unet.conv_in.weight
+        assert torch.equal(weight, random_pipeline().unet.conv_in.weight)
+    with pytest.raises(pipeline.PipelineError, match=r"say which variant of its files is there.*variant='fp16'"):
+        load_pipeline(tmp_path / "model", device="cpu")
+
+
+def test_other_pipelines_are_refused_alike(random_model_folder, tmp_path, monkeypatch):
+    words = "'StableDiffusionXLPipeline'; expected 'StableDiffusionPipeline': Stable Diffusion v1 and v2"
+    shutil.copytree(random_model_folder, tmp_path / "xl")
+    index = tmp_path / "xl" / "model_index.json"
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "StableDiffusionXLPipeline"))
+    with pytest.raises(pipeline.PipelineError, match=words):
+        load_pipeline(tmp_path / "xl")
+    asked = Mock(return_value=str(index))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", asked)
+    with pytest.raises(pipeline.PipelineError, match=words):
+        load_pipeline("stabilityai/xl", revision="abc")
+    asked.assert_called_once_with("stabilityai/xl", "model_index.json", revision="abc")
+    with pytest.raises(pipeline.PipelineError, match=words):
+        embed(type("StableDiffusionXLPipeline", (), {})(), ["a fox"])
 
 
 def test_another_scheduler_becomes_ddim_with_its_betas(tmp_path):
@@ -116,19 +134,3 @@ def test_the_type_auto_follows_the_device(random_model_folder):
     assert pipeline._dtype("auto", torch.device("mps")) == torch.float32
     with pytest.raises(pipeline.PipelineError, match="dtype 'half' is unknown; allowed: auto, float32"):
         load_pipeline(random_model_folder, dtype="half")
-
-
-@pytest.mark.parametrize(
-    ("kind", "free", "slicing"),
-    [("cpu", 0, ""), ("mps", 0, "images"), ("cuda", 2**40, "images"), ("cuda", 2**30, "images attention")],
-)
-def test_little_memory_is_spared(kind, free, slicing, monkeypatch):
-    done = []
-    vae = SimpleNamespace(enable_slicing=lambda: done.append("images"))
-    # What the allocator keeps is free.
-    for name, value in {"mem_get_info": (free - 200, 0), "memory_reserved": 300, "memory_allocated": 100}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
-    pipeline._spare_memory(
-        SimpleNamespace(device=torch.device(kind), vae=vae, enable_attention_slicing=lambda: done.append("attention"))
-    )
-    assert " ".join(done) == slicing

@@ -209,7 +209,10 @@ class TorchScriptEncoder(Encoder):
         # What is hashed and what is loaded are the very same bytes.
         content = path.read_bytes()
         found = hashlib.sha256(content).hexdigest()
-        check_sha256(path, found, stated=chosen.sha256)
+        if check_sha256(path, found, stated=chosen.sha256):
+            told = f"{path} is used for the first time; its SHA-256 is {found} (noted in {_note(path).name})"
+            remedy = "compare it with the source of the file, and state it in the profile as sha256"
+            warnings.warn(f"{told}; {remedy}", FirstUse, stacklevel=2)
         try:
             # TorchScript, which torch calls deprecated, is what the authors of these networks published.
             with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
@@ -454,26 +457,25 @@ def _load(profile: Profile, role: str, device: Device) -> Any:
 # Files of weights
 
 
-def check_sha256(path: Path, found: str, *, stated: str | None) -> None:
+def check_sha256(path: Path, found: str, *, stated: str | None) -> bool:
     """Compare the SHA-256 that was found for a file with the stated one, or else with the one noted beside the file.
 
-    If there is neither, the file is used for the first time: its SHA-256 is noted there, and the user is told.
+    Returns:
+        Whether there was neither: then it is noted now.
 
     Raises:
         EncoderError: The SHA-256 differs, or the note beside the file cannot be read.
     """
     expected = noted_sha256(path) if stated is None else stated
     if expected is None:
-        note_sha256(path, found)
-        told = f"{path} is used for the first time; its SHA-256 is {found} (noted in {_note(path).name})"
-        remedy = "compare it with the source of the file, and state it in the profile as sha256"
-        warnings.warn(f"{told}; {remedy}", FirstUse, stacklevel=2)
+        write_atomic(_note(path), json.dumps({"file": path.name, "sha256": found}, indent=2) + "\n")
     elif found != expected.lower():
-        who = f"{_note(path).name}, written at its first use, states" if stated is None else "the profile states"
+        where = f"noted in {_note(path).name} at its first use" if stated is None else "as stated"
         raise EncoderError(
-            f"{path}: {who} SHA-256 {expected}, but the file has {found}; it is another file or was cut, so it is not "
-            "loaded. Download it again, or change what is expected"
+            f"{path}: expected SHA-256 {expected} ({where}), but the file has {found}: it is another file or was cut; "
+            "delete it and get it again, or change what is expected"
         )
+    return expected is None
 
 
 def noted_sha256(path: Path) -> str | None:
@@ -489,11 +491,6 @@ def noted_sha256(path: Path) -> str | None:
         return str(json.loads(note.read_text(encoding="utf-8"))["sha256"])
     except (ValueError, KeyError, TypeError) as error:
         raise EncoderError(f"{note} is not readable; delete it, and check the SHA-256 of its file again") from error
-
-
-def note_sha256(path: Path, found: str) -> None:
-    """Note the SHA-256 of a file beside it."""
-    write_atomic(_note(path), json.dumps({"file": path.name, "sha256": found}, indent=2) + "\n")
 
 
 def _note(path: Path) -> Path:

@@ -1,9 +1,10 @@
 """A web server in a thread, for tests of downloads: it gives what a dictionary says and notes what was asked."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
+from time import sleep
 
 
 class Site:
@@ -11,7 +12,7 @@ class Site:
 
     Attributes:
         pages: Path -> bytes, or an HTTP status, or a list of these for one request after the other; ``Cut`` bytes are
-            announced whole, but end in the middle.
+            announced whole, but end in the middle; of ``Slow`` ones there is one in a twentieth of a second.
         asked: The paths that were asked for.
         url: Where the server is, without a slash at the end.
     """
@@ -31,6 +32,10 @@ class Cut(bytes):
     """Bytes of which only the first half is sent."""
 
 
+class Slow(bytes):
+    """Bytes that come one by one, as long as anybody waits for them."""
+
+
 @contextmanager
 def serve() -> Iterator[Site]:
     """Run a server on this machine inside the context."""
@@ -43,7 +48,13 @@ def serve() -> Iterator[Site]:
             self.send_response(200 if isinstance(page, bytes) else page)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body[: len(body) // 2] if isinstance(page, Cut) else body)
+            if not isinstance(page, Slow):
+                self.wfile.write(body[: len(body) // 2] if isinstance(page, Cut) else body)
+                return
+            with suppress(OSError):
+                for byte in body:
+                    self.wfile.write(bytes([byte]))
+                    sleep(0.05)
 
         def log_message(self, *args):
             pass

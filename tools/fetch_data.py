@@ -14,28 +14,30 @@ import html
 import io
 import logging
 import os
-import shutil
 import sys
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Annotated, NamedTuple
+from typing import Annotated, BinaryIO, NamedTuple
 
 import pandas as pd
 import pooch
 import pydantic
 import requests
 import yaml
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from PIL import Image
 from requests.adapters import HTTPAdapter
-from tqdm.contrib.concurrent import thread_map
+from tqdm import tqdm
 from urllib3 import Retry
+from urllib3.exceptions import HTTPError
 
 from nemolib import paths
-from nemolib.encoders import note_sha256, noted_sha256
+from nemolib.encoders import check_sha256, noted_sha256
 from nemolib.holdout import load_statistics
 from nemolib.layers import STABLE_DIFFUSION_WIDTHS
 from nemolib.paths import write_atomic
@@ -50,8 +52,11 @@ MANIFESTS = Path(__file__).with_name("downloads")
 MIRROR = "NEMO_DATA_MIRROR"
 """Environment variable: a folder in which files are looked for before the network."""
 
-RETRIES, TIMEOUT, WORKERS = 3, 60, 8
+RETRIES, TIMEOUT, WORKERS = 3, 30, 8
 """How often a download that failed is tried again; seconds without an answer after which it has failed; images at once."""
+
+SLOWEST = 4096
+"""Bytes a second, on average and after `TIMEOUT`, below which a server is given up."""
 
 ARCHIVE = "https://web.archive.org/web/0id_/"
 """Before a URL: its first copy in the Wayback Machine, as it was, without a frame."""
@@ -65,17 +70,8 @@ SMALLEST, LARGEST = 32, 64 * 2**20
 PARTS = ("files", "models", "images")
 """What can be fetched alone: files with checksums, hub models, training images."""
 
-MODEL_FILES = {
-    "pipeline": (
-        "model_index.json",
-        "text_encoder/model.safetensors",
-        *(f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")),
-        *("*/*.json", "tokenizer/*.txt"),
-    ),
-    "clip": ("config.json", "model.safetensors", "preprocessor_config.json", "*.json", "*.txt"),
-}
-"""The files of a hub model that are read, and must be there where a name is given whole; no pickles, no half-precision
-copies, no weights of the safety checker."""
+WEIGHTS = ("text_encoder/model", "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model")
+"""Files of a pipeline, but for variant and suffix."""
 
 
 class DownloadError(RuntimeError):
@@ -103,14 +99,12 @@ class SourceFile(pydantic.BaseModel, frozen=True, extra="forbid"):
         path: Where it is put, relative to the folder of the manifest, and inside it.
         url: Where it comes from.
         sha256: Its SHA-256; None: nobody has stated it, so it is noted at the first use.
-        rows: Number of rows of a prompt table, checked where the SHA-256 is not known; None: not checked.
         optional: Whether everything but a few numbers can be computed without it.
     """
 
     path: str = pydantic.Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)*$")
     url: str = pydantic.Field(pattern="^https?://")
     sha256: str | None = pydantic.Field(None, pattern="^[0-9a-f]{64}$")
-    rows: int | None = None
     optional: bool = False
 
 
@@ -189,59 +183,83 @@ def fetch_data(profile: Profile, parts: Collection[str] = PARTS) -> Iterator[Out
 def fetch_file(file: SourceFile, folder: Path) -> tuple[str, str]:
     """Put a file into a folder, unless it is there, and check it; return its status as in `Outcome`, and its path.
 
+    pooch takes it from the mirror if it holds the file, else from its URL, and checks it before it gets its name.
+
     Raises:
-        DownloadError: There is no network; the source does not have it; what it has, or what is there, is another file.
-        EncoderError: The note of the SHA-256 at its first use cannot be read.
+        DownloadError: There is no network; the source does not have it; what it has is another file.
+        EncoderError: What is there is another file, or the note of the SHA-256 at its first use cannot be read.
         OSError: The disk is full.
     """
     target, status = folder / file.path, "present"
-    expected = file.sha256 or noted_sha256(target)
     if not target.is_file():
-        status = _fetch(file, folder, expected)
-    found = pooch.file_hash(target)
-    if expected not in (None, found):
-        also = "" if file.sha256 else "; if the new file is right, delete the note of its SHA-256 beside it as well"
-        what = f"SHA-256 is {found}, expected {expected}: another file, or a part of it"
-        raise DownloadError(f"{target}: {what}; delete it and run again{also}")
-    if expected is None:
-        if file.rows is not None and (prompts := _prompts(target)) != f"{file.rows} prompts":
-            if status != "present":
-                target.unlink()
-            remedy = "delete it, if it is there, and run again"
-            raise DownloadError(f"{target}: {prompts}, expected {file.rows} prompts; {remedy}")
-        note_sha256(target, found)
+        pooch.get_logger().setLevel(logging.ERROR)  # the progress bar says the rest
+        mirrored = _in_mirror(file)
+        if mirrored is None:
+            status, source, retries = "downloaded", file.url, RETRIES
+            remedy = f"check the connection and run again, or give a folder that holds the file: {MIRROR}=folder"
+        else:
+            status, source, retries = "copied", str(mirrored), 0
+            remedy = f"put the right file into the mirror, or unset {MIRROR}"
+        if mirrored is None and constants.HF_HUB_OFFLINE:
+            why = "is not there, and HF_HUB_OFFLINE forbids the network; unset it, or"
+            raise DownloadError(f"{file.path} {why} {remedy}")
+        registry, urls = {file.path: file.sha256 or noted_sha256(target)}, {file.path: source}
+        try:
+            cache = pooch.create(folder, base_url="", registry=registry, urls=urls, retry_if_failed=retries)
+            cache.fetch(file.path, downloader=_take)
+        except (requests.RequestException, ValueError) as error:
+            reason = _first_line(error)
+            raise DownloadError(f"{file.path} could not be fetched from {source}: {reason}; {remedy}") from error
+    check_sha256(target, pooch.file_hash(target), stated=file.sha256)
     return status, str(target)
 
 
-def _fetch(file: SourceFile, folder: Path, expected: str | None) -> str:
-    """Let pooch put a file into its place, from the mirror if it holds the file, else from its URL; return its status.
+def _take(source: str, target: str, _: pooch.Pooch) -> None:
+    """Write what a URL gives, or a file of the mirror, into a file; raise ValueError for what is no data."""
+    with open(target, "w+b") as file:
+        if source.startswith(("http://", "https://")):
+            _stream(source, file, _session(), bar=PurePosixPath(source).name)
+        else:
+            file.write(Path(source).read_bytes())
+        file.seek(0)
+        start = file.read(256).lstrip().lower()
+    if not start or start.startswith((b"<!doctype html", b"<html")):
+        raise ValueError(f"{'a web page' if start else 'an empty file'} is there instead of data")
 
-    It is checked before it gets its name, so that what has the name is complete.
+
+def _stream(address: str, file: BinaryIO, session: requests.Session, *, bar: str = "", most: int | None = None) -> None:
+    """Write what a URL gives into a file, with a progress bar of a name; give up a server that is too slow.
+
+    Raises:
+        RequestException, ValueError: It gives nothing, too little, too slowly, or more bytes than ``most``.
     """
-    pooch.get_logger().setLevel(logging.ERROR)  # its progress bar says the rest
-    mirrored, status = _in_mirror(file), "copied"
-    source, retries, download = str(mirrored), 0, _copy
-    remedy = f"put the right file into the mirror, or unset {MIRROR}"
-    if mirrored is None:
-        status, source, retries = "downloaded", file.url, RETRIES
-        download = pooch.HTTPDownloader(progressbar=True, timeout=TIMEOUT)
-        remedy = f"check the connection and run again, or give a folder that holds the file: {MIRROR}=folder"
-        if constants.HF_HUB_OFFLINE:
-            raise DownloadError(
-                f"{file.path} is not there, and HF_HUB_OFFLINE forbids the network; unset it, or {remedy}"
-            )
-    registry, urls = {file.path: expected}, {file.path: source}
-    try:
-        cache = pooch.create(folder, base_url="", registry=registry, urls=urls, retry_if_failed=retries)
-        cache.fetch(file.path, downloader=download)
-    except (requests.RequestException, ValueError) as error:
-        reason = _first_line(error)
-        raise DownloadError(f"{file.path} could not be fetched from {source}: {reason}; {remedy}") from error
-    return status
+    with session.get(address, timeout=TIMEOUT, stream=True) as answer:
+        answer.raise_for_status()
+        started, received = time.monotonic(), 0
+        size = int(answer.headers.get("Content-Length", 0)) or None
+        with tqdm(desc=bar, total=size, unit="B", unit_scale=True, disable=not bar) as progress:
+            try:
+                # What has arrived, without waiting for more: a server may send a byte now and then.
+                while part := answer.raw.read1(2**16, decode_content=True):
+                    file.write(part)
+                    progress.update(len(part))
+                    received, seconds = received + len(part), time.monotonic() - started
+                    if most is not None and received > most:
+                        raise ValueError(f"more than {most // 2**20} MiB")
+                    if seconds > TIMEOUT and received < SLOWEST * seconds:
+                        raise ValueError(f"too slow: {received} bytes in {seconds:.0f} s")
+            except HTTPError as error:
+                raise ValueError(f"broken off after {received} bytes ({error})") from error
 
 
-def _copy(source: str, target: str, _: pooch.Pooch) -> None:
-    shutil.copyfile(source, target)
+def _session() -> requests.Session:
+    """Return a session that gives up a host without an answer after one more try, and asks a busy one again."""
+    session, busy = requests.Session(), (429, 500, 502, 503, 504)
+    patience = Retry(total=RETRIES, connect=1, read=1, backoff_factor=1, status_forcelist=busy, raise_on_status=False)
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(max_retries=patience, pool_maxsize=WORKERS))
+    session.headers["User-Agent"] = "Mozilla/5.0 (compatible; nemolib; research on memorization)"
+    return session
 
 
 def _in_mirror(file: SourceFile) -> Path | None:
@@ -254,14 +272,6 @@ def _in_mirror(file: SourceFile) -> Path | None:
     source = PurePosixPath(file.url.partition("?")[0])
     places = (file.path, f"{source.parent.name}/{source.name}", source.name)
     return next((root / place for place in places if (root / place).is_file()), None)
-
-
-def _prompts(path: Path) -> str:
-    """Return how many prompts a table of the authors' release has, as text; or that it is none, and why."""
-    try:
-        return f"{len(pd.read_csv(path, sep=';', usecols=['Caption'], keep_default_na=False))} prompts"
-    except ValueError as error:
-        return f"no prompt table ({_first_line(error)})"
 
 
 def convert_statistics(manifest: Manifest) -> tuple[str, str]:
@@ -279,32 +289,37 @@ def convert_statistics(manifest: Manifest) -> tuple[str, str]:
     return status, str(target)
 
 
-def hub_models(profile: Profile) -> list[tuple[str, str | None, str]]:
-    """Return the hub models that a profile names: hub id, revision and kind (of `MODEL_FILES`), each once."""
-    models = [(profile.model, profile.revision, "pipeline")]
+def hub_models(profile: Profile) -> list[tuple[str, str | None, tuple[str, ...]]]:
+    """Return the hub models that a profile names, each once: hub id, revision, and the files that must be there."""
+    suffix = f".{profile.variant}.safetensors" if profile.variant else ".safetensors"
+    models = [(profile.model, profile.revision, ("model_index.json", *(f"{name}{suffix}" for name in WEIGHTS)))]
     encoders = (profile.encoders.alignment, profile.encoders.quality, profile.encoders.clip_quality)
-    models += [(chosen.path, chosen.revision, "clip") for chosen in encoders if chosen and chosen.kind == "clip"]
+    clip = ("config.json", "model.safetensors", "preprocessor_config.json")
+    models += [(chosen.path, chosen.revision, clip) for chosen in encoders if chosen and chosen.kind == "clip"]
     return [model for model in dict.fromkeys(models) if is_hub_id(model[0])]
 
 
-def fetch_model(repository: str, revision: str | None, kind: str) -> tuple[str, str]:
+def fetch_model(repository: str, revision: str | None, files: Sequence[str]) -> tuple[str, str]:
     """Put a hub model into the hub's cache, unless it is there, and return its status as in `Outcome`, and its folder.
 
     The cache is where ``HF_HOME`` says; tokens (``HF_TOKEN``, ``hf auth login``) and ``HF_HUB_OFFLINE`` are those of
-    huggingface_hub. A download that was interrupted goes on where it stopped.
+    huggingface_hub. A download that was interrupted goes on where it stopped. No pickles are fetched, no copies of other
+    precision, no weights of the safety checker.
 
     Args:
         repository: Hub id, ``owner/name``.
         revision: Commit or branch; None: its default branch.
-        kind: ``pipeline`` (Stable Diffusion in diffusers format) or ``clip``.
+        files: What must be there, beside configurations and tokenizers.
 
     Raises:
         DownloadError: No network, or forbidden, and the model is not in the cache; no such model or revision; no
-            access; the revision has no safetensors.
+            access; the revision lacks a file.
     """
     name = f"model {repository}{f' (revision {revision})' if revision else ''}"
+    before = [try_to_load_from_cache(repository, file, revision=revision) for file in files]
+    wanted = [*files, "*.json", "*/*.json", "*.txt", "tokenizer/*.txt"]
     try:
-        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(MODEL_FILES[kind])))
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
     except GatedRepoError as error:
         page = f"access is granted on its page, https://huggingface.co/{repository}; accept its licence there"
         raise DownloadError(f"{name}: {page}, log in with `hf auth login` or set HF_TOKEN, and run again") from error
@@ -314,13 +329,13 @@ def fetch_model(repository: str, revision: str | None, kind: str) -> tuple[str, 
             "name, revision and connection, unset HF_HUB_OFFLINE, or set HF_HOME to a cache that holds it, and run again: "
             "a download goes on where it stopped"
         ) from error
-    missing = [file for file in MODEL_FILES[kind] if "*" not in file and not (folder / file).is_file()]
+    missing = [file for file in files if not (folder / file).is_file()]
     if missing:
         why = (
             "other formats than safetensors are not read, since they can run code; give a revision that has safetensors"
         )
         raise DownloadError(f"{name}: {', '.join(missing)} missing in {folder}; {why}")
-    return "present", str(folder)
+    return "present" if before == [str(folder / file) for file in files] else "downloaded", str(folder)
 
 
 def fetch_images(table: Path, folder: Path) -> tuple[str, str]:
@@ -347,65 +362,65 @@ def fetch_images(table: Path, folder: Path) -> tuple[str, str]:
         raise DownloadError(f"{table} has no column 'url', so there are no training images to fetch")
     known = read_table(report, columns=IMAGE_COLUMNS).fillna("").to_dict("records") if report.is_file() else []
     known = {row["url"]: (row["status"], row["reason"]) for row in known if row["status"] != "missing"}
-    urls = prompts["url"].drop_duplicates()
-    fetch = partial(_fetch_image, folder=folder, known=known, session=_session())
-    bar = {"desc": "training images", "unit": "image", "max_workers": WORKERS}
-    entries = dict(zip(urls, thread_map(fetch, urls.index, urls, **bar), strict=True))
-    found = pd.DataFrame(prompts["url"].map(entries).tolist(), columns=IMAGE_COLUMNS[4:], index=prompts.index)
-    told = prompts[["kind", "caption", "url"]].assign(number=prompts.index).join(found)
-    write_table(told[[*IMAGE_COLUMNS]], report)
+    urls, session, entries = prompts["url"].drop_duplicates(), _session(), {}
+    with ThreadPoolExecutor(WORKERS) as pool:
+        asked = {pool.submit(_fetch_image, number, url, folder, known, session): url for number, url in urls.items()}
+        try:
+            for done in tqdm(as_completed(asked), desc="training images", unit="image", total=len(asked)):
+                done.result()
+        finally:  # whatever ends it, what was fetched is noted
+            pool.shutdown(cancel_futures=True)
+            for done, url in asked.items():
+                fetched = not done.cancelled() and done.exception() is None
+                entries[url] = done.result() if fetched else ("missing", "", "", "interrupted")
+            found = pd.DataFrame(prompts["url"].map(entries).tolist(), columns=IMAGE_COLUMNS[4:], index=prompts.index)
+            told = prompts[["kind", "caption", "url"]].assign(number=prompts.index).join(found)
+            write_table(told[[*IMAGE_COLUMNS]], report)
     missing, archived = ((told["status"] == status).sum() for status in ("missing", "archived"))
     note = f"{len(told) - missing} of {len(told)}, {archived} of them from an archive; see {report}"
     return "missing" if missing else "present", note
 
 
 def _fetch_image(
-    number: int, url: str, *, folder: Path, known: Mapping[str, tuple[str, str]], session: requests.Session
+    number: int, url: str, folder: Path, known: Mapping[str, tuple[str, str]], session: requests.Session
 ) -> tuple[str, str, str, str]:
     """Put an image into its place; return status, image, SHA-256, reason: nothing is raised for what a server does."""
-    there = next((folder / "images").glob(f"{number:04d}.*"), None)
-    if there is not None:
+    for there in (folder / "images").glob(f"{number:04d}.*"):
+        image = f"images/{there.name}"
+        try:
+            _suffix(there.read_bytes())
+        except Exception as error:  # a damaged file may raise anything
+            return "missing", "", "", f"{image} is damaged, delete it and run again ({_reason(error)})"
         status, reason = known.get(url, ("found", "it was there"))
-        return status, f"images/{there.name}", pooch.file_hash(there), reason
+        return status, image, pooch.file_hash(there), reason
     if not url or constants.HF_HUB_OFFLINE:
         return "missing", "", "", "HF_HUB_OFFLINE forbids the network" if url else "the table has no URL"
     reasons = []
     for status, before in (("found", ""), ("archived", ARCHIVE)):
+        content = io.BytesIO()
         try:
-            content, suffix = _download(before + html.unescape(url), session)
+            _stream(before + html.unescape(url), content, session, most=LARGEST)
+            suffix = _suffix(content.getvalue())
         except Exception as error:  # a server may give anything
-            reasons.append(f"{'archive: ' if before else ''}{type(error).__name__}: {_first_line(error)}")
+            reasons.append(f"{'archive: ' if before else ''}{_reason(error)}")
             continue
         image = f"images/{number:04d}.{suffix}"
-        write_atomic(folder / image, content)
-        return status, image, hashlib.sha256(content).hexdigest(), "; ".join(reasons)
+        write_atomic(folder / image, content.getvalue())
+        return status, image, hashlib.sha256(content.getvalue()).hexdigest(), "; ".join(reasons)
     return "missing", "", "", "; ".join(reasons)
 
 
-def _session() -> requests.Session:
-    """Return a session that gives up a host without an answer after one more try, and asks a busy one again."""
-    session, busy = requests.Session(), (429, 500, 502, 503, 504)
-    patience = Retry(total=RETRIES, connect=1, read=1, backoff_factor=1, status_forcelist=busy, raise_on_status=False)
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, HTTPAdapter(max_retries=patience, pool_maxsize=WORKERS))
-    session.headers["User-Agent"] = "Mozilla/5.0 (compatible; nemolib; research on memorization)"
-    return session
-
-
-def _download(address: str, session: requests.Session) -> tuple[bytes, str]:
-    """Return an image and its usual suffix; anything may be raised unless it is a whole image of some size."""
-    content = bytearray()
-    with session.get(address, timeout=TIMEOUT / 2, stream=True) as answer:
-        answer.raise_for_status()
-        for part in answer.iter_content(2**16):
-            content += part
-            if len(content) > LARGEST:
-                raise ValueError(f"more than {LARGEST // 2**20} MiB")
+def _suffix(content: bytes) -> str:
+    """Return the usual suffix of an image; anything may be raised unless it is whole and of some size."""
     with Image.open(io.BytesIO(content)) as image:
         image.convert("RGB")
         if min(image.size) < SMALLEST:
             raise ValueError(f"a placeholder of {image.width} x {image.height} pixels")
-        return bytes(content), {"JPEG": "jpg"}.get(image.format, image.format.lower())
+        return {"JPEG": "jpg"}.get(image.format, image.format.lower())
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {_first_line(error)}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -147,7 +147,7 @@ def test_the_descriptor_comes_back(tmp_path, monkeypatch):
     weights = folder / "model.safetensors"
     digest = sha256(weights)
     CopyDescriptor.load(dataclasses.replace(chosen, sha256=digest))
-    with pytest.raises(EncoderError, match=f"the profile states SHA-256 {'0' * 64}, but the file has {digest}"):
+    with pytest.raises(EncoderError, match=f"expected SHA-256 {'0' * 64} .as stated., but the file has {digest}"):
         CopyDescriptor.load(dataclasses.replace(chosen, sha256="0" * 64))
     weights.unlink()
     with pytest.raises(FileNotFoundError, match="model.safetensors is missing; run `make data` or `make train`"):
@@ -198,10 +198,11 @@ def test_the_first_use_of_a_file_is_told_and_noted(sscd, tmp_path):
 @pytest.mark.parametrize("stated", [True, False])
 def test_another_file_is_refused(sscd, tmp_path, stated):
     path = tmp_path / "sscd.pt"
-    encoders.note_sha256(path, sscd.sha256)
+    encoders.check_sha256(path, sscd.sha256, stated=None)
     path.write_bytes(path.read_bytes()[:-1])
-    who = "the profile" if stated else "sscd.pt.sha256.json, written at its first use,"
-    with pytest.raises(EncoderError, match=f"{path}: {who} states SHA-256 {sscd.sha256}.*the file has {sha256(path)}"):
+    where = "as stated" if stated else "noted in sscd.pt.sha256.json at its first use"
+    words = f"{path}: expected SHA-256 {sscd.sha256} .{where}., but the file has {sha256(path)}"
+    with pytest.raises(EncoderError, match=words):
         Sscd.load(sscd if stated else dataclasses.replace(sscd, sha256=None))
 
 
@@ -263,7 +264,7 @@ def test_a_clip_folder_that_lacks_something(clip_folder, plain_clip, tmp_path):
     for path, words in ((clip_folder, "preprocessor_config.json is missing"), (folder / "no", "/no/config.json is")):
         with pytest.raises(FileNotFoundError, match=words):
             ClipEncoder.load(EncoderSettings("clip", str(path)))
-    with pytest.raises(EncoderError, match="states SHA-256 0000"):
+    with pytest.raises(EncoderError, match="expected SHA-256 0000"):
         ClipEncoder.load(dataclasses.replace(plain_clip, sha256="0" * 64))
     (folder / "config.json").write_text("{}")  # of another size
     with pytest.raises(EncoderError, match="could not be loaded; needed: config.json"):

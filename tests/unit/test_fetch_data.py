@@ -1,6 +1,11 @@
 import hashlib
 import io
 import shutil
+import time
+import zlib
+from concurrent.futures import as_completed
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -13,18 +18,17 @@ from huggingface_hub.errors import GatedRepoError
 from PIL import Image
 
 from nemolib import paths
-from nemolib.encoders import noted_sha256
+from nemolib.encoders import EncoderError, noted_sha256
 from nemolib.holdout import ActivationStatistics
 from nemolib.layers import STABLE_DIFFUSION_WIDTHS
 from nemolib.prompts import load_prompts
 from nemolib.settings import ProfileError, load_profile
-from tests.web import Cut, serve
+from tests.web import Cut, Slow, serve
 from tools import fetch_data as tool
 from tools.fetch_data import DownloadError, SourceFile, fetch_data, fetch_images, fetch_model, load_manifest, main
 
 DATA = b"some bytes " * 1000
 SHA = hashlib.sha256(DATA).hexdigest()
-TABLE = b";Caption;URL;Index\n0;one;u;1\n1;two;u;2\n"
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +79,13 @@ def test_a_file_is_downloaded_once_and_tried_again_where_it_breaks_off(site, fet
 
 @pytest.mark.parametrize(
     ("page", "sha256", "reason"),
-    [(404, SHA, "404"), (b"login page", SHA, "SHA256 hash of"), (Cut(DATA), None, ".*IncompleteRead")],
+    [
+        (404, SHA, "404"),
+        (b"other bytes", SHA, "SHA256 hash of"),
+        (Cut(DATA), None, "broken off after 5500 bytes"),
+        (b"\n<!DOCTYPE html>", None, "a web page is there"),
+        (b"", None, "an empty file is there"),
+    ],
 )
 def test_what_fails_is_named_with_its_reason_and_leaves_nothing(site, fetch, tmp_path, page, sha256, reason):
     site.pages["/a.bin"] = page
@@ -91,25 +101,11 @@ def test_a_file_that_was_changed_is_not_used_and_not_lost(site, fetch, target):
     assert noted_sha256(target) == SHA, "the encoders read the same note"
     assert fetch("a.bin") == "present"
     target.write_bytes(DATA[:50])
-    words = rf"net\.bin: SHA-256 is [0-9a-f]+, expected {SHA}.*delete it and run again"
-    for sha256, also in ((SHA, "$"), (None, "; if the new file is right, delete the note of its SHA-256")):
-        with pytest.raises(DownloadError, match=words + also):
+    for sha256, where in ((SHA, "as stated"), (None, "noted in net.bin.sha256.json")):
+        with pytest.raises(EncoderError, match=rf"net\.bin: expected SHA-256 {SHA} \({where}.*the file has"):
             fetch("a.bin", sha256=sha256)
     assert target.read_bytes() == DATA[:50]
     assert site.asked == ["/a.bin"]
-
-
-def test_a_table_without_a_known_hash_must_have_its_rows(site, fetch, target):
-    site.pages |= {"/t.csv": TABLE, "/page.html": b"<html>no table</html>"}
-    for name, rows, words in [("t.csv", 3, "2 prompts, expected 3"), ("page.html", 2, "no prompt table")]:
-        with pytest.raises(DownloadError, match=words):
-            fetch(name, rows=rows)
-        assert left(target.parent) == []
-    assert fetch("t.csv", rows=2) == "downloaded"
-    (target.parent / "net.bin.sha256.json").unlink()
-    with pytest.raises(DownloadError, match="2 prompts, expected 3 prompts; delete it"):
-        fetch("t.csv", rows=3)
-    assert left(target.parent) == ["net.bin"], "what somebody put there is not lost"
 
 
 @pytest.mark.parametrize("place", ["models/net.bin", "folder/a.bin", "a.bin"])
@@ -153,7 +149,7 @@ def test_the_profile_uses_what_the_manifest_fetches():
     assert paths.resolve(profile.statistics) == manifest.folder / manifest.statistics
     for encoder in (profile.encoders.copy, profile.encoders.quality):
         assert fetched[str(paths.resolve(encoder.path))].sha256 == encoder.sha256
-    assert [(file.path, file.rows) for file in manifest.files if not file.sha256] == [("prompts/holdout.csv", 50_000)]
+    assert [file.path for file in manifest.files if not file.sha256] == ["prompts/holdout.csv"]
     assert all(file.url.startswith("https://") for file in manifest.files)
     assert {manifest.released_statistics, manifest.training_images} <= {file.path for file in manifest.files}
 
@@ -185,52 +181,54 @@ def test_an_unknown_manifest_lists_the_known_ones():
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """Let the hub give the files that are asked for by their whole names; return what was asked."""
-    asked = {}
+    """Let the hub put what is asked for by its whole name into a cache; return what was asked, and files that it lacks."""
+    asked, snapshot = {"lost": []}, tmp_path / "hub" / "models--owner--name" / "snapshots" / "abc"
 
-    def snapshot(repository, **options):
+    def download(repository, **options):
         asked.update(options, repository=repository)
-        for name in (name for name in options["allow_patterns"] if "*" not in name and name != asked.get("lost")):
-            (tmp_path / name).parent.mkdir(exist_ok=True)
-            (tmp_path / name).touch()
-        return str(tmp_path)
+        for name in (name for name in options["allow_patterns"] if "*" not in name and name not in asked["lost"]):
+            (snapshot / name).parent.mkdir(exist_ok=True, parents=True)
+            (snapshot / name).touch()
+        return str(snapshot)
 
-    monkeypatch.setattr(tool, "snapshot_download", snapshot)
+    monkeypatch.setattr(tool, "snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     return asked
 
 
-def test_a_model_is_fetched_at_its_revision_without_pickles(hub, tmp_path):
-    assert fetch_model("owner/name", "abc", "pipeline") == ("present", str(tmp_path))
-    assert (hub["repository"], hub["revision"]) == ("owner/name", "abc")
-    patterns = hub["allow_patterns"]
-    assert "unet/diffusion_pytorch_model.safetensors" in patterns
-    assert not any(pattern.endswith((".bin", ".ckpt", ".py", "*")) or "fp16" in pattern for pattern in patterns)
+def test_a_model_is_fetched_once_at_its_revision_without_pickles(hub, tmp_path):
+    profile = replace(load_profile("tiny"), model="owner/name", revision="abc")
+    for variant, suffix in ((None, ""), ("fp16", ".fp16")):
+        (model,) = tool.hub_models(replace(profile, variant=variant))
+        for status in ("downloaded", "present"):
+            assert fetch_model(*model) == (status, str(tmp_path / "hub" / "models--owner--name" / "snapshots" / "abc"))
+        assert (hub["repository"], hub["revision"]) == ("owner/name", "abc")
+        exact = [pattern for pattern in hub["allow_patterns"] if "*" not in pattern]
+        weights = [
+            f"text_encoder/model{suffix}",
+            *(f"{part}/diffusion_pytorch_model{suffix}" for part in ("unet", "vae")),
+        ]
+        assert exact == ["model_index.json", *(f"{name}.safetensors" for name in weights)]
+        assert {Path(pattern).suffix for pattern in hub["allow_patterns"]} == {".json", ".safetensors", ".txt"}
 
 
-def test_a_revision_without_safetensors_is_an_error(hub):
-    hub["lost"] = "model.safetensors"
+def test_a_model_that_cannot_be_had_is_named_with_the_reason(hub, monkeypatch):
+    hub["lost"] = ["model.safetensors"]
     with pytest.raises(DownloadError, match=r"name: model.safetensors missing in .*give a revision"):
-        fetch_model("owner/name", None, "clip")
-
-
-def test_a_model_that_is_not_cached_offline_or_behind_a_licence(monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    with pytest.raises(DownloadError, match=r"model owner/name \(revision abc\): not in the cache .*HF_HUB_OFFLINE"):
-        fetch_model("owner/name", "abc", "pipeline")
+        fetch_model("owner/name", None, ["config.json", "model.safetensors"])
     response = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
-    gated = Mock(side_effect=GatedRepoError("403 Client Error: access is restricted", response=response))
-    monkeypatch.setattr(tool, "snapshot_download", gated)
-    with pytest.raises(DownloadError, match=r"https://huggingface\.co/owner/name; accept its licence.*HF_TOKEN"):
-        fetch_model("owner/name", None, "pipeline")
+    for error, words in [
+        (GatedRepoError("403", response=response), r"https://huggingface\.co/owner/name; accept its licence.*HF_TOKEN"),
+        (OSError("offline"), r"model owner/name: not in the cache .*\(offline\).*HF_HUB_OFFLINE"),
+    ]:
+        monkeypatch.setattr(tool, "snapshot_download", Mock(side_effect=error))
+        with pytest.raises(DownloadError, match=words):
+            fetch_model("owner/name", None, ["config.json"])
 
 
 def test_the_models_of_a_profile():
     models = tool.hub_models(load_profile("sd14"))
-    assert {name: kind for name, _, kind in models} == {
-        "CompVis/stable-diffusion-v1-4": "pipeline",
-        "openai/clip-vit-base-patch32": "clip",
-    }
+    assert [name for name, _, _ in models] == ["CompVis/stable-diffusion-v1-4", "openai/clip-vit-base-patch32"]
     assert all(len(revision) == 40 for _, revision, _ in models)
     assert tool.hub_models(load_profile("tiny")) == tool.hub_models(load_profile("sd14-dryrun")) == []
 
@@ -311,6 +309,36 @@ def test_only_missing_images_are_fetched_again(site, world):
     assert not {"/here.jpg", "/pixel.gif", "/gone.png"} & set(site.asked)
     (world / "images.csv").unlink()
     assert images_of(world)["status"]["archived"] == "found", "a lost report costs no image"
+
+
+def test_what_is_damaged_or_comes_too_slowly_is_missing_with_a_reason(site, world, monkeypatch):
+    chunk = b"\0\0\0\0iCCP" + zlib.crc32(b"iCCP").to_bytes(4)
+    whole = picture(kind="PNG")
+    site.pages |= {"/here.jpg": whole[:-12] + chunk + whole[-12:], "/corrupt.jpg": Slow(picture())}
+    (world / "images").mkdir()
+    (world / "images" / "0003.png").write_bytes(whole[:50])
+    monkeypatch.setattr(tool, "TIMEOUT", 0.3)
+    started = time.monotonic()
+    report = images_of(world)
+    assert time.monotonic() - started < 10
+    assert report["status"][["here", "corrupt", "pixel"]].tolist() == ["missing"] * 3
+    assert report["reason"]["here"].startswith("IndexError: ")
+    assert "too slow" in report["reason"]["corrupt"]
+    assert "images/0003.png is damaged, delete it and run again" in report["reason"]["pixel"]
+
+
+def test_an_interrupted_fetch_notes_what_was_fetched(world, monkeypatch):
+    def interrupted(futures):
+        yield from islice(as_completed(futures), 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tool, "as_completed", interrupted)
+    monkeypatch.setattr(tool, "WORKERS", 1)
+    with pytest.raises(KeyboardInterrupt):
+        images_of(world)
+    report = pd.read_csv(world / "images.csv", keep_default_na=False)
+    assert sorted(set(report["image"]) - {""}) == [f"images/{name}" for name in left(world / "images")] != []
+    assert "interrupted" in set(report["reason"])
 
 
 def test_offline_images_are_reported_missing(site, world, monkeypatch):

@@ -139,14 +139,14 @@ def test_the_model_of_sd14_is_found_in_the_cache_without_network(tmp_path):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(profile.revision)
     code = (
-        "from tools.fetch_data import fetch_model; from nemolib.pipeline import load_pipeline\n"
-        f"print(fetch_model({profile.model!r}, {profile.revision!r}, 'pipeline')[1])\n"
+        "from tools.fetch_data import fetch_model, hub_models; from nemolib.settings import load_profile; from nemolib.pipeline import load_pipeline\n"
+        "print(*fetch_model(*hub_models(load_profile('sd14'))[0]))\n"
         "pipe = load_pipeline('sd14', device='cpu'); print(pipe.unet.config.sample_size, pipe.safety_checker)"
     )
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
     ran = subprocess.run([sys.executable, "-c", code], cwd=paths.ROOT, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.splitlines()[-2:] == [str(snapshot), "16 None"]
+    assert ran.stdout.splitlines()[-2:] == [f"present {snapshot}", "16 None"]
 
 
 def test_latents_are_those_of_the_release(pipe):

@@ -1,11 +1,14 @@
 """Prompt tables: reading them, checking them, and choosing the prompts of a profile.
 
-Two formats are known, told apart by the header: ours (comma-separated, `COLUMNS`) and the authors' release
-(semicolon-separated, an unnamed index, ``Caption``, ``URL``, and ``type`` where prompts are memorized).
+Two formats of CSV are known, told apart by the header: ours (comma-separated, `COLUMNS`) and the authors' release
+(semicolon-separated, an unnamed index, ``Caption``, ``URL``, and ``type`` where prompts are memorized). What has captions
+and need not have more: JSON lines (``.jsonl``, an object a line, keys as the columns) and plain lists (``.txt``, a prompt
+a line).
 """
 
 import csv
 import io
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -39,8 +42,8 @@ def load_prompts(path: str | Path, *, kind: str | None = None) -> pd.DataFrame:
     and HTML included. Where prompts are not memorized, a caption that appears again is left out.
 
     Args:
-        path: CSV file with a header, UTF-8; absolute or relative to the repository.
-        kind: Kind of all prompts of a released table without a column ``type``; other tables say it themselves.
+        path: CSV file with a header, JSON lines or a plain list, UTF-8; absolute or relative to the repository.
+        kind: Kind of all prompts of a table that does not say it; our CSV files do, the others may.
 
     Returns:
         DataFrame with the columns ``caption`` (text, unique, not empty), ``kind`` (one of `KINDS`), ``group`` (text),
@@ -55,8 +58,10 @@ def load_prompts(path: str | Path, *, kind: str | None = None) -> pd.DataFrame:
     """
     path = paths.resolve(path)
     table = _read(path)
-    if "Caption" in table:
-        table = _from_release(table, path, kind)
+    if table.empty:
+        raise PromptTableError(f"{path}: there is no prompt below the header")
+    if not set(COLUMNS) <= set(table):
+        table = _completed(table, path, kind)
     _check_rows(table, path)
     others = [column for column in table if column not in COLUMNS]
     return table.assign(copies=table["copies"].map(int))[[*COLUMNS, *others]]
@@ -129,48 +134,75 @@ def _holdout(profile: Profile, key: str) -> pd.DataFrame:
 
 
 def _read(path: Path) -> pd.DataFrame:
-    """Return a table as text; refuse one that lacks a column or prompts, or has a row that does not fit the header."""
+    """Return a table as text, as it is written in the file; refuse one without prompts, or with a row that does not fit."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no prompt table {path}; it needs the columns {', '.join(COLUMNS)}")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise PromptTableError(f"{path}: not UTF-8 text ({error})") from error
+    if path.suffix == ".txt":
+        return pd.DataFrame({"caption": [line for line in io.StringIO(text) if line.strip()]}).map(str.strip)
+    return _read_json(path, text) if path.suffix == ".jsonl" else _read_csv(path, text)
+
+
+def _read_json(path: Path, text: str) -> pd.DataFrame:
+    rows = []
+    for number, line in enumerate(filter(str.strip, io.StringIO(text)), start=1):
+        try:
+            row = json.loads(line)
+            rows.append({name.lower(): "" if value is None else str(value) for name, value in row.items()})
+        except (ValueError, AttributeError) as error:
+            raise PromptTableError(f"{path}, row {number}: no JSON object ({error})") from error
+    table = pd.DataFrame(rows, dtype=str).fillna("")
+    if rows and "caption" not in table:
+        raise PromptTableError(f"{path}: column 'caption' is missing; there are {', '.join(table)}")
+    return table
+
+
+def _read_csv(path: Path, text: str) -> pd.DataFrame:
     # pandas would fill or shift rows that are too short or too long.
-    released = "Caption" in text.partition("\n")[0].rstrip("\r").split(";")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=";" if released else ",")
-    header, *rows = [row for row in reader if row] or [[]]
+    released = "Caption" in next(csv.reader(io.StringIO(text), delimiter=";"), [])
+    lines, rows = csv.reader(io.StringIO(text, newline=""), delimiter=";" if released else ",", strict=True), []
+    try:
+        for row in lines:
+            if row:
+                rows.append(row)
+    except csv.Error as error:
+        remedy = "close it, and double those inside a field in quotation marks"
+        raise PromptTableError(
+            f"{path}, row {len(rows)}: a quotation mark is opened and never closed; {remedy} ({error})"
+        ) from error
+    header, *rows = rows or [[]]
     missing = [] if released else [column for column in COLUMNS if column not in header]
     if missing:
         found = ", ".join(header) or "nothing"
         raise PromptTableError(f"{path}: column {missing[0]!r} is missing; the header has {found}")
-    if not rows:
-        raise PromptTableError(f"{path}: there is no prompt below the header")
     for number, row in enumerate(rows, start=1):
         if len(row) != len(header):
             message = f"{len(row)} fields instead of {len(header)}; captions with a separator need quotation marks"
             raise PromptTableError(f"{path}, row {number}: {message}")
-    return pd.DataFrame(rows, columns=header, dtype=str)
+    names = [name.lower() for name in header] if released else header
+    return pd.DataFrame(rows, columns=names, dtype=str).drop(columns=["", "unnamed: 0"], errors="ignore")
 
 
-def _from_release(table: pd.DataFrame, path: Path, kind: str | None) -> pd.DataFrame:
-    """Return a table of the authors' release with our columns."""
-    table = table.rename(columns=str.lower).drop(columns=["", "unnamed: 0"], errors="ignore")
+def _completed(table: pd.DataFrame, path: Path, kind: str | None) -> pd.DataFrame:
+    """Return a table of captions with our columns."""
     if "type" in table:
         for number, name in enumerate(table["type"], start=1):
             if name.lower() not in MEMORIZED:
                 raise PromptTableError(f"{path}, row {number}: column 'type': {name!r} is unknown; allowed: VM, TM")
         table = table.assign(kind=table["type"].str.lower()).drop(columns="type")
-    elif kind is None:
+    elif "kind" not in table and kind is None:
         raise PromptTableError(
             f"{path}: column 'type' is missing, so nothing says of which kind its prompts are; say it, such as "
             "load_prompts(path, kind='unmemorized'), or give a table of memorized prompts"
         )
-    else:
+    elif "kind" not in table:
         table = table.drop_duplicates("caption", ignore_index=True).assign(kind=kind)
     images = _found_images(path.parent.parent)
     found = [images.get(url, "") for url in table["url"]] if "url" in table else ""
-    return table.assign(group="", copies="0", image=found)
+    return table.assign(**{"group": "", "copies": "0", "image": found} | {name: table[name] for name in table})
 
 
 def _found_images(world: Path) -> dict[str, str]:

@@ -1,5 +1,8 @@
+import csv
 import dataclasses
+import json
 
+import pandas as pd
 import pytest
 
 from nemolib.prompts import PromptTableError, image_paths, load_prompts, select
@@ -30,20 +33,11 @@ def profile(tmp_path):
     return Profile("x", "m", PromptTables(**prompts), holdout_size=5, threshold_prompts=2)
 
 
-def test_a_table_has_its_columns_and_types(profile):
+def test_a_table_has_its_columns_and_types_and_further_ones(profile, tmp_path):
     table = load_prompts(profile.prompts.memorized)
     assert list(table.columns) == ["caption", "kind", "group", "copies", "image"]
     assert table["copies"].tolist() == [64, 64, 64, 32, 32, 1, 64]
     assert table["caption"][2] == "card c, gold"
-
-
-def test_captions_that_look_like_missing_values_stay_text(profile):
-    table = load_prompts(profile.prompts.unmemorized)
-    assert table["caption"].tolist() == ["null", "NA"]
-    assert table["image"].tolist() == ["", ""]
-
-
-def test_further_columns_and_another_order_are_kept(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("url,image,copies,group,kind,caption\nu,,1,,vm,a\n")
     table = load_prompts(path)
@@ -51,36 +45,41 @@ def test_further_columns_and_another_order_are_kept(tmp_path):
     assert table.iloc[0].tolist() == ["a", "vm", "", 1, "", "u"]
 
 
-def test_select_by_kind(profile):
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "txt"])
+def test_captions_that_look_like_something_else_stay_text_in_every_format(tmp_path, suffix):
+    captions = ["null", "NA", "007", "True", '"Lifted up"', "a; b, c", "1e3", "アヤワスカ"]
+    path, table = tmp_path / f"prompts.{suffix}", pd.DataFrame({"caption": captions})
+    if suffix == "txt":
+        path.write_text("\ufeff" + "\r\n".join(captions) + "\n\n", encoding="utf-8")
+    elif suffix == "jsonl":
+        captions.append("two\rlines\r\nor more")
+        path.write_text("".join(json.dumps({"Caption": caption, "seed": 3}) + "\n" for caption in captions))
+    else:
+        captions.append("two\rlines\r\nor more")
+        table = pd.DataFrame({"caption": captions, "kind": "holdout", "group": "", "copies": 0, "image": ""})
+        table.to_csv(path, index=False, quoting=csv.QUOTE_ALL)
+    found = load_prompts(path, kind="holdout")
+    assert found["caption"].tolist() == captions
+    assert found[["kind", "group", "copies", "image"]].iloc[0].tolist() == ["holdout", "", 0, ""]
+
+
+def test_prompts_are_chosen_by_kind_and_group_from_the_top(profile):
     assert select(profile, "vm")["caption"].tolist() == ["card a", "card b", "card c, gold"]
     assert select(profile, "memorized")["kind"].tolist() == ["vm"] * 3 + ["tm"] * 2
     assert select(profile, "ladder")["copies"].tolist() == [1, 64]
-    assert len(select(profile, "unmemorized")) == 2
-
-
-def test_a_group_restricts_memorized_prompts_only(profile):
-    profile = dataclasses.replace(profile, groups="report")
-    assert select(profile, "vm")["caption"].tolist() == ["card b", "card c, gold"]
-    assert select(profile, "tm")["caption"].tolist() == ["case a"]
-    assert len(select(profile, "ladder")) == 2
-    assert len(select(profile, "unmemorized")) == 2
-
-
-def test_limits_cut_from_the_top(profile):
-    profile = dataclasses.replace(profile, groups="report", limits=Limits(vm=1, unmemorized=1, ladder=9))
-    assert select(profile, "vm")["caption"].tolist() == ["card b"]
-    assert select(profile, "unmemorized")["caption"].tolist() == ["null"]
-    assert len(select(profile, "ladder")) == 2
+    assert select(profile, "unmemorized")["caption"].tolist() == ["null", "NA"]
+    grouped = dataclasses.replace(profile, groups="report")
+    assert select(grouped, "vm")["caption"].tolist() == ["card b", "card c, gold"]
+    assert select(grouped, "tm")["caption"].tolist() == ["case a"]
+    # The other kinds belong to no group.
+    limited = dataclasses.replace(grouped, limits=Limits(vm=1, unmemorized=1, ladder=9))
+    assert [len(select(limited, kind)) for kind in ("vm", "unmemorized", "ladder")] == [1, 1, 2]
 
 
 def test_holdout_prompts_and_those_of_the_threshold(profile):
     assert select(profile, "holdout")["caption"].tolist() == [f"holdout {number}" for number in range(5)]
     assert select(profile, "threshold")["caption"].tolist() == ["holdout 0", "holdout 1"]
-    everything = dataclasses.replace(profile, holdout_size=None)
-    assert len(select(everything, "holdout")) == 6
-
-
-def test_too_few_holdout_prompts_are_an_error(profile):
+    assert len(select(dataclasses.replace(profile, holdout_size=None), "holdout")) == 6
     with pytest.raises(PromptTableError, match=r"holdout\.csv: 6 holdout prompts; profile 'x' has holdout_size = 7"):
         select(dataclasses.replace(profile, holdout_size=7), "holdout")
 

@@ -1,11 +1,13 @@
 """Prompt tables in the format of the authors' release: semicolons, an unnamed index, quotation marks, HTML."""
 
+import csv
 import dataclasses
 
+import pandas as pd
 import pytest
 
 from nemolib.prompts import PromptTableError, image_paths, load_prompts, select
-from nemolib.settings import Limits, Profile, PromptTables, load_profile
+from nemolib.settings import Limits, Profile, PromptTables
 
 MEMORIZED = (
     ";Caption;URL;type;mean_sscd;max_sscd;Index\n"
@@ -39,10 +41,6 @@ def test_kinds_come_from_the_type_and_captions_stay_as_they_are(profile):
         "Rug <b>grey</b> &amp; round, 5' x 7'",
         "Case; with a semicolon",
     ]
-
-
-def test_columns_are_ours_and_the_others_follow(profile):
-    table = load_prompts(profile.prompts.memorized)
     ours = ["caption", "kind", "group", "copies", "image"]
     assert list(table.columns) == [*ours, "url", "mean_sscd", "max_sscd", "index"]
     assert table["copies"].tolist() == [0] * 4
@@ -56,11 +54,8 @@ def test_tables_without_a_type_are_of_the_kind_that_is_asked_for(profile):
     assert select(profile, "memorized")["kind"].tolist() == ["vm", "vm", "tm", "tm"]
     with pytest.raises(PromptTableError, match=r"unmemorized\.csv: column 'type' is missing.*kind='unmemorized'"):
         load_prompts(profile.prompts.unmemorized)
-
-
-def test_a_holdout_caption_that_appears_again_is_left_out(profile):
+    # A caption that appears again is left out.
     assert select(profile, "holdout")["caption"].tolist() == ["one", "two", "アヤワスカ"]
-    assert select(profile, "threshold")["caption"].tolist() == ["one", "two"]
 
 
 def test_a_kind_with_limit_0_needs_no_prompts(profile):
@@ -81,12 +76,16 @@ def test_images_that_were_found_are_those_of_the_url(profile, tmp_path):
     # The last one is in the report, but its file is gone.
     assert table["image"].tolist() == ["images/0000.jpg", "", "", ""]
     assert image_paths(table.head(1), profile) == [world / "images" / "0000.jpg"]
-
-
-def test_a_broken_report_of_images_is_named(profile, tmp_path):
-    (tmp_path / "world" / "images.csv").write_text("url,state\nu,found\n")
+    (world / "images.csv").write_text("url,state\nu,found\n")
     with pytest.raises(PromptTableError, match=r"images\.csv: column 'image' is missing; delete the file"):
         select(profile, "vm")
+
+
+def test_all_fields_may_be_in_quotation_marks(tmp_path):
+    path = tmp_path / "quoted.csv"
+    table = pd.DataFrame({"Caption": ["a fox; red", "a cat"], "URL": ["http://a/1", ""], "type": ["VM", "TM"]})
+    table.to_csv(path, sep=";", quoting=csv.QUOTE_ALL)
+    assert load_prompts(path)["caption"].tolist() == ["a fox; red", "a cat"]
 
 
 @pytest.mark.parametrize(
@@ -97,6 +96,8 @@ def test_a_broken_report_of_images_is_named(profile, tmp_path):
         (";Caption;URL;type\n0; ;u;VM\n", "row 1: column 'caption' is empty"),
         (";Caption;URL;type\n0;a;b;u;VM\n", "row 1: 5 fields instead of 4; captions with a separator need quotation"),
         (";Caption;URL;type\n", "there is no prompt below the header"),
+        (';Caption;URL;type\n0;a;u;VM\n1;"b;u;VM\n2;c;u;TM\n', "row 2: a quotation mark is opened and never closed"),
+        (';Caption;URL;type\n1;"b;u;VM\n2;"c";u;TM\n', "row 1: a quotation mark is opened and never closed"),
         (";Text;URL;type\n0;a;u;VM\n", "column 'caption' is missing; the header has ;Text;URL;type"),
     ],
 )
@@ -107,9 +108,3 @@ def test_a_broken_table_is_named(tmp_path, text, words):
         load_prompts(path)
     assert words in str(error.value)
     assert str(path) in str(error.value)
-
-
-def test_our_tables_are_read_as_before():
-    table = load_prompts(load_profile("tiny").prompts.memorized)
-    assert list(table.columns)[:5] == ["caption", "kind", "group", "copies", "image"]
-    assert table["copies"].max() > 0

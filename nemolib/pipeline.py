@@ -19,7 +19,7 @@ from tokenizers import pre_tokenizers
 
 from nemolib import paths
 from nemolib.layers import value_layers
-from nemolib.settings import Profile, known_profiles, load_profile, note_profile
+from nemolib.settings import PUBLISHED, Profile, known_profiles, load_profile, note_profile
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -79,17 +79,18 @@ def load_pipeline(
             safetensors; a pipeline of another kind; a UNet without cross-attention value layers; no network; an unknown
             dtype or device.
     """
-    profile = _profile(source)
+    named = isinstance(source, Profile) or str(source) in known_profiles() or str(source).endswith((".yaml", ".yml"))
+    profile = load_profile(source) if named else None
     # A relative folder of a profile starts at the repository; one that a caller types may start where the caller is.
     location = _locate(profile.model, paths.ROOT) if profile else _locate(str(source), Path.cwd(), paths.ROOT)
-    place = _device(device or (profile.device if profile else "auto"))
-    weights = _dtype(dtype or (profile.dtype if profile else "float32"), place)
+    chosen = profile or PUBLISHED
+    place = _device(device or chosen.device)
+    weights = _dtype(dtype or chosen.dtype, place)
     if str(location).startswith(_RANDOM):
         pipe = random_pipeline(str(location).removeprefix(_RANDOM), dtype=weights)
     else:
-        revision = revision or (profile.revision if profile else None)
-        variant = variant or (profile.variant if profile else None)
-        pipe = _from_pretrained(location, dtype=weights, revision=revision, variant=variant)
+        files = {"revision": revision or chosen.revision, "variant": variant or chosen.variant}
+        pipe = _from_pretrained(location, dtype=weights, **files)
     _prepare(pipe, location)
     pipe.to(place)
     if place.type != "cpu" and hasattr(pipe.vae, "enable_slicing"):
@@ -131,14 +132,6 @@ def embed(pipe: StableDiffusionPipeline, prompts: Sequence[str], *, batch_size: 
         mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
         found.append(encoder(tokens.input_ids, attention_mask=mask)[0].to(pipe.unet.dtype))
     return torch.cat(found)
-
-
-def _profile(source: str | Path | Profile) -> Profile | None:
-    """Return the profile that is meant, or None for a folder or a hub id."""
-    if isinstance(source, Profile):
-        return source
-    is_profile = str(source) in known_profiles() or str(source).endswith((".yaml", ".yml"))
-    return load_profile(source) if is_profile else None
 
 
 def _locate(model: str, *starts: Path) -> Path | str:
@@ -306,9 +299,11 @@ def random_pipeline(architecture: str | Path, *, dtype: torch.dtype = torch.floa
     with quiet(bars=False):
         from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
         from transformers import CLIPTextConfig, CLIPTextModel
+        from transformers.modeling_utils import local_torch_dtype
 
         try:
-            with _weights_drawn(dtype):
+            with local_torch_dtype(dtype), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
                 parts = {
                     "unet": UNet2DConditionModel(**configs["unet"]),
                     "vae": AutoencoderKL(**configs["vae"]),
@@ -340,19 +335,6 @@ def _configs(architecture: str | Path) -> tuple[Path, dict[str, dict[str, Any]]]
         except (OSError, ValueError, TypeError) as error:
             raise PipelineError(f"architecture {folder}: {path.name} is not readable as JSON ({error})") from error
     return folder, configs
-
-
-@contextlib.contextmanager
-def _weights_drawn(dtype: torch.dtype) -> Iterator[None]:
-    """Let new modules draw their weights in a type, always the same."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _spelling(length: int, start_id: int, end_id: int) -> CLIPTokenizer:

@@ -15,6 +15,7 @@ import pandas as pd
 
 from nemolib import paths
 from nemolib.settings import Profile
+from nemolib.store import read_table
 
 COLUMNS = ("caption", "kind", "group", "copies", "image")
 """Columns of every prompt table."""
@@ -189,9 +190,6 @@ def _read_csv(path: Path, text: str) -> pd.DataFrame:
 def _completed(table: pd.DataFrame, path: Path, kind: str | None) -> pd.DataFrame:
     """Return a table of captions with our columns."""
     if "type" in table:
-        for number, name in enumerate(table["type"], start=1):
-            if name.lower() not in MEMORIZED:
-                raise PromptTableError(f"{path}, row {number}: column 'type': {name!r} is unknown; allowed: VM, TM")
         table = table.assign(kind=table["type"].str.lower()).drop(columns="type")
     elif "kind" not in table and kind is None:
         raise PromptTableError(
@@ -210,10 +208,7 @@ def _found_images(world: Path) -> dict[str, str]:
     report = world / IMAGE_REPORT
     if not report.is_file():
         return {}
-    table = pd.read_csv(report, dtype=str, keep_default_na=False)
-    for column in ("url", "image"):
-        if column not in table:
-            raise PromptTableError(f"{report}: column {column!r} is missing; delete the file and run `make data` again")
+    table = read_table(report, columns=("url", "image")).fillna("")
     found = zip(table["url"], table["image"], strict=True)
     return {url: image for url, image in found if image and (world / image).is_file()}
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Whole = Annotated[int, Field(strict=True, ge=0)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 AtLeastTwo = Annotated[int, Field(strict=True, ge=2)]
-Number = Annotated[float, Field(strict=True, ge=-10, allow_inf_nan=False)]
+Multiplier = Annotated[float, Field(strict=True, ge=-10, le=10)]
 NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 
@@ -164,7 +164,7 @@ class WenSettings:
     """
 
     target: NotNegative | None = 1.5
-    multiplier: Number = 1.0
+    multiplier: Multiplier = 1.0
     learning_rate: Positive = 0.05
     iterations: Count = 10
     steps: Count = 50
@@ -347,7 +347,7 @@ class Extent:
 class ThresholdSettings:
     """The memorization threshold: mean + ``multiplier`` standard deviations of the holdout scores, or ``value``."""
 
-    multiplier: Annotated[Number, Field(le=10)] = 1.0
+    multiplier: Multiplier = 1.0
     value: Annotated[float, Field(strict=True, ge=-1, le=1)] | None = None
 
 
@@ -533,9 +533,10 @@ def _profile_path(profile: str | Path) -> Path:
     known = ", ".join(names)
     if path.suffix not in {".yaml", ".yml"}:
         raise ProfileError(f"unknown profile {str(profile)!r}; known: {known}; or give the path of a .yaml file")
-    if not path.is_file():
-        raise ProfileError(f"profile file {str(profile)!r} does not exist; give a YAML file or one of {known}")
-    return path
+    for place in (path, paths.resolve(path)):  # where the caller is, or from the repository
+        if place.is_file():
+            return place
+    raise ProfileError(f"profile file {str(profile)!r} does not exist; give a YAML file or one of {known}")
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -570,7 +571,8 @@ def _merge(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]
 
 _PROFILES: weakref.WeakKeyDictionary[object, Profile] = weakref.WeakKeyDictionary()
 
-_PUBLISHED = Profile("published settings", "", PromptTables("", "", ""))
+PUBLISHED = Profile("published settings", "", PromptTables("", "", ""))
+"""The settings of the paper, without a model and prompts."""
 
 
 def note_profile(profile: Profile, pipe: StableDiffusionPipeline) -> None:
@@ -585,7 +587,7 @@ def profile_of(pipe: StableDiffusionPipeline) -> Profile | None:
 
 def settings_of(pipe: StableDiffusionPipeline) -> Profile:
     """Return the settings that hold for a pipeline where nothing is said: its profile's, else those of the paper."""
-    return profile_of(pipe) or _PUBLISHED
+    return profile_of(pipe) or PUBLISHED
 
 
 def protocol_of(pipe: StableDiffusionPipeline, protocol: str | Protocol | None = None) -> Protocol:

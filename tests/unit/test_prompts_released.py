@@ -8,6 +8,7 @@ import pytest
 
 from nemolib.prompts import PromptTableError, image_paths, load_prompts, select
 from nemolib.settings import Limits, Profile, PromptTables
+from nemolib.store import StoreError
 
 MEMORIZED = (
     ";Caption;URL;type;mean_sscd;max_sscd;Index\n"
@@ -77,7 +78,7 @@ def test_images_that_were_found_are_those_of_the_url(profile, tmp_path):
     assert table["image"].tolist() == ["images/0000.jpg", "", "", ""]
     assert image_paths(table.head(1), profile) == [world / "images" / "0000.jpg"]
     (world / "images.csv").write_text("url,state\nu,found\n")
-    with pytest.raises(PromptTableError, match=r"images\.csv: column 'image' is missing; delete the file"):
+    with pytest.raises(StoreError, match=r"images\.csv: column 'image' is missing"):
         select(profile, "vm")
 
 
@@ -91,7 +92,7 @@ def test_all_fields_may_be_in_quotation_marks(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (";Caption;URL;type\n0;a;u;XM\n", "row 1: column 'type': 'XM' is unknown; allowed: VM, TM"),
+        (";Caption;URL;type\n0;a;u;XM\n", "row 1: column 'kind': 'xm' is unknown; allowed: vm, tm"),
         (";Caption;URL;type\n0;a;u;VM\n1;a;u;TM\n", "row 2: column 'caption': 'a' appears in row 1 already"),
         (";Caption;URL;type\n0; ;u;VM\n", "row 1: column 'caption' is empty"),
         (";Caption;URL;type\n0;a;b;u;VM\n", "row 1: 5 fields instead of 4; captions with a separator need quotation"),

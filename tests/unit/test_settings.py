@@ -16,11 +16,8 @@ from nemolib.settings import (
     ProfileError,
     PromptTables,
     Protocol,
-    RandomNeuronSettings,
-    RenSettings,
     SearchSettings,
     SimilaritySettings,
-    SomepalliSettings,
     WenSettings,
     known_profiles,
     load_profile,
@@ -47,54 +44,17 @@ def load(tmp_path):
 # --- Settings -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("kind", "key", "value"),
-    [
-        (DetectionSettings, "seed", -1),
-        (DetectionSettings, "samples", 1),
-        (DetectionSettings, "samples", 2.5),
-        (DetectionSettings, "steps", 1),
-        (DetectionSettings, "guidance", -1.0),
-        (DetectionSettings, "guidance", float("nan")),
-        (SimilaritySettings, "kernel_size", 4),
-        (SimilaritySettings, "sigma", 0.0),
-        (SimilaritySettings, "betas", ()),
-        (SimilaritySettings, "betas", (0.3, -0.3)),
-        (SearchSettings, "theta_step", 0.0),
-        (SearchSettings, "theta_start", 0.5),
-        (SearchSettings, "k_max", -1),
-        (SearchSettings, "k_start", True),
-        (SearchSettings, "k_start", 1281),
-        (SearchSettings, "method", "quick"),
-        (GenerationSettings, "samples", 0),
-        (GenerationSettings, "batch_size", "8"),
-        (GenerationSettings, "side", 0),
-        (GenerationSettings, "side", 100),
-        (WenSettings, "target", -0.1),
-        (WenSettings, "multiplier", -11.0),
-        (WenSettings, "step", 50),
-        (RenSettings, "mask", "all"),
-        (SomepalliSettings, "numbers", (1, 0)),
-        (RandomNeuronSettings, "repeats", 0),
-        (Protocol, "timestep_index", -1),
-        (Protocol, "similarity", "mse"),
-        (Protocol, "threshold_pairs", "median"),
-        (Protocol, "swap_guidance", 1),
-    ],
-)
-def test_impossible_settings_name_key_and_value(kind, key, value):
-    given = {"name": "mine"} if kind is Protocol else {}
-    with pytest.raises(ValueError, match=rf"(?s)error for {kind.__name__}\n.*\b{key}\b") as error:
-        kind(**given, **{key: value})
-    wrong = value[-1] if isinstance(value, tuple) and value else value
-    assert str(wrong) in str(error.value)
-
-
-def test_an_unknown_setting_is_named():
+def test_a_wrong_setting_is_named_in_python_too():
     with pytest.raises(ValueError, match="samplse"):
         DetectionSettings(samplse=3)
-    with pytest.raises(ValueError, match="similarity"):
-        dataclasses.replace(RELEASED, similarity="mse")
+    for switch, wrong in {
+        "similarity": "mse",
+        "timestep_index": -1,
+        "threshold_pairs": "median",
+        "swap_guidance": 1,
+    }.items():
+        with pytest.raises(ValueError, match=f"{switch}\n.*{wrong}"):
+            dataclasses.replace(RELEASED, **{switch: wrong})
 
 
 def test_settings_are_frozen_hashable_and_travel():
@@ -105,9 +65,7 @@ def test_settings_are_frozen_hashable_and_travel():
     assert MitigationSettings().wen == WenSettings()
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.sigma = 2.0
-
-
-def test_the_size_of_a_batch_has_no_part_in_what_settings_are_equal():
+    # The size of a batch has no part in what settings are equal.
     assert GenerationSettings(batch_size=3) == GenerationSettings()
     assert GenerationSettings(samples=3) != GenerationSettings()
 
@@ -169,6 +127,15 @@ def test_what_is_not_given_has_the_defaults(load):
     assert load({"protocol": "released"}).protocol is RELEASED
 
 
+def test_a_path_may_start_where_the_caller_is_or_at_the_repository(tmp_path, monkeypatch):
+    for folder in ("repository", "elsewhere"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{folder}.yaml").write_text("extends: tiny")
+    monkeypatch.setattr("nemolib.paths.ROOT", tmp_path / "repository")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert [load_profile(f"{name}.yaml").name for name in ("repository", "elsewhere")] == ["repository", "elsewhere"]
+
+
 def test_a_file_anywhere_can_extend_a_known_profile(load):
     mine = load({"extends": "tiny", "generation": {"samples": 2}, "similarity": {"betas": [1, 2]}}, least={})
     tiny = load_profile("tiny")
@@ -197,32 +164,38 @@ def _encoder(**keys):
         ({"sampels": 3}, ["unknown key sampels = 3", "allowed", "detection"]),
         ({"detection": {"sample": 3}}, ["unknown key detection.sample = 3", "guidance, samples, seed, steps"]),
         ({"detection": 3}, ["'detection'", "got 3", "guidance, samples, seed, steps"]),
-        ({"detection": {"samples": "ten"}}, ["'detection.samples' is 'ten'", "integer"]),
+        ({"detection": {"samples": "10"}}, ["'detection.samples' is '10'", "integer"]),
         ({"detection": {"samples": True}}, ["'detection.samples' is True", "integer"]),
-        ({"detection": {"samples": 2.5}}, ["'detection.samples' is 2.5", "integer"]),
         ({"detection": {"samples": 1}}, ["'detection.samples' is 1", "greater than or equal to 2"]),
         ({"detection": {"guidance": float("nan")}}, ["'detection.guidance' is nan", "finite"]),
+        ({"detection": {"guidance": -1.0}}, ["'detection.guidance' is -1.0", "greater than or equal to 0"]),
         ({"similarity": {"betas": []}}, ["'similarity.betas' is []", "at least 1"]),
-        ({"similarity": {"betas": [0.3, "x"]}}, ["'similarity.betas.1' is 'x'", "number"]),
+        ({"similarity": {"sigma": 0.0}}, ["'similarity.sigma' is 0.0", "greater than 0"]),
         ({"similarity": {"kernel_size": 10}}, ["'similarity.kernel_size'", "10", "odd"]),
         ({"search": {"theta_step": 0}}, ["'search.theta_step' is 0", "greater than 0"]),
         ({"search": {"theta_start": 0.5}}, ["'search'", "theta_start is 0.5", "at least theta_min (1)"]),
+        ({"search": {"k_start": 1281}}, ["'search'", "k_max is 1280", "at least k_start (1281)"]),
+        ({"search": {"method": "quick"}}, ["'search.method' is 'quick'", "'fast' or 'sequential'"]),
+        ({"generation": {"side": 100}}, ["'generation.side' is 100", "multiple of 8"]),
+        ({"mitigation": {"wen": {"multiplier": -11.0}}}, ["'mitigation.wen.multiplier' is -11.0"]),
+        (
+            {"mitigation": {"ren": {"mask": "all"}}},
+            ["'mitigation.ren.mask' is 'all'", "'padding', 'summary' or 'none'"],
+        ),
+        ({"mitigation": {"somepalli": {"numbers": [1, 0]}}}, ["'mitigation.somepalli.numbers.1' is 0"]),
+        ({"mitigation": {"random": {"repeats": 0}}}, ["'mitigation.random.repeats' is 0"]),
         ({"mitigation": {"wen": {"step": 50}}}, ["'mitigation.wen'", "step is 50", "below steps (50)"]),
         ({"dtype": "float8"}, ["'dtype' is 'float8'", "'float32', 'float16' or 'bfloat16'"]),
         ({"device": "gpu"}, ["'device' is 'gpu'", "'auto', 'cpu', 'cuda' or 'mps'"]),
         ({"protocol": "mine"}, ["'protocol'", "'mine'", "released, paper"]),
-        ({"protocol": ["paper"]}, ["'protocol'", "['paper']", "released, paper"]),
         ({"groups": 3}, ["'groups' is 3", "string"]),
         ({"limits": {"vm": -1}}, ["'limits.vm' is -1", "greater than or equal to 0"]),
         ({"holdout_size": 1}, ["'holdout_size' is 1", "greater than or equal to 2"]),
         ({"thresholds": {"value": 1.5}}, ["'thresholds.value' is 1.5", "less than or equal to 1"]),
-        ({"thresholds": {"value": float("nan")}}, ["'thresholds.value' is nan"]),
         ({"prompts": {"memorized": "m.csv"}}, ["'prompts.holdout' is missing", "'prompts.unmemorized' is missing"]),
-        ({"model": None}, ["'model' is None", "string"]),
         ({"solutions": "yes"}, ["'solutions' is 'yes'", "boolean"]),
         (_encoder(kind="dino"), ["'encoders.copy.kind' is 'dino'", "'descriptor', 'sscd', 'clip' or 'inception'"]),
         (_encoder(kind="clip"), ["'encoders'", "copy has kind 'clip'", "descriptor, sscd"]),
-        (_encoder(path=None), ["'encoders.copy.path' is None", "string"]),
         ({"encoders": {"copy": {"kind": "sscd"}}}, ["'encoders.copy.path' is missing", "kind, name, path"]),
         ({"encoders": {"copy": "sscd"}}, ["'encoders.copy'", "'sscd'", "kind, name, path"]),
         ({"encoders": {"sscd": None}}, ["unknown key encoders.sscd = None", "alignment, clip_quality, copy, quality"]),
@@ -245,9 +218,6 @@ def test_all_that_is_wrong_is_named_at_once(load):
 def test_an_unknown_profile_lists_the_known_ones():
     with pytest.raises(ProfileError, match="unknown profile 'tny'.*tiny, tiny-full"):
         load_profile("tny")
-    # A name is no way out of the folder of profiles.
-    with pytest.raises(ProfileError, match="unknown profile"):
-        load_profile("../profiles/tiny")
 
 
 @pytest.mark.parametrize(

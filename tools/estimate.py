@@ -219,11 +219,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.estimate", description=__doc__)
     parser.add_argument("--profile", default=os.environ.get("PROFILE") or "sd14", help="default: $PROFILE, else sd14")
     parser.add_argument("--per-second", type=float, help="UNet sample-evaluations a second; default: measured here")
-    parser.add_argument("--paper", action="store_true", help="as many prompts as in the paper, whatever the profile")
     arguments = parser.parse_args(argv)
     try:
         profile = load_profile(arguments.profile)
-        parts = stages(profile, PAPER if arguments.paper else counts_of(profile))
+        parts = stages(profile, counts_of(profile))
         speed = measured_speed(profile) if arguments.per_second is None else arguments.per_second
         text = cost_table(parts, speed)
     except ValueError as error:

@@ -3,7 +3,6 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from nemolib.holdout import holdout_scores
 from nemolib.localization import localize
 from nemolib.settings import DetectionSettings, Extent, SearchSettings, SimilaritySettings, load_profile
 from tools import estimate
@@ -31,16 +30,6 @@ def test_one_prompt_of_the_paper(sd14):
 SMALL = SimilaritySettings(kernel_size=3, sigma=0.5)
 
 
-def test_a_threshold_costs_what_is_said(random_pipe):
-    """The formula against a count of what is done."""
-    profile = replace(load_profile("tiny"), detection=DetectionSettings(samples=3, guidance=7.0))
-    counted = []
-    settings = {"settings": profile.detection, "similarity": SMALL, "protocol": "paper", "progress": False}
-    with random_pipe.unet.register_forward_pre_hook(lambda module, args: counted.append(len(args[0]))):
-        holdout_scores(random_pipe, ["a", "b"], **settings)
-    assert sum(counted) == 2 * detection_evaluations(profile) == 12
-
-
 def test_a_search_costs_at_most_what_is_said(random_pipe, statistics):
     search = SearchSettings(theta_start=100.0, theta_min=98.0, theta_step=1.0, k_start=1, k_max=2, method="sequential")
     more = {"detection": DetectionSettings(samples=3), "similarity": SMALL, "search": search, "protocol": "paper"}
@@ -63,21 +52,6 @@ def test_the_search_of_a_prompt(sd14):
     assert estimate.search_evaluations(slow, "tm") == 10 * (1 + 16 + 681.5)
     assert estimate.search_evaluations(sd14, "tm") < estimate.search_evaluations(slow, "tm") / 3
     assert estimate.search_evaluations(sd14, "vm") < estimate.search_evaluations(sd14, "tm")
-
-
-def test_the_stages_of_the_paper(sd14):
-    parts = by_name(sd14)
-    assert parts.loc["images, prompt embedding adjustment", "each"] == 1000 + 4 + 3 * 10 * 4
-    assert parts["evaluations"][["image quality", "outputs of blocks"]].tolist() == [5000 * 2 * 13 * 100, 500 * 13 * 3]
-    expected = {
-        "memorization threshold, all protocols": 50_000 * 20,
-        "activation statistics (text encoder only)": 0,
-        "memorization scores, all protocols": 1000 * 20,
-        "images and scores, memorization neurons deactivated": 500 * 1010,
-        "images, initial selection and random neurons": 500 * 6 * 1000,
-        "images, random tokens": 500 * 3 * 1000,
-    }
-    assert parts["evaluations"][list(expected)].to_dict() == expected
 
 
 def test_a_profile_says_how_many_prompts_are_taken(sd14):
@@ -134,7 +108,7 @@ def test_the_speed_is_that_of_passes_with_random_weights_for_a_hub_model(monkeyp
 def test_the_command(capsys, monkeypatch):
     monkeypatch.setattr(estimate, "measured_speed", lambda profile: 10.0)
     for arguments, status, words in [
-        (["sd14", "--paper", "--per-second", "25"], 0, "Profile sd14, 25 UNet sample-evaluations a second (given)"),
+        (["sd14", "--per-second", "25"], 0, "Profile sd14, 25 UNet sample-evaluations a second (given)"),
         (["tiny"], 0, "Profile tiny, 10 UNet sample-evaluations a second (measured here)"),
         (["none"], 1, "unknown profile 'none'"),
         (["tiny", "--per-second", "-3"], 1, "per_second is -3.0"),

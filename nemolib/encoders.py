@@ -209,16 +209,18 @@ class TorchScriptEncoder(Encoder):
         # What is hashed and what is loaded are the very same bytes.
         content = path.read_bytes()
         found = hashlib.sha256(content).hexdigest()
-        if check_sha256(path, found, stated=chosen.sha256):
-            told = f"{path} is used for the first time; its SHA-256 is {found} (noted in {_note(path).name})"
-            remedy = "compare it with the source of the file, and state it in the profile as sha256"
-            warnings.warn(f"{told}; {remedy}", FirstUse, stacklevel=2)
+        known = check_sha256(path, found, stated=chosen.sha256)
         try:
             # TorchScript, which torch calls deprecated, is what the authors of these networks published.
             with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
                 model = torch.jit.load(io.BytesIO(content), map_location=torch.device(device))
         except RuntimeError as error:
             raise EncoderError(f"{path} holds no TorchScript network; download it again ({error!s:.200})") from error
+        if not known:
+            note_sha256(path, found)
+            told = f"{path} is used for the first time; its SHA-256 is {found} (noted in {_note(path).name})"
+            remedy = "compare it with the source of the file, and state it in the profile as sha256"
+            warnings.warn(f"{told}; {remedy}", FirstUse, stacklevel=2)
         return cls(model.eval(), found, chosen.name or cls.called, device)
 
     def identity(self) -> str:
@@ -458,24 +460,21 @@ def _load(profile: Profile, role: str, device: Device) -> Any:
 
 
 def check_sha256(path: Path, found: str, *, stated: str | None) -> bool:
-    """Compare the SHA-256 that was found for a file with the stated one, or else with the one noted beside the file.
+    """Return whether the SHA-256 that was found for a file is the stated one, or else the one noted beside the file.
 
-    Returns:
-        Whether there was neither: then it is noted now.
+    False means that there is neither, so that this is its first use: `note_sha256` it once the file has proved right.
 
     Raises:
         EncoderError: The SHA-256 differs, or the note beside the file cannot be read.
     """
     expected = noted_sha256(path) if stated is None else stated
-    if expected is None:
-        write_atomic(_note(path), json.dumps({"file": path.name, "sha256": found}, indent=2) + "\n")
-    elif found != expected.lower():
+    if expected is not None and expected.lower() != found:
         where = f"noted in {_note(path).name} at its first use" if stated is None else "as stated"
         raise EncoderError(
             f"{path}: expected SHA-256 {expected} ({where}), but the file has {found}: it is another file or was cut; "
             "delete it and get it again, or change what is expected"
         )
-    return expected is None
+    return expected is not None
 
 
 def noted_sha256(path: Path) -> str | None:
@@ -491,6 +490,11 @@ def noted_sha256(path: Path) -> str | None:
         return str(json.loads(note.read_text(encoding="utf-8"))["sha256"])
     except (ValueError, KeyError, TypeError) as error:
         raise EncoderError(f"{note} is not readable; delete it, and check the SHA-256 of its file again") from error
+
+
+def note_sha256(path: Path, found: str) -> None:
+    """Note the SHA-256 of a file beside it."""
+    write_atomic(_note(path), json.dumps({"file": path.name, "sha256": found}, indent=2) + "\n")
 
 
 def _note(path: Path) -> Path:

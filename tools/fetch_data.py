@@ -37,7 +37,7 @@ from urllib3 import Retry
 from urllib3.exceptions import HTTPError
 
 from nemolib import paths
-from nemolib.encoders import check_sha256, noted_sha256
+from nemolib.encoders import check_sha256, note_sha256, noted_sha256
 from nemolib.holdout import load_statistics
 from nemolib.layers import STABLE_DIFFUSION_WIDTHS
 from nemolib.paths import write_atomic
@@ -210,7 +210,9 @@ def fetch_file(file: SourceFile, folder: Path) -> tuple[str, str]:
         except (requests.RequestException, ValueError) as error:
             reason = _first_line(error)
             raise DownloadError(f"{file.path} could not be fetched from {source}: {reason}; {remedy}") from error
-    check_sha256(target, pooch.file_hash(target), stated=file.sha256)
+    found = pooch.file_hash(target)
+    if not check_sha256(target, found, stated=file.sha256):
+        note_sha256(target, found)
     return status, str(target)
 
 

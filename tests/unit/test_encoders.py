@@ -198,7 +198,7 @@ def test_the_first_use_of_a_file_is_told_and_noted(sscd, tmp_path):
 @pytest.mark.parametrize("stated", [True, False])
 def test_another_file_is_refused(sscd, tmp_path, stated):
     path = tmp_path / "sscd.pt"
-    encoders.check_sha256(path, sscd.sha256, stated=None)
+    encoders.note_sha256(path, sscd.sha256)
     path.write_bytes(path.read_bytes()[:-1])
     where = "as stated" if stated else "noted in sscd.pt.sha256.json at its first use"
     words = f"{path}: expected SHA-256 {sscd.sha256} .{where}., but the file has {sha256(path)}"
@@ -212,8 +212,9 @@ def test_what_is_no_torchscript_or_another_network_is_refused(sscd, tmp_path):
     with pytest.raises(FileNotFoundError, match="sscd encoder: .*weights.pt is missing"):
         Sscd.load(chosen)
     torch.save({"a": torch.ones(1)}, path)
-    with pytest.warns(FirstUse), pytest.raises(EncoderError, match="holds no TorchScript"):
+    with pytest.raises(EncoderError, match="holds no TorchScript"):
         Sscd.load(chosen)
+    assert encoders.noted_sha256(path) is None
     maps = script("sscd", path, nn.Sequential(nn.AvgPool2d(160)))
     with pytest.raises(EncoderError, match=r"expected features \[1, feature\], got \[1, 3, 2, 2\]"):
         Sscd.load(maps).describe(pictures(1))

@@ -115,7 +115,6 @@ class Manifest(pydantic.BaseModel, frozen=True, extra="forbid"):
         folder: Where it is put; in YAML relative to the repository.
         files: The files.
         released_statistics: Activation statistics as the authors store them (one of the files), or None.
-        statistics: Where they are put as safetensors, relative to the folder.
         statistics_count: Number of prompts that they were computed from.
         training_images: Prompt table (one of the files) with the URLs of training images, or None.
     """
@@ -123,7 +122,6 @@ class Manifest(pydantic.BaseModel, frozen=True, extra="forbid"):
     folder: Annotated[Path, pydantic.AfterValidator(paths.resolve)]
     files: tuple[SourceFile, ...]
     released_statistics: str | None = None
-    statistics: str = "statistics.safetensors"
     statistics_count: int = 0
     training_images: str | None = None
 
@@ -167,8 +165,7 @@ def fetch_data(profile: Profile, parts: Collection[str] = PARTS) -> Iterator[Out
         for file in manifest.files:
             todo.append((file.path, "missing" if file.optional else "failed", partial(fetch_file, file, folder)))
         if manifest.released_statistics:
-            thing = f"statistics as safetensors ({manifest.statistics})"
-            todo.append((thing, "failed", partial(convert_statistics, manifest)))
+            todo.append(("statistics as safetensors", "failed", partial(convert_statistics, manifest)))
     if "models" in parts:
         todo += [(f"model {model[0]}", "failed", partial(fetch_model, *model)) for model in hub_models(profile)]
     if "images" in parts and manifest.training_images:
@@ -277,15 +274,16 @@ def _in_mirror(file: SourceFile) -> Path | None:
 
 
 def convert_statistics(manifest: Manifest) -> tuple[str, str]:
-    """Write the authors' activation statistics as safetensors, unless that was done; return status and path.
+    """Write the authors' activation statistics as safetensors beside them, unless that was done; return status and path.
 
     Raises:
         FileNotFoundError: They are missing.
         ValueError: They are not readable, or statistics of another model.
     """
-    target, status = manifest.folder / manifest.statistics, "present"
+    source, status = manifest.folder / manifest.released_statistics, "present"
+    target = source.with_suffix(".safetensors")
     if not target.is_file():
-        released = load_statistics(manifest.folder / manifest.released_statistics, widths=STABLE_DIFFUSION_WIDTHS)
+        released = load_statistics(source, widths=STABLE_DIFFUSION_WIDTHS)
         replace(released, count=manifest.statistics_count).save(target)
         status = "converted"
     return status, str(target)
@@ -333,9 +331,9 @@ def fetch_model(repository: str, revision: str | None, files: Sequence[str]) -> 
         ) from error
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
-        why = (
-            "other formats than safetensors are not read, since they can run code; give a revision that has safetensors"
-        )
+        why = "HF_HUB_OFFLINE forbids to fetch it; unset it, and run again"
+        if not constants.HF_HUB_OFFLINE:
+            why = "other formats than safetensors are not read, since they can run code; give a revision that has these"
         raise DownloadError(f"{name}: {', '.join(missing)} missing in {folder}; {why}")
     return "present" if before == [str(folder / file) for file in files] else "downloaded", str(folder)
 

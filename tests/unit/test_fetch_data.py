@@ -143,7 +143,9 @@ def test_the_profile_uses_what_the_manifest_fetches():
     fetched = {str(manifest.folder / file.path): file for file in manifest.files}
     tables = {profile.prompts.memorized, profile.prompts.unmemorized, profile.prompts.holdout, profile.prompts.quality}
     assert {str(paths.resolve(table)) for table in tables} <= set(fetched)
-    assert paths.resolve(profile.statistics) == manifest.folder / manifest.statistics
+    assert paths.resolve(profile.statistics) == (manifest.folder / manifest.released_statistics).with_suffix(
+        ".safetensors"
+    )
     for encoder in (profile.encoders.copy, profile.encoders.quality):
         assert fetched[str(paths.resolve(encoder.path))].sha256 == encoder.sha256
     assert [file.path for file in manifest.files if not file.sha256] == ["prompts/holdout.csv"]
@@ -211,6 +213,9 @@ def test_a_model_is_fetched_once_at_its_revision_without_pickles(hub, tmp_path):
 def test_a_model_that_cannot_be_had_is_named_with_the_reason(hub, monkeypatch):
     hub["lost"] = ["model.safetensors"]
     with pytest.raises(DownloadError, match=r"name: model.safetensors missing in .*give a revision"):
+        fetch_model("owner/name", None, ["config.json", "model.safetensors"])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DownloadError, match=r"name: model.safetensors missing in .*HF_HUB_OFFLINE forbids"):
         fetch_model("owner/name", None, ["config.json", "model.safetensors"])
     response = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
     for error, words in [

@@ -121,7 +121,7 @@ def embed(pipe: StableDiffusionPipeline, prompts: Sequence[str], *, batch_size: 
         PipelineError: a pipeline of another kind.
         ValueError: no prompt, or one that is not text.
     """
-    _check_kind([kind.__name__ for kind in type(pipe).__mro__], "this pipeline")
+    check_pipeline(pipe)
     if isinstance(prompts, str) or not len(prompts) or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"expected a list of at least one prompt, each a text, got {prompts!r:.200}")
     encoder, length = pipe.text_encoder, pipe.tokenizer.model_max_length
@@ -176,11 +176,15 @@ def _check_index(index: Path) -> None:
         kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     except (ValueError, AttributeError) as error:
         raise PipelineError(f"{index} is not readable as JSON ({error}); copy the model again") from error
-    _check_kind([kind], str(index))
+    _check_kind(str(index), kind)
 
 
-def _check_kind(kinds: Sequence[str], where: str) -> None:
-    """Raise PipelineError unless one of the classes of a pipeline is the one that is supported."""
+def check_pipeline(pipe: Any) -> None:
+    """Raise PipelineError unless a pipeline is of the supported kind."""
+    _check_kind("this pipeline", *(kind.__name__ for kind in type(pipe).__mro__))
+
+
+def _check_kind(where: str, *kinds: str) -> None:
     if _SUPPORTED not in kinds:
         raise PipelineError(
             f"{where}: _class_name is {kinds[0]!r}; expected {_SUPPORTED!r}: Stable Diffusion v1 and v2, and models with "

@@ -53,18 +53,16 @@ def test_the_table_lists_every_notebook():
     assert listed == sorted(path.stem for path in paths.NOTEBOOKS.glob("[0-9]*.ipynb"))
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:nemolib|data|tests|tools)/[\w./-]+)`", README))))
+NAMED = re.findall(r"(?:`|\.venv/bin/python )((?:nemolib|data|tests|tools|benchmarks)/[\w./-]+)", README)
+
+
+@pytest.mark.parametrize("path", sorted(set(NAMED)))
 def test_every_path_is_there(path):
     assert (paths.ROOT / path).exists()
 
 
 def test_the_costs_are_those_of_the_estimate():
     assert estimate.cost_table(estimate.stages(load_profile("sd14")), per_second=40.0) in README
-
-
-@pytest.mark.parametrize("script", re.findall(r"\.venv/bin/python (benchmarks/\w+\.py)", README))
-def test_every_benchmark_is_there(script):
-    assert (paths.ROOT / script).is_file()
 
 
 def test_the_citation_is_the_same_everywhere():

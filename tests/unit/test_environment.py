@@ -5,7 +5,6 @@ import platform
 import re
 import tomllib
 
-import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -47,9 +46,6 @@ ENVIRONMENT = yaml.safe_load((paths.ROOT / "environment.yml").read_text())["depe
 
 NAMED = dict(line.split("==") for line in ENVIRONMENT[-1]["pip"] if "==" in line)
 
-CALLED = {"jupyterlab": "jupyter lab", "nbval": "pytest .* --nbval-lax"}
-"""What the Makefile calls, where nothing imports the package."""
-
 
 def test_conda_gives_the_same_environment():
     python, pip, by_pip = ENVIRONMENT
@@ -57,16 +53,6 @@ def test_conda_gives_the_same_environment():
     assert by_pip["pip"][len(NAMED) :] == ["-r requirements.lock", "-e ."]
     assert {name: LOCK[name] for name in NAMED} == NAMED
     assert SpecifierSet(PROJECT["requires-python"]).contains(python.removeprefix("python="))
-
-
-@pytest.mark.parametrize("name", NAMED)
-def test_what_conda_names_is_used(name):
-    if name in CALLED:
-        assert re.search(CALLED[name], (paths.ROOT / "Makefile").read_text())
-        return
-    module = {"scikit-image": "skimage"}.get(name, name)
-    files = [path for folder in ("nemolib", "tools", "tests") for path in (paths.ROOT / folder).rglob("*.py")]
-    assert any(re.search(rf"^\s*(import|from) {module}\b", path.read_text(), re.MULTILINE) for path in files)
 
 
 def test_data_of_the_package_is_part_of_it():

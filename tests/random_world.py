@@ -56,19 +56,27 @@ def write_prompts(folder, kinds, *, unmemorized, holdout, copies=None, sides=Non
     return {name: str(folder / "prompts" / f"{name}.csv") for name in contents}
 
 
-def write_encoders(folder, model_folder):
-    """Write a random descriptor and a random CLIP model for images of 64 x 64, taken as they are."""
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+def write_clip(folder, model_folder, *, side):
+    """Write a random CLIP model for images of a side, without a preprocessing; return its tokenizer, that of a pipeline."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(model_folder / "tokenizer")
     tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     text = tower | ids | {"vocab_size": len(tokenizer), "max_position_embeddings": 77}
-    config = CLIPConfig(text_config=text, vision_config=tower | {"image_size": 64, "patch_size": 16}, projection_dim=4)
+    vision = tower | {"image_size": side, "patch_size": side // 4}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=4)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def write_encoders(folder, model_folder):
+    """Write a random descriptor and a random CLIP model for images of 64 x 64, taken as they are."""
+    from transformers import CLIPImageProcessorPil
+
     torch.manual_seed(0)
     CopyDescriptor((4, 4, 4), 8).save(folder / "descriptor")
-    CLIPModel(config).save_pretrained(folder / "clip")
-    tokenizer.save_pretrained(folder / "clip")
+    write_clip(folder / "clip", model_folder, side=64)
     half = [0.5] * 3
     CLIPImageProcessorPil(do_resize=False, do_center_crop=False, image_mean=half, image_std=half).save_pretrained(
         folder / "clip"

@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import CLIPImageProcessorPil, CLIPModel
 
 from nemolib import encoders, paths
 from nemolib.encoders import ClipEncoder, CopyDescriptor, EncoderError, FirstUse, Inception, Sscd, to_pixels
 from nemolib.settings import Encoders, EncoderSettings, ProfileError, load_profile
+from tests.random_world import write_clip
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
@@ -68,13 +69,8 @@ def sscd(tmp_path):
 def clip_folder(tmp_path_factory, random_model_folder):
     """Return the folder of a random CLIP model for images of 32 x 32, without a preprocessing."""
     folder = tmp_path_factory.mktemp("clip") / "clip"
-    tokenizer = CLIPTokenizer.from_pretrained(random_model_folder / "tokenizer")
-    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text = tower | ids | {"vocab_size": len(tokenizer), "max_position_embeddings": 77}
-    vision = tower | {"image_size": 32, "patch_size": 8}
     torch.manual_seed(0)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    tokenizer = write_clip(folder, random_model_folder, side=32)
     # CLIP's own tokenizer says 77; one that says nothing must not lead to longer texts either.
     tokenizer.model_max_length = int(1e30)
     tokenizer.save_pretrained(folder)

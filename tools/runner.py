@@ -87,7 +87,7 @@ def run_notebook(source: Path, output: Path, parameters: Mapping[str, Any]) -> N
     if profile := parameters.get("profile"):
         if not load_profile(profile).solutions:
             notebook.cells = [cell for cell in notebook.cells if "solution" not in cell.metadata.get("tags", [])]
-        if Path(profile).is_file():  # the notebook runs in another folder
+        if Path(profile).suffix and Path(profile).is_file():  # the notebook runs in another folder
             parameters = {**parameters, "profile": str(Path(profile).resolve())}
     output.parent.mkdir(parents=True, exist_ok=True)
     # A bar that is not on a terminal becomes a line per update: then one in ten seconds is enough.

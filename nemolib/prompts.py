@@ -9,6 +9,7 @@ a line).
 import csv
 import io
 import json
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -61,6 +62,8 @@ def load_prompts(path: str | Path, *, kind: str | None = None) -> pd.DataFrame:
     table = _read(path)
     if table.empty:
         raise PromptTableError(f"{path}: there is no prompt below the header")
+    if "caption" not in table:
+        raise PromptTableError(f"{path}: column 'caption' is missing; there are {', '.join(table)}")
     if not set(COLUMNS) <= set(table):
         table = _completed(table, path, kind)
     _check_rows(table, path)
@@ -143,7 +146,7 @@ def _read(path: Path) -> pd.DataFrame:
     except UnicodeDecodeError as error:
         raise PromptTableError(f"{path}: not UTF-8 text ({error})") from error
     if path.suffix == ".txt":
-        return pd.DataFrame({"caption": [line for line in io.StringIO(text) if line.strip()]}).map(str.strip)
+        return pd.DataFrame({"caption": [line.rstrip("\r\n") for line in io.StringIO(text) if line.strip()]})
     return _read_json(path, text) if path.suffix == ".jsonl" else _read_csv(path, text)
 
 
@@ -155,18 +158,15 @@ def _read_json(path: Path, text: str) -> pd.DataFrame:
             rows.append({name.lower(): "" if value is None else str(value) for name, value in row.items()})
         except (ValueError, AttributeError) as error:
             raise PromptTableError(f"{path}, row {number}: no JSON object ({error})") from error
-    table = pd.DataFrame(rows, dtype=str).fillna("")
-    if rows and "caption" not in table:
-        raise PromptTableError(f"{path}: column 'caption' is missing; there are {', '.join(table)}")
-    return table
+    return pd.DataFrame(rows, dtype=str).fillna("")
 
 
 def _read_csv(path: Path, text: str) -> pd.DataFrame:
-    # pandas would fill or shift rows that are too short or too long.
-    released = "Caption" in next(csv.reader(io.StringIO(text), delimiter=";"), [])
-    lines, rows = csv.reader(io.StringIO(text, newline=""), delimiter=";" if released else ",", strict=True), []
+    first = text.partition("\n")[0].rstrip("\r")
+    released, rows = "," not in first and "Caption" in re.split('[;"]', first), []
     try:
-        for row in lines:
+        # pandas would fill or shift rows that are too short or too long.
+        for row in csv.reader(io.StringIO(text, newline=""), delimiter=";" if released else ",", strict=True):
             if row:
                 rows.append(row)
     except csv.Error as error:

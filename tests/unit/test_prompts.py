@@ -47,7 +47,7 @@ def test_a_table_has_its_columns_and_types_and_further_ones(profile, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "txt"])
 def test_captions_that_look_like_something_else_stay_text_in_every_format(tmp_path, suffix):
-    captions = ["null", "NA", "007", "True", '"Lifted up"', "a; b, c", "1e3", "アヤワスカ"]
+    captions = ["null", "NA", "007", "True", '"Lifted up"', "a; b, c", " 1e3", "アヤワスカ"]
     path, table = tmp_path / f"prompts.{suffix}", pd.DataFrame({"caption": captions})
     if suffix == "txt":
         path.write_text("\ufeff" + "\r\n".join(captions) + "\n\n", encoding="utf-8")

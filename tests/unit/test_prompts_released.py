@@ -99,6 +99,11 @@ def test_all_fields_may_be_in_quotation_marks(tmp_path):
         (";Caption;URL;type\n", "there is no prompt below the header"),
         (';Caption;URL;type\n0;a;u;VM\n1;"b;u;VM\n2;c;u;TM\n', "row 2: a quotation mark is opened and never closed"),
         (';Caption;URL;type\n1;"b;u;VM\n2;"c";u;TM\n', "row 1: a quotation mark is opened and never closed"),
+        (
+            ';"Caption;URL;type\n' + "0;a long caption;u;VM\n" * 9999,
+            "row 0: a quotation mark is opened and never closed",
+        ),
+        ('"Caption","URL","type"\n"a","u","VM"\n', "column 'caption' is missing; the header has Caption, URL"),
         (";Text;URL;type\n0;a;u;VM\n", "column 'caption' is missing; the header has ;Text;URL;type"),
     ],
 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -64,19 +65,17 @@ class BlockedScore:
     ) -> None:
         self._step, self._embedding, self._seeds, self._unblocked = step, embedding, list(seeds), unblocked
         self._similarity, self._protocol, self._evaluations = similarity, protocol, evaluations or Evaluations()
-        self._known: dict[NeuronSet, float] = {}
         self._maps: dict[NeuronSet, dict[int, Tensor]] = {}
         self._values: dict[NeuronSet, dict[int, float]] = {}
         self._grouped = protocol.similarity == "ms_ssim"
         self._others = unblocked
-        self._reuse: dict[tuple[int, ...], BlockReuse] = {}
+        self._kept_blocks = lru_cache(maxsize=_CHUNKS)(lambda places: BlockReuse(step.unet))
         self._order = list(range(len(self._seeds)))
 
     def __call__(self, neurons: NeuronSet) -> float:
         """Return the score of a neuron set."""
-        if neurons not in self._known:
-            self._evaluate(neurons, range(len(self._seeds)))
-        return self._known[neurons]
+        self._evaluate(neurons, range(len(self._seeds)))
+        return max(self._values[neurons].values())
 
     def screen(self, neurons: NeuronSet, *, limit: float) -> float:
         """Return the score of a neuron set, or only a similarity that shows that it is above a limit.
@@ -91,11 +90,11 @@ class BlockedScore:
         limit += _GROUP_MARGIN if self._grouped else 0.0
         for number in (*_PORTIONS, len(self._seeds)):
             known = self._values.get(neurons, {})
-            if neurons in self._known or max(known.values(), default=limit) > limit:
+            if len(known) == len(self._seeds) or max(known.values(), default=limit) > limit:
                 break
             self._evaluate(neurons, [place for place in self._order if place not in known][:number])
         ranked = self.ranking(neurons)
-        leading = ranked if neurons in self._known else ranked[:1]
+        leading = ranked if len(ranked) == len(self._seeds) else ranked[:1]
         self._order = [*leading, *(place for place in self._order if place not in leading)]
         return self._values[neurons][ranked[0]]
 
@@ -126,34 +125,28 @@ class BlockedScore:
         return sorted(values, key=lambda place: (-values[place], place))
 
     def _evaluate(self, neurons: NeuronSet, places: Sequence[int]) -> None:
-        """Evaluate a set for seeds for which it was not."""
-        if neurons in self._known:
+        """Evaluate a set for seeds for which it was not; once all seeds were, their maps are let go."""
+        values = self._values.setdefault(neurons, {})
+        missing = tuple(place for place in places if place not in values)
+        if not missing:
             return
         if not neurons:
-            self._finish(neurons, self._unblocked)
+            values.update(enumerate(self._compare(self._unblocked, self._unblocked)))
             return
-        maps, values = self._maps.setdefault(neurons, {}), self._values.setdefault(neurons, {})
-        missing = tuple(place for place in places if place not in maps)
-        if missing:
-            maps.update(zip(missing, self._blocked(neurons, missing), strict=True))
-        if len(maps) == len(self._seeds):
-            self._finish(neurons, torch.stack([maps[place] for place in range(len(self._seeds))]))
-        elif missing:
+        maps = self._maps.setdefault(neurons, {})
+        maps.update(zip(missing, self._blocked(neurons, missing), strict=True))
+        if len(maps) < len(self._seeds):
             values.update(zip(missing, self._partial(maps, missing), strict=True))
+            return
+        self._others = torch.stack([maps[place] for place in range(len(self._seeds))])
+        values.update(enumerate(self._compare(self._unblocked, self._others)))
+        del self._maps[neurons]
 
     def _blocked(self, neurons: NeuronSet, places: tuple[int, ...]) -> Tensor:
         """Return the noise differences of some seeds with a set deactivated, [place, channel, height, width]."""
         self._evaluations.add(self._step.cost * len(places))
         with self._kept_blocks(places).passing(neurons):
             return self._step(self._embedding, neurons=neurons, seeds=[self._seeds[place] for place in places])
-
-    def _kept_blocks(self, places: tuple[int, ...]) -> BlockReuse:
-        """Return the blocks that were kept for a group of seeds; those of the last few groups are."""
-        kept = self._reuse.pop(places, None) or BlockReuse(self._step.unet)
-        self._reuse[places] = kept
-        if len(self._reuse) > _CHUNKS:
-            del self._reuse[next(iter(self._reuse))]
-        return kept
 
     def _partial(self, maps: dict[int, Tensor], places: Sequence[int]) -> list[float]:
         """Return the similarity of some seeds."""
@@ -163,15 +156,6 @@ class BlockedScore:
         group = torch.stack([maps.get(place, self._others[place]) for place in range(len(self._seeds))])
         values = self._compare(self._unblocked, group)
         return [values[place] for place in places]
-
-    def _finish(self, neurons: NeuronSet, maps: Tensor) -> None:
-        """Note the similarities of all seeds, [seed, channel, height, width], and the score."""
-        values = self._compare(self._unblocked, maps)
-        self._values[neurons] = dict(enumerate(values))
-        self._known[neurons] = max(values)
-        self._maps.pop(neurons, None)
-        if neurons:
-            self._others = maps
 
     def _compare(self, unblocked: Tensor, blocked: Tensor) -> list[float]:
         return similarity(unblocked, blocked, settings=self._similarity, protocol=self._protocol).tolist()

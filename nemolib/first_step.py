@@ -26,7 +26,15 @@ from nemolib.batching import shrinking
 from nemolib.layers import scale_neurons
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
-from nemolib.settings import RELEASED, DetectionSettings, Protocol, SimilaritySettings, protocol_of, settings_of
+from nemolib.settings import (
+    RELEASED,
+    DetectionSettings,
+    Protocol,
+    SimilaritySettings,
+    WenSettings,
+    protocol_of,
+    settings_of,
+)
 from nemolib.similarity import pair_similarities
 
 if TYPE_CHECKING:
@@ -98,9 +106,7 @@ class FirstStep:
     swap_guidance: bool = False
 
     def __post_init__(self) -> None:
-        """Reject what would fail in the first pass."""
-        if self.latents.ndim != 4:
-            raise ValueError(f"latents of shape {tuple(self.latents.shape)}; expected [seed, channel, height, width]")
+        """Reject guidance without what it needs."""
         if self.guidance != 0 and self.unconditional is None:
             raise ValueError(f"guidance {self.guidance:g} needs the embedding of the empty prompt (unconditional)")
 
@@ -125,6 +131,7 @@ class FirstStep:
 
         Raises:
             ValueError: The embedding is not that of one prompt, there are no seeds, or a neuron does not exist.
+            IndexError: A seed does not exist.
         """
         return self._passes(embedding, [neurons], seeds)[0]
 
@@ -144,12 +151,12 @@ class FirstStep:
 
     @torch.no_grad()
     def _passes(self, embedding: Tensor, sets: Sequence[NeuronSet | None], seeds: Sequence[int] | None) -> Tensor:
-        latents = self._latents(seeds)
+        latents = self.latents if seeds is None else self.latents[list(seeds)]
         if embedding.ndim != 3 or embedding.shape[0] != 1:
             raise ValueError(f"embedding of shape {tuple(embedding.shape)}; expected that of one prompt, [1, ...]")
-        if not sets:
-            raise ValueError("no neuron set was given; give at least one")
         jobs = [(item, row) for item in sets for row in range(len(latents))]
+        if not jobs:
+            raise ValueError(f"{len(sets)} neuron sets and {len(latents)} seeds were given; give at least one of each")
 
         def differences(batch: Sequence[tuple[NeuronSet | None, int]]) -> Tensor:
             chosen, neurons = latents[[row for _, row in batch]], [item for item, _ in batch]
@@ -158,15 +165,6 @@ class FirstStep:
 
         found = shrinking(differences, jobs, size=len(jobs), owner=self.unet, use="detection")
         return torch.cat([part for _, part in found]).unflatten(0, (-1, len(latents)))
-
-    def _latents(self, seeds: Sequence[int] | None) -> Tensor:
-        if seeds is None:
-            return self.latents
-        if not len(seeds):
-            raise ValueError("no seeds were given; give indices of latents, or None for all")
-        if min(seeds) < 0 or max(seeds) >= len(self.latents):
-            raise ValueError(f"seeds {list(seeds)} do not all exist; latents are 0 to {len(self.latents) - 1}")
-        return self.latents[list(seeds)]
 
     def _noise(self, latents: Tensor, embedding: Tensor) -> Tensor:
         """Return the predicted noise of latents, [sample, channel, height, width], float32."""
@@ -352,9 +350,7 @@ def guidance_norms(
     return np.stack(norms)
 
 
-def guidance_norm(
-    pipe: StableDiffusionPipeline, *, samples: int, seed: int, steps: int, index: int
-) -> Callable[[Tensor], Tensor]:
+def guidance_norm(pipe: StableDiffusionPipeline, settings: WenSettings) -> Callable[[Tensor], Tensor]:
     """Return how far text moves the noise prediction of one denoising step, as a function of prompt embeddings.
 
     The function can be differentiated, so that an embedding can be moved until the norm is small.
@@ -363,16 +359,13 @@ def guidance_norm(
 
     Args:
         pipe: A StableDiffusionPipeline.
-        samples: Number of initial latents.
-        seed: Their seed.
-        steps: Denoising steps of the schedule.
-        index: Position of the denoising step in it.
+        settings: Number and seed of the initial latents, and which denoising step of which schedule.
 
     Returns:
         Embeddings [prompt, token, feature] -> norms [prompt, seed], float32, at least 0.
     """
-    latents = initial_latents(pipe, samples=samples, seed=seed).to(pipe.unet.device, pipe.unet.dtype)
-    timestep = timestep_of(pipe.scheduler, steps=steps, index=index)
+    latents = initial_latents(pipe, samples=settings.latents, seed=settings.seed).to(pipe.unet.device, pipe.unet.dtype)
+    timestep = timestep_of(pipe.scheduler, steps=settings.steps, index=settings.step)
     predict = functools.partial(_predict, pipe.unet, timestep, latents)
     with torch.no_grad():
         empty = predict(embed(pipe, [""]))[0]

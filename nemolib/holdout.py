@@ -9,18 +9,19 @@ from __future__ import annotations
 import json
 import math
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from nemolib.batching import batches, check_prompts, progress_bar
 from nemolib.first_step import first_step
-from nemolib.layers import value_activations, value_layer_hash, value_layers, widths
+from nemolib.layers import value_activations, value_layer_hash, widths
 from nemolib.paths import write_atomic
 from nemolib.pipeline import embed
 from nemolib.settings import DetectionSettings, Protocol, SimilaritySettings, load_protocol, protocol_of, settings_of
@@ -137,52 +138,14 @@ def _load_released(path: Path) -> ActivationStatistics:
     return ActivationStatistics(mean, std)
 
 
-class Moments:
-    """Mean and variance of batches that come one after the other, in constant memory and double precision.
-
-    Source: Chan, Golub and LeVeque (1979), pairwise update.
-
-    Attributes:
-        count: Number of rows so far.
-        mean: Their mean [column].
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean: Any = 0.0
-        self._squares: Any = 0.0
-
-    def update(self, batch: Tensor) -> None:
-        """Take in a batch [row, column]; the order of batches has a part in the last digits."""
-        rows = batch.cpu().double()
-        mean, total = rows.mean(dim=0), self.count + len(rows)
-        squares = (rows - mean).square().sum(dim=0)
-        if not self.count:
-            self.count, self.mean, self._squares = total, mean, squares
-            return
-        shift = mean - self.mean
-        self._squares = self._squares + squares + shift.square() * (self.count * len(rows) / total)
-        self.mean = self.mean + shift * (len(rows) / total)
-        self.count = total
-
-    def std(self) -> Tensor:
-        """Return the unbiased standard deviation [column].
-
-        Raises:
-            ValueError: There were fewer than two rows.
-        """
-        if self.count < 2:
-            raise ValueError(f"{self.count} prompts were given; a standard deviation needs at least two")
-        return (self._squares / (self.count - 1)).sqrt()
-
-
 def activation_statistics(
     pipe: StableDiffusionPipeline, prompts: Sequence[str], *, batch_size: int = 64, progress: bool = True
 ) -> ActivationStatistics:
     """Return mean and standard deviation of each neuron's activation over holdout prompts, in one pass.
 
     Source: Sec. 3.2; authors' code, 1_get_statistics.py.
-    Deviates: constant memory, where the authors' code keeps the activations of all prompts.
+    Deviates: constant memory (running moments, in double precision), where the authors' code keeps the activations of
+        all prompts.
 
     Args:
         pipe: A StableDiffusionPipeline.
@@ -197,15 +160,29 @@ def activation_statistics(
         ValueError: Fewer than two prompts, or the model has no value layers.
     """
     prompts = check_prompts(prompts)
-    moments = [Moments() for _ in value_layers(pipe.unet)]
     with progress_bar(len(prompts), "activation statistics", enabled=progress) as bar:
-        for batch in batches(prompts, batch_size):
-            for layer, activations in zip(moments, value_activations(pipe.unet, embed(pipe, batch)), strict=True):
-                layer.update(activations)
-            bar.update(len(batch))
-    mean = tuple(layer.mean.float() for layer in moments)
-    std = tuple(layer.std().float() for layer in moments)
-    return ActivationStatistics(mean, std, moments[0].count, value_layer_hash(pipe.unet))
+
+        def embeddings() -> Iterator[Tensor]:
+            for batch in batches(prompts, batch_size):
+                yield embed(pipe, batch)
+                bar.update(len(batch))
+
+        return statistics_of(pipe.unet, embeddings())
+
+
+def statistics_of(unet: nn.Module, embeddings: Iterable[Tensor]) -> ActivationStatistics:
+    """Return `activation_statistics` of prompt embeddings [prompt, token, feature] that come one batch after the other."""
+    moments = StandardScaler()
+    for batch in embeddings:
+        activations = torch.cat(value_activations(unet, batch), dim=1)
+        moments.partial_fit(activations.double().cpu().numpy())
+    count = int(moments.n_samples_seen_)
+    if count < 2:
+        raise ValueError(f"{count} prompts were given; a standard deviation needs at least two")
+    # The variance of scikit-learn is that of a population.
+    columns = moments.mean_, np.sqrt(moments.var_ * count / (count - 1))
+    mean, std = (torch.from_numpy(values).float().split(widths(unet)) for values in columns)
+    return ActivationStatistics(mean, std, count, value_layer_hash(unet))
 
 
 def z_scores(statistics: ActivationStatistics, activations: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -263,10 +240,8 @@ def holdout_scores(
         ValueError: No prompts were given.
     """
     prompts, protocol = check_prompts(prompts), protocol_of(pipe, protocol)
-    step, similarity = (
-        first_step(pipe, settings=settings, protocol=protocol),
-        similarity or settings_of(pipe).similarity,
-    )
+    step = first_step(pipe, settings=settings, protocol=protocol)
+    similarity = similarity or settings_of(pipe).similarity
     rows = []
     with progress_bar(len(prompts), "noise differences", enabled=progress) as bar:
         for prompt in prompts:

@@ -10,6 +10,7 @@ cell leaves the model as it was.
 from __future__ import annotations
 
 import hashlib
+import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,9 +28,16 @@ STABLE_DIFFUSION_WIDTHS = (320, 320, 640, 640, 1280, 1280, 1280)
 BLOCKS = ("down", "mid", "up")
 """Parts of a UNet, in the order in which an image passes them; a UNet itself lists its middle block last."""
 
-_ENDINGS = {"value": ".attn2.to_v", "key": ".attn2.to_k"}
+Part = Literal["value", "key", "convolution"]
 
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[ValueLayer, ...]] = weakref.WeakKeyDictionary()
+_ADDRESSES = {
+    "value": r"(down|mid|up)_.*\.attn2\.to_v",
+    "key": r"(down|mid|up)_.*\.attn2\.to_k",
+    "convolution": r"(down)_blocks\..*\.resnets\..*\.conv[12]",
+}
+"""The addresses of the layers of each part, as regular expressions; the group is the block."""
+
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Layer, ...]] = weakref.WeakKeyDictionary()
 """The value layers of the models that were asked for."""
 
 
@@ -42,32 +50,27 @@ class Layer:
         number: Position among the layers of its part, from 1, in the order in which an image passes them.
         block: ``down``, ``mid`` or ``up``.
         name: Address of the module in the UNet.
+        module: The module itself.
     """
 
-    part: Literal["value", "key", "convolution"]
+    part: Part
     number: int
     block: str
     name: str
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ValueLayer:
-    """One value layer of those that are searched.
-
-    Attributes:
-        index: Position among the value layers, from 0 (the paper counts from 1).
-        name: Address of the module in the UNet.
-        width: Number of neurons.
-        module: The linear layer itself.
-    """
-
-    index: int
-    name: str
-    width: int
     module: nn.Module
 
+    @property
+    def index(self) -> int:
+        """Position from 0, as in a neuron set."""
+        return self.number - 1
 
-def value_layers(unet: nn.Module) -> tuple[ValueLayer, ...]:
+    @property
+    def width(self) -> int:
+        """Number of neurons of a value or key layer."""
+        return int(self.module.out_features)
+
+
+def value_layers(unet: nn.Module) -> tuple[Layer, ...]:
     """Return the cross-attention value layers of the down blocks, then of the middle block.
 
     Source: App. C.8; authors' code, utils/activation_detection.py.
@@ -79,14 +82,8 @@ def value_layers(unet: nn.Module) -> tuple[ValueLayer, ...]:
     # Going through all modules takes as long as a twentieth of a small UNet's pass.
     if known is not None and all(_submodule(unet, layer.name) is layer.module for layer in known):
         return known
-    names = [layer.name for layer in _cross_attention(unet, "value") if layer.block != "up"]
-    if not names:
-        raise ValueError(
-            f"{type(unet).__name__} has no cross-attention value layers in its down and middle blocks "
-            "(modules '...attn2.to_v'); a text-conditional UNet such as Stable Diffusion's is needed"
-        )
-    named = enumerate((name, unet.get_submodule(name)) for name in names)
-    _KNOWN[unet] = tuple(ValueLayer(index, name, int(module.out_features), module) for index, (name, module) in named)
+    layers = cross_attention_layers(unet, "value")
+    _KNOWN[unet] = tuple(layer for layer in layers if layer.block != "up")
     return _KNOWN[unet]
 
 
@@ -143,13 +140,14 @@ def cross_attention_layers(unet: nn.Module, part: Literal["value", "key"]) -> tu
     Source: App. C.8. Stable Diffusion v1 has 6 in the down blocks, 1 in the middle block and 9 in the up blocks.
 
     Raises:
-        ValueError: The part is unknown, or the model has no cross-attention.
+        ValueError: The model has no cross-attention in its down and middle blocks.
     """
-    if part not in _ENDINGS:
-        raise ValueError(f"unknown part {part!r}; known: {', '.join(_ENDINGS)}")
-    found = _cross_attention(unet, part)
-    if not found:
-        raise ValueError(f"{type(unet).__name__} has no {part} layers of cross-attention (modules '*{_ENDINGS[part]}')")
+    found = _layers(unet, part)
+    if not any(layer.block != "up" for layer in found):
+        raise ValueError(
+            f"{type(unet).__name__} has no cross-attention {part} layers in its down and middle blocks "
+            f"(modules '...attn2.to_{part[0]}'); a text-conditional UNet such as Stable Diffusion's is needed"
+        )
     return found
 
 
@@ -157,26 +155,12 @@ def down_convolutions(unet: nn.Module) -> tuple[Layer, ...]:
     """Return the convolutions of the residual blocks of the down blocks: 16 in Stable Diffusion v1.
 
     Source: App. C.9, Fig. 20.
-
-    Raises:
-        ValueError: The model has none.
     """
-    convolutions = (name for name, module in unet.named_modules() if isinstance(module, nn.Conv2d))
-    inside = (name for name in convolutions if name.startswith("down_blocks.") and ".resnets." in name)
-    found = _numbered("convolution", [name for name in inside if name.endswith((".conv1", ".conv2"))])
-    if not found:
-        raise ValueError(f"{type(unet).__name__} has no convolutions in residual blocks of its down blocks")
-    return found
+    return _layers(unet, "convolution")
 
 
 def spread(layers: Sequence[Layer], most: int) -> tuple[Layer, ...]:
-    """Return at most so many of the layers, evenly spread from the first to the last.
-
-    Raises:
-        ValueError: The number is below 1.
-    """
-    if most < 1:
-        raise ValueError(f"at most {most} layers are asked for; it must be at least 1")
+    """Return at most so many of the layers, one at least, evenly spread from the first to the last."""
     if len(layers) <= most:
         return tuple(layers)
     return tuple(layers[round(place * (len(layers) - 1) / max(1, most - 1))] for place in range(most))
@@ -190,7 +174,7 @@ def collect_outputs(unet: nn.Module, names: Sequence[str]) -> Iterator[dict[str,
         Address -> a list that grows by one tensor [sample, ...] per pass.
 
     Raises:
-        ValueError: A module does not exist.
+        AttributeError: A module does not exist.
     """
     collected: dict[str, list[Tensor]] = {name: [] for name in names}
     with _hooks(unet, {name: _collector(outputs) for name, outputs in collected.items()}):
@@ -226,7 +210,8 @@ def scale_outputs(unet: nn.Module, scales: Mapping[str, Tensor]) -> Iterator[Non
             and the conditional half of classifier-free guidance are treated alike.
 
     Raises:
-        ValueError: A module does not exist, or (in a pass) the batch is no multiple of the samples.
+        AttributeError: A module does not exist.
+        ValueError: (in a pass) The batch is no multiple of the samples.
     """
     device = next(unet.parameters()).device
     with _hooks(unet, {name: _scaler(scale.to(device)) for name, scale in scales.items()}):
@@ -282,14 +267,13 @@ def deactivate(pipe: Any, neurons: NeuronSet, *, factor: float = 0.0) -> Iterato
         yield pipe
 
 
-def _cross_attention(unet: nn.Module, part: Literal["value", "key"]) -> tuple[Layer, ...]:
-    return _numbered(part, [name for name, _ in unet.named_modules() if name.endswith(_ENDINGS[part])])
-
-
-def _numbered(part: Literal["value", "key", "convolution"], names: Sequence[str]) -> tuple[Layer, ...]:
-    """Return layers in the order in which an image passes them."""
-    placed = [(block, name) for block in BLOCKS for name in names if name.startswith(f"{block}_")]
-    return tuple(Layer(part, number, block, name) for number, (block, name) in enumerate(placed, start=1))
+def _layers(unet: nn.Module, part: Part) -> tuple[Layer, ...]:
+    """Return the layers of a part in the order in which an image passes them."""
+    matches = [(re.fullmatch(_ADDRESSES[part], name), module) for name, module in unet.named_modules()]
+    placed = [(block, *pair) for block in BLOCKS for pair in matches if pair[0] and pair[0][1] == block]
+    return tuple(
+        Layer(part, number, block, match[0], module) for number, (block, match, module) in enumerate(placed, 1)
+    )
 
 
 def _submodule(unet: nn.Module, name: str) -> nn.Module | None:
@@ -303,13 +287,9 @@ def _submodule(unet: nn.Module, name: str) -> nn.Module | None:
 @contextmanager
 def _hooks(unet: nn.Module, functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
     """Call functions after the modules of these addresses inside the context."""
-    modules = {name: _submodule(unet, name) for name in functions}
-    missing = [name for name, module in modules.items() if module is None]
-    if missing:
-        raise ValueError(f"{type(unet).__name__} has no module {missing[0]!r}")
     with ExitStack() as handles:
-        for name, module in modules.items():
-            handles.enter_context(module.register_forward_hook(functions[name]))
+        for name, function in functions.items():
+            handles.enter_context(unet.get_submodule(name).register_forward_hook(function))
         yield
 
 
@@ -331,7 +311,7 @@ def _scaler(scales: Tensor) -> Callable[..., Tensor]:
     return scale
 
 
-def _neuron_scales(layer: ValueLayer, sets: Sequence[NeuronSet], factor: float) -> Tensor:
+def _neuron_scales(layer: Layer, sets: Sequence[NeuronSet], factor: float) -> Tensor:
     """Return what the values of a layer are multiplied by, [sample, 1, neuron]."""
     scales = torch.ones(len(sets), 1, layer.width)
     for row, neurons in zip(scales, sets, strict=True):

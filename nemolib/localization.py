@@ -221,28 +221,19 @@ class Search:
             **self._spent.take(),
         )
 
-    def localize_all(self, variants: Sequence[Variant]) -> dict[str, Localization]:
-        """Return what each variant finds, in the order that shares most; without seeds the first bears all costs."""
-        if self.seeds:
-            variants = sorted(variants, key=lambda item: (-item.initial, item.refinement))
-        return {item.name: self.localize(item) for item in variants}
-
     def _select(self, threshold: float, top_k: bool) -> InitialSelection:
         key = (threshold, top_k)
         if key not in self._selections:
-            self._selections[key] = self._new_selection(*key)
+            self._selections[key] = initial_selection(
+                self._z,
+                self._activations,
+                self._score,
+                quick=partial(self._score.screen, limit=threshold) if self._fast else None,
+                threshold=threshold,
+                search=self._settings if top_k else replace(self._settings, k_start=0, k_step=0),
+                protocol=self._protocol,
+            )
         return self._selections[key]
-
-    def _new_selection(self, threshold: float, top_k: bool) -> InitialSelection:
-        return initial_selection(
-            self._z,
-            self._activations,
-            self._score,
-            quick=partial(self._score.screen, limit=threshold) if self._fast else None,
-            threshold=threshold,
-            search=self._settings if top_k else replace(self._settings, k_start=0, k_step=0),
-            protocol=self._protocol,
-        )
 
 
 def localize(
@@ -345,7 +336,10 @@ def varying(
         if searched:
             embedding = embed(pipe, [caption])
             run = Search(step, embedding, statistics, protocol=protocol, prompt=caption, **settings)
-            found |= run.localize_all(searched)
+            if run.seeds:
+                # The order that shares most; without seeds the first variant bears all costs.
+                searched.sort(key=lambda item: (-item.initial, item.refinement))
+            found |= {item.name: run.localize(item) for item in searched}
         return {variant.name: found[variant.name].to_record() for variant in variants}
 
     return lambda batch: [vary(*item) for item in batch]

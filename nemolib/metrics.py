@@ -279,14 +279,9 @@ def tpr_at_fpr(memorized: Any, unmemorized: Any, *, fpr: float = 0.01) -> float:
     """Return the largest share of memorized prompts that is found while at most ``fpr`` of the others are taken for them.
 
     Source: App. B.4 (TPR@1%FPR).
-
-    Raises:
-        ValueError: ``fpr`` is no share, or the scores are not as they must be.
     """
     from sklearn.metrics import roc_curve
 
-    if not 0 <= fpr <= 1:
-        raise ValueError(f"fpr is {fpr}; a share is in [0, 1]")
     # Points on a line between two others count too: one of them may be the last that is allowed.
     false, true, _ = roc_curve(*_labelled(memorized, unmemorized), drop_intermediate=False)
     return float(true[false <= fpr].max())

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
@@ -37,11 +37,9 @@ class Mitigation:
 
     Attributes:
         name: What it is called in tables.
-        source: Where it comes from.
     """
 
     name: str
-    source: ClassVar[str]
 
     def of(self, prompt: str) -> Mitigation | None:
         """Return the same mitigation for this prompt alone, None if it does nothing to it.
@@ -106,8 +104,6 @@ class DeactivatedNeurons(Mitigation):
     Raises:
         ValueError: What is given is something else.
     """
-
-    source: ClassVar[str] = "Hintersdorf et al. (NeurIPS 2024)"
 
     neurons: NeuronSet | dict[str, NeuronSet]
     factor: float = 0.0
@@ -189,8 +185,6 @@ class SwitchedOffLayers(Mitigation):
     Raises:
         ValueError: The share is outside [0, 1], or a single address is given in place of a tuple.
     """
-
-    source: ClassVar[str] = "Hintersdorf et al. (NeurIPS 2024), App. C.8, C.9"
 
     layers: Annotated[tuple[str, ...], AfterValidator(lambda names: tuple(sorted(set(names))))]
     share: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -282,8 +276,6 @@ class EmbeddingAdjustment(Mitigation):
     """
 
     name = "prompt embedding adjustment"
-    source: ClassVar[str] = "Wen et al. (ICLR 2024)"
-
     settings: WenSettings = WenSettings()
 
     def __post_init__(self) -> None:
@@ -316,7 +308,7 @@ class EmbeddingAdjustment(Mitigation):
             ValueError: The pipeline cannot be handled, or the norm is not a finite number.
         """
         self.check(pipe)
-        norm_of, embedding = _norm_of(pipe, self.settings), embed(pipe, [prompt])[0]
+        norm_of, embedding = guidance_norm(pipe, self.settings), embed(pipe, [prompt])[0]
         begin, free = embedding[:1].float(), embedding[1:].float().clone().requires_grad_()
         optimizer = torch.optim.AdamW([free], lr=self.settings.learning_rate)
         norms: list[float] = []
@@ -341,12 +333,12 @@ def target_norms(pipe: StableDiffusionPipeline, *, settings: WenSettings) -> Cal
 
     With batches of `norms_together` prompts it is that of `wen_target` to the last digit.
     """
-    norm_of = _norm_of(pipe, settings)
+    norm_of = guidance_norm(pipe, settings)
 
     @torch.no_grad()
     def measure(batch: Sequence[str]) -> list[float]:
         parts = (norm_of(embed(pipe, part)) for part in batches(batch, norms_together(settings)))
-        return [norm for norms in parts for norm in norms.double().mean(dim=1).tolist()]
+        return torch.cat(list(parts)).double().mean(dim=1).tolist()
 
     return measure
 
@@ -354,11 +346,6 @@ def target_norms(pipe: StableDiffusionPipeline, *, settings: WenSettings) -> Cal
 def norms_together(settings: WenSettings) -> int:
     """Return for how many prompts norms are measured in one UNet pass."""
     return max(1, _SAMPLES // settings.latents)
-
-
-def _norm_of(pipe: StableDiffusionPipeline, settings: WenSettings) -> Callable[[Tensor], Tensor]:
-    chosen = {"samples": settings.latents, "seed": settings.seed, "steps": settings.steps, "index": settings.step}
-    return guidance_norm(pipe, **chosen)
 
 
 def target_of(norms: Sequence[float], settings: WenSettings) -> float:
@@ -418,8 +405,6 @@ class AttentionScaling(Mitigation):
     """
 
     name = "attention scaling"
-    source: ClassVar[str] = "Ren et al. (ECCV 2024)"
-
     settings: RenSettings = RenSettings()
 
     def check(self, pipe: StableDiffusionPipeline) -> None:
@@ -529,8 +514,6 @@ class RandomTokens(Mitigation):
         number: How many tokens.
         seed: Seed.
     """
-
-    source: ClassVar[str] = "Somepalli et al. (NeurIPS 2023)"
 
     number: Count = 4
     seed: Whole = SomepalliSettings().seed

@@ -214,6 +214,7 @@ class RefinementState:
         evaluations: How often the score was asked.
         fallen: By how much the score fell, in all, when neurons were reactivated; 0 for a monotone score, and for one
             that differs from it by rounding.
+        last_excess: How far above the threshold the last test that failed ended.
     """
 
     def __init__(
@@ -223,7 +224,7 @@ class RefinementState:
         self.neurons = NeuronSet(self.entries)
         self.tests: list[RefinementTest] = []
         self.evaluations = 0
-        self.fallen = 0.0
+        self.fallen = self.last_excess = 0.0
         self._failures: set[NeuronSet] = set()
         self._evaluate, self._threshold = score, threshold
         self.score = self._ask(self.neurons) if initial_score is None else initial_score
@@ -232,11 +233,6 @@ class RefinementState:
     def below(self) -> bool:
         """Whether the score is below the threshold."""
         return self.score < self._threshold
-
-    @property
-    def excess(self) -> float:
-        """How far above the threshold the last test ended."""
-        return self.tests[-1].score - self._threshold
 
     def places(self) -> list[tuple[int, int]]:
         """Return the entries that are left as (layer, neuron), in the order of the tests."""
@@ -281,6 +277,7 @@ class RefinementState:
             self.entries, self.neurons, self.score = trial, neurons, score
         else:
             self._failures.add(neurons)
+            self.last_excess = score - self._threshold
         return removed
 
     def _rest(self, group: Sequence[tuple[int, int]]) -> list[list[int]]:
@@ -359,10 +356,10 @@ class _Groups:
                 self._debt += 1 - size
                 self._start += size
             elif size == 1:
-                self._keep(self._state.excess, evaluations=1)
+                self._keep(self._state.last_excess, evaluations=1)
             else:
                 self._debt += 1
-                self._failed, self._excess = self._start + size, self._state.excess
+                self._failed, self._excess = self._start + size, self._state.last_excess
 
     def clean_up(self) -> None:
         """Test neurons that stayed once more, one by one: those that may pass, as far as the score is known to fall."""

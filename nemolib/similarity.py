@@ -11,6 +11,9 @@ not fit the maps raises a ValueError, which says what to change.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import (
@@ -37,11 +40,7 @@ def ssim(a: Tensor, b: Tensor, *, settings: SimilaritySettings | None = None) ->
     Raises:
         ValueError: Shapes differ, or the window does not fit.
     """
-    settings = settings or SimilaritySettings()
-    _check(a, b, settings, betas=())
-    window = {"sigma": settings.sigma, "kernel_size": settings.kernel_size}
-    values = structural_similarity_index_measure(a.float(), b.float(), **window, reduction="none", data_range=1.0)
-    return values.reshape(-1)
+    return _measured(structural_similarity_index_measure, a, b, settings, data_range=1.0)
 
 
 def ms_ssim(a: Tensor, b: Tensor, *, settings: SimilaritySettings | None = None) -> Tensor:
@@ -61,10 +60,7 @@ def ms_ssim(a: Tensor, b: Tensor, *, settings: SimilaritySettings | None = None)
         ValueError: Shapes differ, or the window does not fit the coarsest scale.
     """
     settings = settings or SimilaritySettings()
-    _check(a, b, settings, betas=settings.betas)
-    window = {"sigma": settings.sigma, "kernel_size": settings.kernel_size, "betas": settings.betas}
-    values = multiscale_structural_similarity_index_measure(a.float(), b.float(), **window, reduction="none")
-    return values.reshape(-1)
+    return _measured(multiscale_structural_similarity_index_measure, a, b, settings, betas=settings.betas)
 
 
 def similarity(
@@ -136,14 +132,20 @@ def memorization_score(
     return float(pair_similarities(differences, settings=settings, protocol=protocol).max())
 
 
-def _check(a: Tensor, b: Tensor, settings: SimilaritySettings, *, betas: tuple[float, ...]) -> None:
+def _measured(
+    measure: Callable[..., Tensor], a: Tensor, b: Tensor, settings: SimilaritySettings | None, **options: Any
+) -> Tensor:
+    """Return what a measure of torchmetrics says of each pair, after a look at their shapes."""
+    settings = settings or SimilaritySettings()
     if a.shape != b.shape or a.ndim != 4 or not len(a):
         raise ValueError(
             f"cannot compare shapes {tuple(a.shape)} and {tuple(b.shape)}; expected twice [pair, channel, height, width]"
         )
-    problem = _window_problem(min(a.shape[-2:]), settings, betas)
+    problem = _window_problem(min(a.shape[-2:]), settings, options.get("betas", ()))
     if problem:
         raise ValueError(f"similarity of {a.shape[-2]} x {a.shape[-1]} maps: {problem}")
+    window = {"sigma": settings.sigma, "kernel_size": settings.kernel_size}
+    return measure(a.float(), b.float(), **window, **options, reduction="none").reshape(-1)
 
 
 def _window_problem(side: int, settings: SimilaritySettings, betas: tuple[float, ...]) -> str | None:

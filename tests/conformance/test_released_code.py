@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from nemolib import seeding
 from nemolib.first_step import FirstStep, timestep_of
-from nemolib.holdout import ActivationStatistics, Moments, load_statistics, z_scores
+from nemolib.holdout import ActivationStatistics, load_statistics, statistics_of, z_scores
 from nemolib.layers import collect_activations, value_activations, widths
 from nemolib.localization import Search, Variant
 from nemolib.neurons import NeuronSet
@@ -123,15 +123,12 @@ def test_activations_from_a_unet_pass_are_the_same(unet, step, golden):
 
 @pytest.mark.parametrize("batch_size", [64, 7])
 def test_statistics(unet, golden, statistics, batch_size):
-    moments = [Moments() for _ in range(7)]
-    for batch in golden["holdout_embeddings"].split(batch_size):
-        for layer, activations in zip(moments, value_activations(unet, batch), strict=True):
-            layer.update(activations)
-    assert moments[0].count == 64
-    for place, layer in enumerate(moments):
-        for name, computed in (("mean", layer.mean), ("std", layer.std())):
-            close(computed.float(), golden[f"holdout_{name}.{place}"])
-            close(computed.float(), getattr(statistics, name)[place])
+    found = statistics_of(unet, golden["holdout_embeddings"].split(batch_size))
+    assert found.count == 64
+    for name in ("mean", "std"):
+        for place, computed in enumerate(getattr(found, name)):
+            close(computed, golden[f"holdout_{name}.{place}"])
+            close(computed, getattr(statistics, name)[place])
 
 
 def test_released_statistics_fit_the_model(unet, statistics):

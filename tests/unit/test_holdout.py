@@ -4,12 +4,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from nemolib.holdout import (
     ActivationStatistics,
-    Moments,
     activation_statistics,
     holdout_scores,
     load_statistics,
@@ -22,18 +19,6 @@ from nemolib.settings import DetectionSettings, SimilaritySettings
 from tests.random_pipeline import WIDTHS, random_unet
 
 SMALL = SimilaritySettings(kernel_size=3, sigma=0.5)
-
-
-@given(st.lists(st.integers(1, 9), min_size=2, max_size=8), st.floats(-1e6, 1e6), st.integers(0, 99))
-def test_moments_are_those_of_all_rows_at_once(sizes, offset, seed):
-    rows = [np.random.default_rng(seed + i).normal(offset, 1, (size, 3)) for i, size in enumerate(sizes)]
-    moments = Moments()
-    for batch in rows:
-        moments.update(torch.from_numpy(batch))
-    together = np.concatenate(rows)
-    assert moments.count == len(together)
-    np.testing.assert_allclose(moments.mean, together.mean(axis=0), rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(moments.std(), together.std(axis=0, ddof=1), rtol=1e-6)
 
 
 def test_statistics_are_those_of_all_prompts_at_once(random_pipe, holdout_prompts, statistics):

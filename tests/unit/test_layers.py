@@ -26,7 +26,6 @@ SECOND = NeuronSet(((), (1,), (), (), (3,), (), (0,)))
 LATENTS = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
 VALUE = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"
 KEY = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
-CONVOLUTION = "down_blocks.1.resnets.0.conv2"
 
 
 def hooks_of(pipe):
@@ -93,12 +92,6 @@ def test_models_without_such_layers():
     blind = random_unet(cross_attention=False)
     with pytest.raises(ValueError, match="UNet2DConditionModel has no cross-attention value layers"):
         value_layers(blind)
-    with pytest.raises(ValueError, match="has no value layers of cross-attention"):
-        cross_attention_layers(blind, "value")
-    with pytest.raises(ValueError, match="unknown part 'query'; known: value, key"):
-        cross_attention_layers(blind, "query")
-    with pytest.raises(ValueError, match="has no convolutions"):
-        down_convolutions(torch.nn.Linear(1, 1))
 
 
 def test_layers_are_spread_from_the_first_to_the_last(random_pipe):
@@ -106,8 +99,6 @@ def test_layers_are_spread_from_the_first_to_the_last(random_pipe):
     assert spread(layers, 12) == spread(layers, 99) == layers
     assert [layer.number for layer in spread(layers, 4)] == [1, 5, 8, 12]
     assert [layer.number for layer in spread(layers, 1)] == [1]
-    with pytest.raises(ValueError, match="at most 0 layers"):
-        spread(layers, 0)
 
 
 # What is read
@@ -202,39 +193,6 @@ def test_contexts_nest_and_leave_the_hooks_of_others(random_pipe):
     assert all(torch.equal(a, b) for a, b in zip(nested, joint, strict=True))
 
 
-def test_values_of_zero_are_all_neurons_deactivated(random_pipe):
-    for place in (0, 6):
-        whole = NeuronSet.of([(place, neuron) for neuron in range(WIDTHS[place])], layers=7)
-        with scale_outputs(random_pipe.unet, {value_layers(random_pipe.unet)[place].name: torch.zeros(1, 1, 1)}):
-            zeroed = noise(random_pipe)
-        with scale_neurons(random_pipe.unet, whole):
-            assert torch.equal(noise(random_pipe), zeroed)
-        assert not torch.equal(noise(random_pipe), zeroed)
-
-
-def test_keys_of_zero_give_every_token_the_same_attention(random_pipe):
-    attention = random_pipe.unet.get_submodule(KEY.removesuffix(".to_k"))
-    generator = torch.Generator().manual_seed(0)
-    positions, text = torch.randn(1, 4, 16, generator=generator), torch.randn(1, 5, 16, generator=generator)
-    with torch.no_grad(), scale_outputs(random_pipe.unet, {KEY: torch.zeros(1, 1, 1)}):
-        found = attention(positions, text)
-    with torch.no_grad():
-        uniform = attention.to_out[0](attention.to_v(text).mean(dim=1, keepdim=True)).expand_as(found)
-    torch.testing.assert_close(found, uniform, atol=1e-5, rtol=1e-5)
-
-
-def test_channels_of_zero_and_no_others(random_pipe):
-    scales = torch.ones(1, 16, 1, 1)
-    scales[:, [0, 3]] = 0
-    with (
-        scale_outputs(random_pipe.unet, {CONVOLUTION: scales}),
-        collect_outputs(random_pipe.unet, [CONVOLUTION]) as found,
-    ):
-        noise(random_pipe)
-    silent = (found[CONVOLUTION][0] == 0).all(dim=3).all(dim=2).all(dim=0)
-    assert silent.nonzero().flatten().tolist() == [0, 3]
-
-
 # The model stays as it was
 
 
@@ -276,7 +234,7 @@ def test_no_hook_is_left_when_the_model_is_interrupted_in_a_pass(random_pipe, mo
         (lambda unet: scale_neurons(unet, NeuronSet.empty(2)), ValueError, "has 2 layers, the model has 7"),
         (lambda unet: scale_neurons(unet, []), ValueError, "no neuron set was given"),
         (lambda unet: scale_neurons(unet, [(0, 1)]), TypeError, "expected a NeuronSet or a list of them"),
-        (lambda unet: collect_outputs(unet, [VALUE, "nowhere"]), ValueError, "has no module 'nowhere'"),
+        (lambda unet: collect_outputs(unet, [VALUE, "nowhere"]), AttributeError, "has no attribute `nowhere`"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_leaves_no_hook(random_pipe, context, error, words):

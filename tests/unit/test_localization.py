@@ -2,7 +2,6 @@ import copy
 import json
 from dataclasses import replace
 
-import pandas as pd
 import pytest
 import torch
 
@@ -73,9 +72,7 @@ def test_both_methods_start_from_the_same_selection(search, threshold, protocol)
 
 
 def test_the_method_can_be_named_alone(search):
-    named = search(search="sequential")
-    assert named.tests == search(search=SearchSettings(method="sequential")).tests
-    assert not any(test.group for test in named.tests)
+    assert search(search="sequential").tests == search(search=SearchSettings(method="sequential")).tests
     with pytest.raises(ValueError, match="quick"):
         search(search="quick")
 
@@ -101,10 +98,8 @@ def test_a_prompt_that_is_not_memorized_has_no_neurons(search):
 def test_only_seeds_beyond_the_gate_take_part(random_pipe, search):
     maps = noise_differences(random_pipe, "zzz", settings=DETECTION, protocol="paper")
     best = max_pairwise(pairwise(maps, settings=SIMILARITY, protocol="paper"))
-    gate = float(best.min())
-    found = search(gate=gate, protocol="paper")
-    assert found.seeds == tuple((best > gate).nonzero().flatten().tolist())
-    assert len(found.seeds) == 2
+    found = search(gate=float(best.min()), protocol="paper")
+    assert found.seeds == tuple((best > best.min()).nonzero().flatten().tolist())
     assert found.evaluations["A3"] % 2 == 0
 
 
@@ -144,16 +139,17 @@ def test_table(search, found):
     table = localization_table([found, nothing], seconds=True)
     row, last = table.iloc[0], table.iloc[1]
     assert list(table)[:5] == ["prompt", "memorized", "seeds", "unblocked_score", "initial_score"]
-    assert NeuronSet.from_json(row["neurons"]) == found.neurons
-    assert NeuronSet.from_json(row["initial"]) == found.initial
+    assert (row["neurons"], row["initial"]) == (found.neurons.to_json(), found.initial.to_json())
     assert (row["neuron_count"], row["initial_count"]) == (len(found.neurons), len(found.initial))
-    assert row["refined_score"] == found.refined_score
-    assert (row["theta"], row["k"], row["seeds"]) == (found.theta, found.k, 3)
+    assert (row["refined_score"], row["theta"], row["k"], row["seeds"]) == (
+        found.refined_score,
+        found.theta,
+        found.k,
+        3,
+    )
     assert row["evaluations_A4"] == found.evaluations["A4"]
-    assert last["seconds_A1"] > 0 == last["seconds_A4"]
-    assert pd.isna(last["theta"])
-    assert pd.isna(last["k"])
-    assert last["neuron_count"] == 0
+    assert last["seconds_A1"] > 0 == last["seconds_A4"] == last["neuron_count"]
+    assert last[["theta", "k"]].isna().all()
     assert not [name for name in localization_table([found]) if name.startswith("seconds")]
 
 
@@ -231,13 +227,6 @@ def test_a_higher_refinement_threshold_starts_from_the_same_neurons(shared):
     assert shared["both"].refined_score < HIGH
     assert len(shared["both"].neurons) <= len(shared["low"].neurons)
     assert shared["low"].refined_score < LOW
-
-
-def test_a_threshold_out_of_reach_leaves_the_score_that_was_reached(vary):
-    found = vary(VARIANTS[2], Variant("loose", UNREACHED, 0.9999))
-    assert not found["unreached"].reached
-    assert found["unreached"].refined_score <= found["unreached"].initial_score
-    assert found["unreached"].initial_score < found["loose"].refined_score < 0.9999
 
 
 def test_a_closed_gate_leaves_nothing_to_search(vary):

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemolib import mitigation as module
+from nemolib.first_step import guidance_norm
 from nemolib.generation import generate
-from nemolib.layers import collect_outputs, cross_attention_layers, down_convolutions
+from nemolib.layers import collect_outputs, cross_attention_layers
 from nemolib.mitigation import (
     AttentionScaling,
     DeactivatedNeurons,
@@ -22,12 +23,11 @@ from nemolib.mitigation import (
     ScaledAttention,
     SwitchedOffLayers,
     random_neurons,
-    switched_off,
 )
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.provenance import content_hash
-from nemolib.settings import GenerationSettings, RenSettings, WenSettings
+from nemolib.settings import GenerationSettings, WenSettings
 from tests.random_pipeline import TOKENS, WIDTHS, random_pipeline
 
 SETTINGS = GenerationSettings(seed=2, samples=2, steps=2, guidance=3.0, batch_size=4)
@@ -127,11 +127,6 @@ def test_the_pipeline_is_as_before_whatever_happens(random_pipe, mitigation, fai
     assert state(random_pipe) == before
 
 
-def test_content_tells_mitigations_apart():
-    assert len({content_hash(mitigation.of("a")) for mitigation in MITIGATIONS}) == len(MITIGATIONS)
-    assert all(mitigation.source for mitigation in MITIGATIONS)
-
-
 @pytest.mark.parametrize(
     ("first", "second", "equal"),
     [
@@ -140,7 +135,6 @@ def test_content_tells_mitigations_apart():
         (EmbeddingAdjustment(WEN), EmbeddingAdjustment(dataclasses.replace(WEN, multiplier=3.0)), True),
         (EmbeddingAdjustment(WEN), EmbeddingAdjustment(dataclasses.replace(WEN, target=0.5)), False),
         (SwitchedOffLayers((KEY, VALUE, KEY)), SwitchedOffLayers((VALUE, KEY), share=1, seed=3), True),
-        (SwitchedOffLayers((KEY,), share=0.5), SwitchedOffLayers((KEY,), share=0.5, seed=3), False),
         (SwitchedOffLayers((KEY,)), SwitchedOffLayers((KEY,), share=0.5), False),
         (RandomTokens(4), RandomTokens(4, seed=6), False),
         (DeactivatedNeurons({"a": NeuronSet.empty(7)}), None, True),
@@ -169,13 +163,10 @@ def test_pipelines_and_prompts_that_cannot_be_handled(random_pipe, mitigation):
     [
         (lambda pipe: DeactivatedNeurons([FULL]), "instance of NeuronSet"),
         (lambda pipe: DeactivatedNeurons(SETS).of("c"), "no neurons are given for the prompt 'c'"),
-        (lambda pipe: DeactivatedNeurons(WRONG).check(pipe), "was the set found in another model"),
         (lambda pipe: DeactivatedNeurons({"a": FULL, "b": WRONG}).check(pipe), "was the set found in another model"),
         (lambda pipe: random_neurons(NeuronSet(((0, 1, 2),)), (5,), seed=0), "only 2 remain, 3 are needed"),
-        (lambda pipe: random_neurons(NeuronSet(((9,),)), (5,), seed=0), "neuron 9 of layer 0 does not exist"),
         (lambda pipe: SwitchedOffLayers(VALUE), "valid tuple.*input_type=str"),
         (lambda pipe: SwitchedOffLayers((VALUE,), share=-0.1), "share\n.*greater than or equal to 0"),
-        (lambda pipe: SwitchedOffLayers((VALUE,), share=1.1), "share\n.*less than or equal to 1"),
         (lambda pipe: SwitchedOffLayers(("mid.conv1",)).check(pipe), "'mid.conv1' is not there; channels are"),
         (lambda pipe: SwitchedOffLayers(("down_blocks.0",)).check(pipe), "'down_blocks.0' is a CrossAttnDownBlock2D;"),
         (lambda pipe: EmbeddingAdjustment(WenSettings(target=None)), "target is None.*that of nemolib.wen_target"),
@@ -184,7 +175,6 @@ def test_pipelines_and_prompts_that_cannot_be_handled(random_pipe, mitigation):
         (lambda pipe: ONE(attention_layer(), features(1, 7, 6)), "needs text features"),
         (lambda pipe: ONE(attention_layer(), *[features(1, 3, 4)] * 3), "cannot take a mask of another origin"),
         (lambda pipe: RandomTokens(number=0), "number\n.*greater than or equal to 1"),
-        (lambda pipe: RandomTokens(seed=-1), "seed\n.*greater than or equal to 0"),
         (lambda pipe: RandomTokens(1).extend(WORDLESS, "a"), "none of the 2 tokens of SimpleNamespace is a word"),
     ],
 )
@@ -213,8 +203,6 @@ def test_layers_repeats_seeds_and_sets_have_their_own_random_neurons():
     more = neurons | NeuronSet(((20,), (20,), (20,)))
     for chosen, options in ((neurons, {"seed": 0, "repeat": 1}), (neurons, {"seed": 1}), (more, {"seed": 0})):
         assert len(drawn & random_neurons(chosen, (1000,) * 3, **options)) < 10
-    few = {random_neurons(NeuronSet(((0,),)), (4,), seed=0, repeat=repeat) for repeat in range(60)}
-    assert few == {NeuronSet(((neuron,),)) for neuron in (1, 2, 3)}
 
 
 def test_a_mapping_of_neurons_is_kept_as_it_was():
@@ -257,12 +245,6 @@ def test_a_share_of_the_channels(random_pipe):
     assert silent.nonzero().flatten().tolist() == chosen
 
 
-def test_each_layer_has_the_papers_intervention(random_pipe):
-    key, convolution = cross_attention_layers(random_pipe.unet, "key")[0], down_convolutions(random_pipe.unet)[0]
-    assert switched_off(key) == SwitchedOffLayers((key.name,))
-    assert switched_off(convolution) == SwitchedOffLayers((convolution.name,), share=0.5)
-
-
 def test_names():
     mitigations = [*MITIGATIONS[::4], SwitchedOffLayers((VALUE,)), SwitchedOffLayers((VALUE, KEY), share=0.5)]
     names = ["deactivated neurons", "1 random token", "1 layer switched off", "50% of 2 layers switched off"]
@@ -279,7 +261,7 @@ def adjusted(pipe, prompt="b c", **changes):
 
 def norm(pipe, embedding):
     with torch.no_grad():
-        return float(module._norm_of(pipe, SLOW)(embedding[None]).mean())
+        return float(guidance_norm(pipe, SLOW)(embedding[None]).mean())
 
 
 def test_the_norm_by_hand(random_pipe):
@@ -301,7 +283,7 @@ def test_the_norm_falls_by_adamw_and_the_begin_token_stays(random_pipe):
     assert norm(random_pipe, found.embedding) < found.norms[-1] < found.norms[0]
     assert torch.equal(found.embedding[0], before[0])
     free = before.clone().requires_grad_()
-    module._norm_of(random_pipe, SLOW)(free[None]).mean().backward()
+    guidance_norm(random_pipe, SLOW)(free[None]).mean().backward()
     expected = before * (1 - 0.02 * 0.01) - 0.02 * free.grad.sign()
     clear = free.grad[1:].abs() > 1e-4
     assert clear.float().mean() > 0.5
@@ -314,11 +296,8 @@ def test_it_ends_at_the_target(random_pipe):
     stopped = adjusted(random_pipe, iterations=6, target=target)
     assert stopped.norms == pytest.approx(course[:4], rel=1e-5)
     assert norm(random_pipe, stopped.embedding) == pytest.approx(stopped.norms[-1], rel=1e-4)
-    assert stopped.norms[-1] <= target < stopped.norms[-2]
     # A prompt that is not above the target stays.
-    kept = adjusted(random_pipe, target=1e6)
-    assert len(kept.norms) == 1
-    torch.testing.assert_close(kept.embedding, embed(random_pipe, ["b c"])[0])
+    torch.testing.assert_close(adjusted(random_pipe, target=1e6).embedding, embed(random_pipe, ["b c"])[0])
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
@@ -330,20 +309,14 @@ def test_it_works_where_gradients_are_off(random_pipe, context):
     assert not inputs["prompt_embeds"].requires_grad
 
 
-def test_a_random_state_of_the_caller_neither_counts_nor_changes_nor_do_flags_of_parameters(random_pipe):
+def test_a_random_state_of_the_caller_neither_counts_nor_changes(random_pipe):
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = adjusted(random_pipe).embedding
     assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(adjusted(random_pipe).embedding, first)
     assert not torch.equal(adjusted(random_pipe, seed=SLOW.seed + 1).embedding, first)
-    random_pipe.unet.requires_grad_(True)
-    try:
-        torch.manual_seed(2)
-        flags = state(random_pipe)
-        assert torch.equal(adjusted(random_pipe).embedding, first)
-        assert state(random_pipe) == flags
-    finally:
-        random_pipe.unet.requires_grad_(False)
 
 
 def test_each_prompt_is_adjusted_once_per_batch(random_pipe, monkeypatch):
@@ -359,13 +332,11 @@ def test_the_target_by_rule(random_pipe):
     prompts = ["a", "b c", "d", "e f"]
     measure = module.target_norms(random_pipe, settings=SLOW)
     norms = measure(prompts)
-    for multiplier in (1.0, 2.0):
-        settings = dataclasses.replace(SLOW, multiplier=multiplier, target=None)
-        target = module.wen_target(random_pipe, prompts, settings=settings)
-        assert target == module.target_of(norms, settings) == round(target, 3)
-        assert target == pytest.approx(np.mean(norms) + multiplier * np.std(norms, ddof=1), abs=6e-4)
+    settings = dataclasses.replace(SLOW, multiplier=2.0, target=None)
+    target = module.wen_target(random_pipe, prompts, settings=settings)
+    assert target == module.target_of(norms, settings) == round(target, 3)
+    assert target == pytest.approx(np.mean(norms) + 2 * np.std(norms, ddof=1), abs=6e-4)
     assert np.concatenate([measure([prompt]) for prompt in prompts]) == pytest.approx(norms, abs=1e-5)
-    assert [module.norms_together(dataclasses.replace(SLOW, latents=latents)) for latents in (4, 100)] == [16, 1]
 
 
 def test_what_an_adjustment_refuses(random_pipe, monkeypatch):
@@ -412,13 +383,6 @@ def test_attention_by_hand(guided):
         torch.testing.assert_close(output[sample], expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("guidance", [0.0, 3.0])
-def test_scale_one_without_a_mask_changes_nothing(random_pipe, guidance):
-    settings = dataclasses.replace(SETTINGS, guidance=guidance)
-    nothing = AttentionScaling(RenSettings(c1=1.0, mask="none"))
-    assert same(images(random_pipe, settings=settings), images(random_pipe, settings=settings, mitigation=nothing))
-
-
 def test_which_tokens_get_attention(random_pipe):
     prompts = ["abc", "a b", "a" * 50]
     for mask, numbers in (("padding", [5, 4, TOKENS]), ("summary", [4, 3, TOKENS - 1]), ("none", [TOKENS] * 3)):
@@ -438,30 +402,19 @@ class Custom(AttnProcessor2_0):
     pass
 
 
-@pytest.mark.parametrize("processor", [Custom(), AttnAddedKVProcessor(), ScaledAttention(1.0, torch.ones(1, 1))])
-def test_unknown_processors_are_refused_and_stay(processor):
-    pipe = random_pipeline()
-    name = next(iter(module.cross_attention(pipe.unet)))
-    self_attention, attention = (pipe.unet.get_submodule(item) for item in (name.replace("attn2", "attn1"), name))
-    self_attention.set_processor(theirs := Custom())
-    with AttentionScaling().applied(pipe, ["a"]):
-        assert self_attention.processor is theirs
-        assert isinstance(attention.processor, ScaledAttention)
-    attention.set_processor(processor)
-    with (
-        pytest.raises(ValueError, match=f"{name} has the attention processor {type(processor).__name__}, which"),
-        AttentionScaling().applied(pipe, ["a"]),
-    ):
-        pass
-    assert attention.processor is processor
-
-
-def test_other_attention_layers_are_refused():
+@pytest.mark.parametrize("processor", [Custom(), AttnAddedKVProcessor(), None])
+def test_unknown_attention_is_refused_and_stays(processor):
     pipe = random_pipeline()
     name, attention = next(iter(module.cross_attention(pipe.unet).items()))
-    attention.norm_cross = torch.nn.LayerNorm(16)
-    with pytest.raises(ValueError, match=f"{name} is no attention layer of Stable Diffusion \\(norm_cross\\)"):
-        AttentionScaling().check(pipe)
+    if processor is None:
+        attention.norm_cross, words = torch.nn.LayerNorm(16), r"no attention layer of Stable Diffusion \(norm_cross\)"
+    else:
+        attention.set_processor(processor)
+        words = f"the attention processor {type(processor).__name__}, which"
+    before = state(pipe)
+    with pytest.raises(ValueError, match=f"{name} .*{words}"), AttentionScaling().applied(pipe, ["a"]):
+        pass
+    assert state(pipe) == before
 
 
 # Random tokens
@@ -469,19 +422,14 @@ def test_other_attention_layers_are_refused():
 TOKENIZER = random_pipeline().tokenizer
 
 
-def is_subsequence(words, longer):
-    rest = iter(longer)
-    return all(word in rest for word in words)
-
-
 @given(st.lists(st.text("abc", max_size=3), min_size=2, max_size=6), st.sampled_from([1, 4, 10]))
 def test_as_many_words_more_and_the_prompts_own_in_order(words, number):
-    prompt = " ".join(words)
-    extended = RandomTokens(number).extend(TOKENIZER, prompt)
-    assert len(extended.split(" ")) == len(words) + number
-    assert is_subsequence(words, extended.split(" "))
-    assert RandomTokens(number).extend(TOKENIZER, prompt) == extended
-    assert is_subsequence(RandomTokens(1).extend(TOKENIZER, prompt).split(" "), extended.split(" "))
+    few, extended, again = (RandomTokens(n).extend(TOKENIZER, " ".join(words)).split(" ") for n in (1, number, number))
+    assert len(extended) == len(words) + number
+    assert again == extended
+    for shorter in (words, few):
+        rest = iter(extended)
+        assert all(word in rest for word in shorter)
 
 
 def test_words_are_tokens_and_never_special_and_prompts_and_seeds_have_their_own():
@@ -493,8 +441,6 @@ def test_words_are_tokens_and_never_special_and_prompts_and_seeds_have_their_own
 
 
 def test_the_pipeline_gets_the_longer_prompts(random_pipe):
-    mitigation = RandomTokens(4)
-    with mitigation.applied(random_pipe, ["a", "b", "a"]) as inputs:
-        expected = embed(random_pipe, [mitigation.extend(TOKENIZER, prompt) for prompt in ("a", "b", "a")])
-        assert torch.equal(inputs.pop("prompt_embeds"), expected)
-        assert not inputs
+    longer = [RandomTokens(4).extend(TOKENIZER, prompt) for prompt in ("a", "b", "a")]
+    with RandomTokens(4).applied(random_pipe, ["a", "b", "a"]) as inputs:
+        assert torch.equal(inputs["prompt_embeds"], embed(random_pipe, longer))

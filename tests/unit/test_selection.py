@@ -38,28 +38,21 @@ def test_impossible_selection():
         out_of_distribution(Z[:1], ACTIVATIONS, theta=5.0)
 
 
-def test_schedule_of_the_release_stops_before_the_limit():
-    pairs = schedule(SearchSettings(), evaluate_limits=False)
-    assert pairs[0] == (5.0, 0)
-    assert pairs[-1] == (1.25, 15)
-    assert len(pairs) == 16
-
-
-def test_schedule_of_the_paper_tries_the_limit():
-    assert schedule(SearchSettings(), evaluate_limits=True)[-1] == (1.0, 16)
-
-
-def test_schedule_ends_with_steps_that_are_not_exact_in_binary():
-    search = SearchSettings(theta_start=5.0, theta_step=0.1, theta_min=2.0, k_step=0)
-    assert schedule(search, evaluate_limits=True)[-1][0] == 2.0
-    assert schedule(search, evaluate_limits=False)[-1][0] == 2.1
-
-
-def test_schedule_ends_at_the_largest_k():
-    search = SearchSettings(k_max=3)
-    assert [k for _, k in schedule(search, evaluate_limits=True)] == [0, 1, 2, 3]
-    assert [k for _, k in schedule(search, evaluate_limits=False)] == [0, 1, 2]
-    assert schedule(SearchSettings(k_max=0, k_step=0), evaluate_limits=False) == [(5.0, 0)]
+@pytest.mark.parametrize(
+    ("search", "last", "before"),
+    [
+        (SearchSettings(), (1.0, 16), (1.25, 15)),
+        # Steps that are not exact in binary.
+        (SearchSettings(theta_step=0.1, theta_min=2.0, k_step=0), (2.0, 0), (2.1, 0)),
+        (SearchSettings(k_max=3), (4.25, 3), (4.5, 2)),
+        (SearchSettings(k_max=1, k_step=1), (4.75, 1), (5.0, 0)),
+    ],
+)
+def test_the_schedule_of_the_paper_ends_at_the_limit_and_that_of_the_release_before(search, last, before):
+    paper, released = (schedule(search, evaluate_limits=limits) for limits in (True, False))
+    assert paper[-1] == last
+    assert released == paper[:-1]
+    assert released[-1] == before
 
 
 @given(st.floats(1, 9), st.floats(0.01, 5), st.floats(0, 1), st.integers(0, 9), st.integers(0, 3), st.booleans())
@@ -99,15 +92,14 @@ def test_equal_selections_are_scored_once():
     assert len(asked) == len(set(asked)) < 16
 
 
-@pytest.mark.parametrize("threshold", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.6, 0.9])
 def test_a_quick_score_changes_no_result(threshold):
+    """Nor where the threshold is not reached, so that the score of the last step is asked for."""
+
     def score(neurons):
         return 1 - len(neurons) / 10
 
-    asked = []
-
     def quick(neurons):
-        asked.append(neurons)
         return score(neurons) if score(neurons) <= threshold else 1.0
 
     plain = initial_selection(Z, ACTIVATIONS, score, threshold=threshold)
@@ -116,10 +108,3 @@ def test_a_quick_score_changes_no_result(threshold):
     assert [step.neurons for step in other.steps] == [step.neurons for step in plain.steps]
     assert other.steps[-1] == plain.steps[-1]
     assert all(step.score == 1.0 for step in other.steps[:-1])
-    assert len(asked) == len(set(asked))
-
-
-def test_a_quick_score_of_a_selection_that_does_not_reach_the_threshold():
-    selection = initial_selection(Z, ACTIVATIONS, lambda neurons: 0.9, quick=lambda neurons: 1.0, threshold=0.5)
-    assert not selection.reached
-    assert selection.score == selection.steps[-1].score == 0.9

@@ -17,13 +17,9 @@ def maps(seeds=4, size=16, noise=0.3):
 
 
 @pytest.mark.parametrize("measure", [ms_ssim, ssim])
-def test_equal_maps_have_similarity_one(measure):
-    torch.testing.assert_close(measure(maps(), maps(), settings=SMALL), torch.ones(4), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("measure", [ms_ssim, ssim])
 def test_similarity_falls_with_noise_and_is_symmetric(measure):
     clean = maps(noise=0.0)
+    torch.testing.assert_close(measure(clean, clean, settings=SMALL), torch.ones(4), atol=1e-5, rtol=0)
     values = [measure(clean, maps(noise=noise), settings=SMALL).mean() for noise in (0.1, 0.3, 1.0)]
     assert 1 > values[0] > values[1] > values[2]
     first, second = maps()[:2], maps()[2:]
@@ -60,18 +56,6 @@ def test_pairs_and_matrix_agree(protocol):
     assert score == float(pairs.max()) == float(max_pairwise(matrix).max())
 
 
-def test_one_batched_call_for_all_pairs(monkeypatch):
-    calls = []
-
-    def counted(a, b, *, settings):
-        calls.append(len(a))
-        return ssim(a, b, settings=settings)
-
-    monkeypatch.setattr("nemolib.similarity.ssim", counted)
-    pairwise(maps(10), settings=SMALL, protocol="paper")
-    assert calls == [45]
-
-
 def test_protocols_measure_differently():
     first, second = maps(noise=0.0), maps(noise=1.0)
     assert torch.equal(similarity(first, second, settings=SMALL), ms_ssim(first, second, settings=SMALL))
@@ -83,13 +67,6 @@ def test_protocols_measure_differently():
 def test_max_pairwise_leaves_a_seed_itself_out():
     matrix = torch.tensor([[1.0, 0.2, -0.5], [0.2, 1.0, 0.7], [-0.5, 0.7, 1.0]])
     torch.testing.assert_close(max_pairwise(matrix), torch.tensor([0.2, 0.7, 0.7]))
-
-
-def test_input_is_left_alone():
-    differences = maps()
-    before = differences.clone()
-    pairwise(differences, settings=SMALL)
-    assert torch.equal(differences, before)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ differences eps - x_T of different seeds resemble each other. And text moves the
 other prompts (Wen et al., ICLR 2024).
 
 Where nothing is given, settings and protocol are those of the profile that the pipeline was loaded from, else those of
-the paper and `released`. What needs a prediction takes it from `_predict`, and guidance from `_guided`.
+the paper and `released`. What needs a prediction takes it from `_predict`, which gives the noise whatever the model
+predicts, and guidance from `_guided`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from nemolib import seeding
 from nemolib.batching import shrinking
-from nemolib.layers import scale_neurons
+from nemolib.layers import check_neurons_act, finite, naming, placement, scale_neurons
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.settings import (
@@ -96,6 +97,7 @@ class FirstStep:
         guidance: Classifier-free guidance scale; 0 means the text-conditional prediction alone.
         unconditional: Embedding of the empty prompt [1, token, feature]; needed where the guidance is not 0.
         swap_guidance: Whether the halves of the guidance change places (see `nemolib.settings.Protocol`).
+        mix: How the noise is made from the model's output (`noise_mix`).
     """
 
     unet: nn.Module
@@ -104,6 +106,7 @@ class FirstStep:
     guidance: float = 0.0
     unconditional: Tensor | None = None
     swap_guidance: bool = False
+    mix: tuple[float, float] = (1.0, 0.0)
 
     def __post_init__(self) -> None:
         """Reject guidance without what it needs."""
@@ -169,9 +172,9 @@ class FirstStep:
     def _noise(self, latents: Tensor, embedding: Tensor) -> Tensor:
         """Return the predicted noise of latents, [sample, channel, height, width], float32."""
         if self.guidance == 0:
-            return _predict(self.unet, self.timestep, latents, embedding)[0]
+            return _predict(self.unet, self.timestep, self.mix, latents, embedding)[0]
         both = torch.cat([self.unconditional.to(embedding), embedding])
-        empty, text = _predict(self.unet, self.timestep, latents, both)
+        empty, text = _predict(self.unet, self.timestep, self.mix, latents, both)
         return _guided(empty, text, self.guidance, swapped=self.swap_guidance)
 
 
@@ -188,25 +191,27 @@ def first_step(
         protocol: `released` or `paper`, or a protocol of your own.
 
     Raises:
-        ValueError: The model does not predict the noise.
+        ValueError: What the model predicts is not known.
     """
     settings, protocol = settings or settings_of(pipe).detection, protocol_of(pipe, protocol)
-    latents = initial_latents(pipe, samples=settings.samples, seed=settings.seed)
+    timestep = timestep_of(pipe.scheduler, steps=settings.steps, index=protocol.timestep_index)
     return FirstStep(
         unet=pipe.unet,
-        timestep=timestep_of(pipe.scheduler, steps=settings.steps, index=protocol.timestep_index),
-        latents=latents.to(pipe.unet.device),
+        timestep=timestep,
+        latents=initial_latents(pipe, samples=settings.samples, seed=settings.seed),
         guidance=settings.guidance,
         unconditional=None if settings.guidance == 0 else embed(pipe, [""]),
         swap_guidance=protocol.swap_guidance,
+        mix=noise_mix(pipe.scheduler, timestep),
     )
 
 
 def initial_latents(pipe: StableDiffusionPipeline, *, samples: int, seed: int) -> Tensor:
-    """Return initial latents of a pipeline's size, [seed, channel, height, width], float32, on the CPU."""
+    """Return initial latents of a pipeline's size, [seed, channel, height, width], float32, on the UNet's device."""
     config = pipe.unet.config
     side = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
-    return seeding.latents((config.in_channels, *side), samples=samples, seed=seed)
+    device, _ = placement(pipe.unet)
+    return seeding.latents((config.in_channels, *side), samples=samples, seed=seed).to(device)
 
 
 def timestep_of(scheduler: Any, *, steps: int, index: int) -> int:
@@ -221,14 +226,28 @@ def timestep_of(scheduler: Any, *, steps: int, index: int) -> int:
         The timestep, such as 961 for index 1 of 50 steps of Stable Diffusion.
 
     Raises:
-        ValueError: The model does not predict the noise, or the index is outside the schedule.
+        ValueError: The index is outside the schedule.
     """
-    prediction = getattr(scheduler.config, "prediction_type", "epsilon")
-    if prediction != "epsilon":
-        raise ValueError(f"the model predicts {prediction!r}; noise differences need a model that predicts 'epsilon'")
     if not 0 <= index < steps:
         raise ValueError(f"timestep index {index} is outside a schedule of {steps} steps")
     return int(_ddim(scheduler, steps).timesteps[index])
+
+
+def noise_mix(scheduler: Any, timestep: int) -> tuple[float, float]:
+    """Return what a model's output and its latents are multiplied by, so that their sum is the noise.
+
+    Source: Salimans and Ho (ICLR 2022), App. D: latents are signal x + scale eps, and v is signal eps - scale x.
+
+    Raises:
+        ValueError: What the model predicts is not known.
+    """
+    share = float(_ddim(scheduler, 1).alphas_cumprod[timestep])
+    signal, scale = share**0.5, (1 - share) ** 0.5
+    known = {"epsilon": (1.0, 0.0), "v_prediction": (signal, scale), "sample": (-signal / scale, 1 / scale)}
+    prediction = getattr(scheduler.config, "prediction_type", "epsilon")
+    if prediction not in known:
+        raise ValueError(f"the model predicts {prediction!r}; known: {', '.join(known)}")
+    return known[prediction]
 
 
 def noise_differences(
@@ -254,9 +273,13 @@ def noise_differences(
         Noise differences [seed, channel, height, width], float32, in [0, 1].
 
     Raises:
-        ValueError: A neuron does not exist, or the model does not predict the noise.
+        ValueError: A neuron does not exist or does not act, or what the model predicts is not known.
+        NotFiniteError: A prediction is not finite.
     """
-    return first_step(pipe, settings=settings, protocol=protocol)(embed(pipe, [prompt]), neurons=neurons)
+    with naming(prompt):
+        if neurons:
+            check_neurons_act(pipe.unet)
+        return first_step(pipe, settings=settings, protocol=protocol)(embed(pipe, [prompt]), neurons=neurons)
 
 
 def normalize(differences: Tensor) -> Tensor:
@@ -296,7 +319,8 @@ def observing(
         return first_step(pipe, settings=plain, protocol=replace(RELEASED, timestep_index=index))
 
     def differences(caption: str, index: int) -> Tensor:
-        return step(index).raw(embed(pipe, [caption]))
+        with naming(caption):
+            return step(index).raw(embed(pipe, [caption]))
 
     empty = functools.cache(functools.partial(differences, ""))
 
@@ -339,11 +363,12 @@ def guidance_norms(
     if not 1 <= steps <= settings.steps:
         raise ValueError(f"steps is {steps}; it must be between 1 and the {settings.steps} steps of the schedule")
     scheduler, embeddings = _ddim(pipe.scheduler, settings.steps), embed(pipe, ["", prompt])
-    latents = initial_latents(pipe, samples=settings.samples, seed=settings.seed).to(pipe.unet.device)
-    norms = []
+    latents, norms = initial_latents(pipe, samples=settings.samples, seed=settings.seed), []
     for timestep in scheduler.timesteps[:steps]:
-        predict = functools.partial(_predict, pipe.unet, timestep, embeddings=embeddings)
-        found = shrinking(predict, latents, size=len(latents), owner=pipe.unet, use="guidance norms")
+        mix = noise_mix(pipe.scheduler, int(timestep))
+        predict = functools.partial(_predict, pipe.unet, timestep, mix, embeddings=embeddings)
+        with naming(prompt):
+            found = list(shrinking(predict, latents, size=len(latents), owner=pipe.unet, use="guidance norms"))
         empty, text = torch.cat([part for _, part in found], dim=1)
         norms.append(_norms(text - empty).numpy())
         latents = scheduler.step(_guided(empty, text, WEN_GUIDANCE), timestep, latents).prev_sample
@@ -364,20 +389,25 @@ def guidance_norm(pipe: StableDiffusionPipeline, settings: WenSettings) -> Calla
     Returns:
         Embeddings [prompt, token, feature] -> norms [prompt, seed], float32, at least 0.
     """
-    latents = initial_latents(pipe, samples=settings.latents, seed=settings.seed).to(pipe.unet.device, pipe.unet.dtype)
+    latents = initial_latents(pipe, samples=settings.latents, seed=settings.seed)
     timestep = timestep_of(pipe.scheduler, steps=settings.steps, index=settings.step)
-    predict = functools.partial(_predict, pipe.unet, timestep, latents)
+    predict = functools.partial(_predict, pipe.unet, timestep, noise_mix(pipe.scheduler, timestep), latents)
     with torch.no_grad():
         empty = predict(embed(pipe, [""]))[0]
     return lambda embeddings: (predict(embeddings) - empty).flatten(2).norm(dim=2)
 
 
-def _predict(unet: nn.Module, timestep: int | Tensor, latents: Tensor, embeddings: Tensor) -> Tensor:
+def _predict(
+    unet: nn.Module, timestep: int | Tensor, mix: tuple[float, float], latents: Tensor, embeddings: Tensor
+) -> Tensor:
     """Return the noise predicted for every prompt embedding and latent, [prompt, seed, channel, height, width], float32."""
-    dtype = next(unet.parameters()).dtype
-    text = embeddings.to(latents.device, dtype).repeat_interleave(len(latents), dim=0)
-    samples = latents.to(dtype).repeat(len(embeddings), 1, 1, 1)
-    return unet(samples, timestep, text, return_dict=False)[0].float().unflatten(0, (len(embeddings), -1))
+    device, dtype = placement(unet)
+    text = embeddings.to(device, dtype).repeat_interleave(len(latents), dim=0)
+    samples = latents.to(device, dtype).repeat(len(embeddings), 1, 1, 1)
+    found = finite(unet(samples, timestep, text, return_dict=False)[0], "predicted noise").float()
+    if mix != (1.0, 0.0):
+        found = mix[0] * found + mix[1] * samples.float()
+    return found.unflatten(0, (len(embeddings), -1))
 
 
 def _guided(empty: Tensor, text: Tensor, guidance: float, *, swapped: bool = False) -> Tensor:
@@ -392,9 +422,9 @@ def _norms(differences: Tensor) -> Tensor:
 
 
 def _ddim(scheduler: Any, steps: int) -> Any:
-    """Return a DDIM scheduler with the settings of a scheduler."""
+    """Return a DDIM scheduler with the settings of a scheduler; its steps take the noise."""
     from diffusers import DDIMScheduler
 
-    schedule = DDIMScheduler.from_config(scheduler.config)
+    schedule = DDIMScheduler.from_config(scheduler.config, prediction_type="epsilon")
     schedule.set_timesteps(steps)
     return schedule

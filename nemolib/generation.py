@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nemolib.batching import check_prompts, progress_bar, shrinking
-from nemolib.layers import scale_neurons, value_layers
+from nemolib.layers import finite, scale_neurons, value_layers
 from nemolib.mitigation import DeactivatedNeurons, Mitigation
 from nemolib.neurons import NeuronSet
 from nemolib.seeding import sample_generators
@@ -83,6 +83,7 @@ def generate(
                 height=settings.side,
                 width=settings.side,
             )
+        finite(made.images, "image", chosen)
         return (made.images * 255).round().clip(0, 255).astype(np.uint8)
 
     images, before = [], getattr(pipe, "_progress_bar_config", {})

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from nemolib.batching import batches, check_prompts, progress_bar
 from nemolib.first_step import first_step
-from nemolib.layers import value_activations, value_layer_hash, widths
+from nemolib.layers import finite, naming, value_activations, value_layer_hash, widths
 from nemolib.paths import write_atomic
 from nemolib.pipeline import embed
 from nemolib.settings import DetectionSettings, Protocol, SimilaritySettings, load_protocol, protocol_of, settings_of
@@ -52,6 +52,8 @@ class ActivationStatistics:
         shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (self.mean, self.std)]
         if shapes[0] != shapes[1] or not all(len(shape) == 1 for shape in shapes[0]):
             raise ValueError(f"means of shapes {shapes[0]} and standard deviations of shapes {shapes[1]} do not fit")
+        for tensor in (*self.mean, *self.std):
+            finite(tensor, "activation statistics")
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -133,8 +135,8 @@ def _load_released(path: Path) -> ActivationStatistics:
     if not is_pair or not all(isinstance(tensor, Tensor) for tensors in content for tensor in tensors):
         raise ValueError(f"{path} holds no released statistics; {expected}")
     mean, std = (tuple(tensor.float() for tensor in tensors) for tensors in content)
-    if not all(tensor.isfinite().all() and (tensor >= 0).all() for tensor in (*mean, *std)):
-        raise ValueError(f"{path}: a mean or a deviation is negative or not finite; the file is damaged")
+    if any((tensor < 0).any() for tensor in (*mean, *std)):
+        raise ValueError(f"{path}: a mean or a deviation is negative; the file is damaged")
     return ActivationStatistics(mean, std)
 
 
@@ -164,7 +166,7 @@ def activation_statistics(
 
         def embeddings() -> Iterator[Tensor]:
             for batch in batches(prompts, batch_size):
-                yield embed(pipe, batch)
+                yield finite(embed(pipe, batch), "text embedding", batch)
                 bar.update(len(batch))
 
         return statistics_of(pipe.unet, embeddings())
@@ -245,7 +247,9 @@ def holdout_scores(
     rows = []
     with progress_bar(len(prompts), "noise differences", enabled=progress) as bar:
         for prompt in prompts:
-            pairs = pair_similarities(step(embed(pipe, [prompt])), settings=similarity, protocol=protocol)
+            with naming(prompt):
+                differences = step(embed(pipe, [prompt]))
+            pairs = pair_similarities(differences, settings=similarity, protocol=protocol)
             rows.append(pairs.double().cpu().numpy())
             bar.update()
     return np.stack(rows)
@@ -275,4 +279,5 @@ def memorization_threshold(
     values = scores.ravel() if load_protocol(protocol).threshold_pairs == "all" else scores.max(axis=1)
     if values.size < 2:
         raise ValueError(f"{values.size} scores were given; a threshold needs at least two")
+    finite(scores, "holdout scores")
     return float(values.mean() + multiplier * values.std(ddof=1))

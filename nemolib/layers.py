@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from nemolib.neurons import NeuronSet
@@ -30,6 +31,9 @@ BLOCKS = ("down", "mid", "up")
 
 Part = Literal["value", "key", "convolution"]
 
+Guided = Callable[[], bool]
+"""Tells in a UNet pass whether its batch has two halves, for classifier-free guidance."""
+
 _ADDRESSES = {
     "value": r"(down|mid|up)_.*\.attn2\.to_v",
     "key": r"(down|mid|up)_.*\.attn2\.to_k",
@@ -39,6 +43,44 @@ _ADDRESSES = {
 
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Layer, ...]] = weakref.WeakKeyDictionary()
 """The value layers of the models that were asked for."""
+
+_ACTING: weakref.WeakKeyDictionary[nn.Module, list[str]] = weakref.WeakKeyDictionary()
+"""The kinds of attention of the models whose neurons were found to act."""
+
+
+class NotFiniteError(ValueError):
+    """Numbers that left a model are not finite, so that nothing follows from them."""
+
+
+def finite(values: Any, quantity: str, prompts: Sequence[str] = ()) -> Any:
+    """Return numbers that left a model as they are.
+
+    Args:
+        values: A tensor or an array.
+        quantity: What they are called.
+        prompts: What each item of the first axis belongs to.
+
+    Raises:
+        NotFiniteError: One of them is not a number, or infinite: no score may be made of it, and no threshold.
+    """
+    found = values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
+    if not found.isfinite().all():
+        item = int(found.isfinite().flatten(1).all(dim=1).int().argmin()) if found.ndim > 1 else 0
+        of = f" of prompt {prompts[item]!r}" if prompts else ""
+        raise NotFiniteError(
+            f"{quantity}{of}: not all numbers are finite in {found.dtype}; where a model overflows in half precision, load "
+            "it with dtype float32 or bfloat16; where a weight is not finite, load the model again"
+        )
+    return values
+
+
+@contextmanager
+def naming(prompt: str) -> Iterator[None]:
+    """Let a NotFiniteError that is raised inside name the prompt."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise NotFiniteError(f"prompt {prompt!r}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +122,7 @@ def value_layers(unet: nn.Module) -> tuple[Layer, ...]:
     """
     known = _KNOWN.get(unet)
     # Going through all modules takes as long as a twentieth of a small UNet's pass.
-    if known is not None and all(_submodule(unet, layer.name) is layer.module for layer in known):
+    if known is not None and all(submodule(unet, layer.name) is layer.module for layer in known):
         return known
     layers = cross_attention_layers(unet, "value")
     _KNOWN[unet] = tuple(layer for layer in layers if layer.block != "up")
@@ -111,14 +153,15 @@ def value_activations(unet: nn.Module, embeddings: Tensor) -> tuple[Tensor, ...]
 
     Raises:
         ValueError: The embeddings do not have three axes, or the UNet transforms them before its value layers.
+        NotFiniteError: A value is not finite.
     """
     if embeddings.ndim != 3:
         raise ValueError(f"embeddings of shape {tuple(embeddings.shape)}; expected [prompt, token, feature]")
     if getattr(unet, "encoder_hid_proj", None) is not None:
         raise ValueError("this UNet projects the text before its value layers, which is not supported")
-    modules = [layer.module for layer in value_layers(unet)]
-    values = (module(embeddings.to(module.weight.device, module.weight.dtype)) for module in modules)
-    return tuple(layer.float().abs().mean(dim=1) for layer in values)
+    embeddings = embeddings.to(*placement(unet))
+    values = (finite(layer.module(embeddings), f"values of {layer.name}") for layer in value_layers(unet))
+    return tuple(value.float().abs().mean(dim=1) for value in values)
 
 
 def value_layer_hash(unet: nn.Module) -> str:
@@ -129,8 +172,11 @@ def value_layer_hash(unet: nn.Module) -> str:
     digest = hashlib.sha256()
     for layer in value_layers(unet):
         digest.update(f"{layer.name}:{layer.width}".encode())
-        weight = layer.module.weight.detach().to("cpu", torch.float16).contiguous()
-        digest.update(weight.numpy().tobytes())
+        with align_module_device(layer.module):
+            weight = layer.module.weight
+            # Of a layer in int8 it is a method.
+            weight = weight().dequantize() if callable(weight) else weight.detach()
+            digest.update(weight.to("cpu", torch.float16).contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -197,7 +243,7 @@ def collect_activations(unet: nn.Module) -> Iterator[tuple[list[Tensor], ...]]:
 
 
 @contextmanager
-def scale_outputs(unet: nn.Module, scales: Mapping[str, Tensor]) -> Iterator[None]:
+def scale_outputs(unet: nn.Module, scales: Mapping[str, Tensor], *, guided: Guided | None = None) -> Iterator[None]:
     """Multiply the outputs of modules in every UNet pass inside the context.
 
     Source: Sec. 3.3 (neurons), App. C.8 (whole layers), App. C.9 (channels of convolutions).
@@ -206,20 +252,53 @@ def scale_outputs(unet: nn.Module, scales: Mapping[str, Tensor]) -> Iterator[Non
     Args:
         unet: A UNet.
         scales: Address of a module -> what its output is multiplied by: as many axes, of the same length or of length
-            1. Where it has several samples, a batch that is a multiple of them repeats them, so that the unconditional
-            and the conditional half of classifier-free guidance are treated alike.
+            1. Where it has several samples, a batch that is a multiple of them repeats them (`sample_of_each`), so that
+            the unconditional and the conditional half of classifier-free guidance are treated alike.
+        guided: As in `sample_of_each`.
 
     Raises:
         AttributeError: A module does not exist.
         ValueError: (in a pass) The batch is no multiple of the samples.
     """
-    device = next(unet.parameters()).device
-    with _hooks(unet, {name: _scaler(scale.to(device)) for name, scale in scales.items()}):
+    device, _ = placement(unet)
+    with _hooks(unet, {name: _scaler(scale.to(device), guided) for name, scale in scales.items()}):
         yield
 
 
+def sample_of_each(batch: int, samples: int, guided: Guided | None = None) -> Tensor:
+    """Return which of some prepared samples each row of a batch belongs to, [row].
+
+    Args:
+        batch: Number of rows, a multiple of the samples. Pipelines put the unconditional half before the conditional
+            one, and in each of them the images of a prompt one after the other (``num_images_per_prompt``).
+        samples: Number of samples.
+        guided: Tells whether there are two halves, as `guidance_of` does of a call of a pipeline; None: each sample has
+            one image, so that a larger batch has so many parts.
+
+    Raises:
+        ValueError: The batch is no multiple of the samples.
+    """
+    parts = batch // samples if guided is None else 1 + guided()
+    if not parts or batch % (parts * samples):
+        raise ValueError(
+            f"{samples} samples were prepared, but the batch has {batch}; give one for all, or one per prompt"
+        )
+    return torch.arange(samples, device="cpu").repeat_interleave(batch // (parts * samples)).repeat(parts)
+
+
+def guidance_of(pipe: Any) -> Guided:
+    """Return what tells whether the call that a pipeline is in makes both halves of classifier-free guidance."""
+    return lambda: bool(getattr(pipe, "do_classifier_free_guidance", False))
+
+
 @contextmanager
-def scale_neurons(unet: nn.Module, neurons: NeuronSet | Sequence[NeuronSet], *, factor: float = 0.0) -> Iterator[None]:
+def scale_neurons(
+    unet: nn.Module,
+    neurons: NeuronSet | Sequence[NeuronSet],
+    *,
+    factor: float = 0.0,
+    guided: Guided | None = None,
+) -> Iterator[None]:
     """Multiply the values of neurons by a factor in every UNet pass inside the context; 0 deactivates them.
 
     With a list of neuron sets, sample ``i`` of a batch gets set ``i``; see `scale_outputs` for larger batches.
@@ -230,6 +309,7 @@ def scale_neurons(unet: nn.Module, neurons: NeuronSet | Sequence[NeuronSet], *, 
         unet: A conditional UNet of diffusers.
         neurons: One neuron set for all samples, or one per sample.
         factor: What their values are multiplied by.
+        guided: As in `sample_of_each`.
 
     Raises:
         ValueError: A set does not fit the model, none is given, or (in a pass) the batch is no multiple of the list.
@@ -242,7 +322,7 @@ def scale_neurons(unet: nn.Module, neurons: NeuronSet | Sequence[NeuronSet], *, 
     for item in dict.fromkeys(sets):
         item.check(widths(unet))
     used = [layer for layer in value_layers(unet) if any(item.layers[layer.index] for item in sets)]
-    with scale_outputs(unet, {layer.name: _neuron_scales(layer, sets, factor) for layer in used}):
+    with scale_outputs(unet, {layer.name: _neuron_scales(layer, sets, factor) for layer in used}, guided=guided):
         yield
 
 
@@ -261,22 +341,69 @@ def deactivate(pipe: Any, neurons: NeuronSet, *, factor: float = 0.0) -> Iterato
         The pipeline.
 
     Raises:
-        ValueError: The set does not fit the model.
+        ValueError: The set does not fit the model, or its neurons do not act (`check_neurons_act`).
     """
+    check_neurons_act(pipe.unet)
     with scale_neurons(pipe.unet, neurons, factor=factor):
         yield pipe
 
 
+@torch.no_grad()
+def check_neurons_act(unet: nn.Module) -> None:
+    """Check that a UNet without the neurons of a value layer gives something else, for each of these layers.
+
+    Hooks may be there and not act, such as where attention takes the weights of a layer and does not call it. So one
+    small pass is made, and none for a model whose attention was tested before and is the same.
+
+    Raises:
+        ValueError: The neurons of a layer do not act.
+        NotFiniteError: What the UNet gives is not finite.
+    """
+    layers = value_layers(unet)
+    attention = [repr(type(unet.get_submodule(layer.name.rpartition(".")[0]).processor)) for layer in layers]
+    if _ACTING.get(unet) == attention:
+        return
+    none = NeuronSet.empty(len(layers))
+    alone = [NeuronSet.of([(i, n) for n in range(width)], layers=len(layers)) for i, width in enumerate(widths(unet))]
+    (device, dtype), generator = placement(unet), torch.Generator("cpu").manual_seed(0)
+    # The first and the last sample are equal: what they differ by is rounding.
+    shapes = (unet.config.in_channels, *[2 ** len(unet.down_blocks)] * 2), (8, layers[0].module.in_features)
+    latents, text = (
+        torch.randn((1, *shape), generator=generator, dtype=torch.float32, device="cpu")
+        .expand(len(layers) + 2, *shape)
+        .to(device, dtype)
+        for shape in shapes
+    )
+    with scale_neurons(unet, [none, *alone, none]):
+        outputs = finite(unet(latents, 500, text, return_dict=False)[0], "predicted noise").float()
+    changes = (outputs - outputs[0]).flatten(1).abs().amax(dim=1).tolist()
+    idle = [layer.name for layer, change in zip(layers, changes[1:], strict=False) if not change > 10 * changes[-1]]
+    if idle:
+        raise ValueError(
+            f"neurons of {idle[0]} ({len(idle)} of {len(layers)} value layers) do not act: without them the UNet gives "
+            f"the same; where projections are fused, call pipe.unfuse_qkv_projections(); its attention is {attention[0]}"
+        )
+    _ACTING[unet] = attention
+
+
+def placement(unet: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Return the device and the type in which a model takes its input; one whose weights are offloaded moves it itself."""
+    weight = next(unet.parameters())
+    return torch.device("cpu") if weight.is_meta else weight.device, weight.dtype
+
+
 def _layers(unet: nn.Module, part: Part) -> tuple[Layer, ...]:
     """Return the layers of a part in the order in which an image passes them."""
-    matches = [(re.fullmatch(_ADDRESSES[part], name), module) for name, module in unet.named_modules()]
+    # A compiled model wraps the original one, and has another name for its modules.
+    named = getattr(unet, "_orig_mod", unet).named_modules()
+    matches = [(re.fullmatch(_ADDRESSES[part], name), module) for name, module in named]
     placed = [(block, *pair) for block in BLOCKS for pair in matches if pair[0] and pair[0][1] == block]
     return tuple(
         Layer(part, number, block, match[0], module) for number, (block, match, module) in enumerate(placed, 1)
     )
 
 
-def _submodule(unet: nn.Module, name: str) -> nn.Module | None:
+def submodule(unet: nn.Module, name: str) -> nn.Module | None:
     """Return the module of an address, None if there is none (any more)."""
     try:
         return unet.get_submodule(name)
@@ -286,8 +413,9 @@ def _submodule(unet: nn.Module, name: str) -> nn.Module | None:
 
 @contextmanager
 def _hooks(unet: nn.Module, functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Call functions after the modules of these addresses inside the context."""
+    """Call functions after the modules of these addresses inside the context; compiled code, which may not, is left out."""
     with ExitStack() as handles:
+        handles.enter_context(torch.compiler.set_stance("force_eager"))
         for name, function in functions.items():
             handles.enter_context(unet.get_submodule(name).register_forward_hook(function))
         yield
@@ -301,19 +429,19 @@ def _collector(outputs: list[Tensor]) -> Callable[..., None]:
     return collect
 
 
-def _scaler(scales: Tensor) -> Callable[..., Tensor]:
+def _scaler(scales: Tensor, guided: Guided | None) -> Callable[..., Tensor]:
     def scale(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        batch, samples = output.shape[0], scales.shape[0]
-        if batch % samples:
-            raise ValueError(f"{samples} neuron sets were given for a batch of {batch}; give one, or one per sample")
-        return output * scales.to(output).repeat(batch // samples, *[1] * (scales.ndim - 1))
+        chosen = scales.to(output)
+        if len(scales) > 1:
+            chosen = chosen[sample_of_each(len(output), len(scales), guided).to(output.device)]
+        return output * chosen
 
     return scale
 
 
 def _neuron_scales(layer: Layer, sets: Sequence[NeuronSet], factor: float) -> Tensor:
     """Return what the values of a layer are multiplied by, [sample, 1, neuron]."""
-    scales = torch.ones(len(sets), 1, layer.width)
+    scales = torch.ones(len(sets), 1, layer.width, dtype=torch.float32, device="cpu")
     for row, neurons in zip(scales, sets, strict=True):
         row[0, list(neurons.layers[layer.index])] = factor
     return scales

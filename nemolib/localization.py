@@ -20,7 +20,7 @@ from nemolib.batching import check_prompts
 from nemolib.blocked_score import BlockedScore
 from nemolib.first_step import ALGORITHMS, Evaluations, FirstStep, first_step
 from nemolib.holdout import ActivationStatistics, z_scores
-from nemolib.layers import value_activations
+from nemolib.layers import check_neurons_act, naming, value_activations
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.prompts import MEMORIZED
@@ -269,23 +269,27 @@ def localize(
         The localization.
 
     Raises:
-        ValueError: A threshold is outside (-1, 1]; the prompt is empty; the statistics are those of another model.
+        ValueError: A threshold is outside (-1, 1]; the prompt is empty; the statistics are those of another model; or
+            neurons do not act.
+        NotFiniteError: What the model gives for the prompt is not finite.
     """
     check_prompts([prompt])
     check_threshold(threshold, gate)
     statistics.check(pipe.unet)
     defaults, protocol = settings_of(pipe), protocol_of(pipe, protocol)
-    found = Search(
-        first_step(pipe, settings=detection, protocol=protocol),
-        embed(pipe, [prompt]),
-        statistics,
-        gate=threshold if gate is None else gate,
-        similarity=similarity or defaults.similarity,
-        search=search_settings(search, defaults.search),
-        protocol=protocol,
-        prompt=prompt,
-    )
-    return found.localize(Variant("", threshold, threshold))
+    with naming(prompt):
+        check_neurons_act(pipe.unet)
+        found = Search(
+            first_step(pipe, settings=detection, protocol=protocol),
+            embed(pipe, [prompt]),
+            statistics,
+            gate=threshold if gate is None else gate,
+            similarity=similarity or defaults.similarity,
+            search=search_settings(search, defaults.search),
+            protocol=protocol,
+            prompt=prompt,
+        )
+        return found.localize(Variant("", threshold, threshold))
 
 
 def localizing(

@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from nemolib.layers import finite
+
 MEMORIZED_ABOVE = 0.7
 """Copy similarity above which an image counts as a copy (App. C.1); it is SSCD's, another descriptor has another scale."""
 
@@ -50,8 +52,9 @@ def sscd_orig(generated: Any, originals: Any) -> np.ndarray:
     Raises:
         ValueError: Shapes do not belong together, or features are not of unit norm.
     """
-    generated = _features(generated)
-    return np.einsum("psf,pf->ps", generated, _features(originals, generated.shape[::2]))
+    generated, originals = _features(generated), _array(originals)
+    finite(originals[~np.isnan(originals).all(axis=-1)], "features of originals")
+    return np.einsum("psf,pf->ps", generated, _unit(originals, generated.shape[::2]))
 
 
 def sscd_gen(generated: Any, reference: Any) -> np.ndarray:
@@ -107,7 +110,7 @@ def a_clip(images: Any, texts: Any) -> np.ndarray:
     Raises:
         ValueError: Shapes do not belong together, or features are not of unit norm.
     """
-    return sscd_orig(images, texts)
+    return sscd_orig(images, finite(texts, "features of texts"))
 
 
 # Over seeds and prompts
@@ -336,8 +339,12 @@ def _present(values: Any) -> np.ndarray:
 
 
 def _features(features: Any, shape: tuple[int, ...] | None = None) -> np.ndarray:
-    """Return features of unit norm as float64, of a given shape or else [prompt, seed, feature]; rows of NaN stay."""
-    features = _array(features)
+    """Return finite features of unit norm as float64, of a given shape or else [prompt, seed, feature]."""
+    return _unit(finite(_array(features), "features"), shape)
+
+
+def _unit(features: np.ndarray, shape: tuple[int, ...] | None) -> np.ndarray:
+    """Return features after a look at their shape and norm; rows of NaN stay."""
     if features.ndim != 3 if shape is None else features.shape != shape:
         expected = "[prompt, seed, feature]" if shape is None else list(shape)
         raise ValueError(f"features of shape {list(features.shape)}; expected {expected}")
@@ -363,13 +370,17 @@ def _distance(metric: Any, real: Any, generated: Any, *, least: int, **options: 
             f"{len(real)} real and {len(generated)} generated images, but at least {least} of each are needed; give "
             "more images, or for KID a smaller subset_size"
         )
+    # Decompositions of matrices with NaN can end the process.
+    for name, features in (("real", real), ("generated", generated)):
+        finite(features, f"features of {name} images")
     # A network that hands features through: torchmetrics takes ours and needs no Inception of its own.
     network = torch.nn.Identity()
     network.num_features = real.shape[1]
-    distance = metric(feature=network, **options).set_dtype(torch.float64)
-    distance.update(torch.from_numpy(real), real=True)
-    distance.update(torch.from_numpy(generated), real=False)
-    return distance.compute()
+    with torch.device("cpu"):
+        distance = metric(feature=network, **options).set_dtype(torch.float64)
+        distance.update(torch.from_numpy(real), real=True)
+        distance.update(torch.from_numpy(generated), real=False)
+        return distance.compute()
 
 
 def _labelled(memorized: Any, unmemorized: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -378,7 +389,6 @@ def _labelled(memorized: Any, unmemorized: Any) -> tuple[np.ndarray, np.ndarray]
     for name, values in zip(("memorized", "unmemorized"), kinds, strict=True):
         if not len(values):
             raise ValueError(f"there is no score of {name} prompts; both kinds are needed")
-        if not np.isfinite(values).all():
-            raise ValueError(f"score {int(np.argmin(np.isfinite(values)))} of {name} prompts is not finite")
+        finite(values, f"scores of {name} prompts")
     labels = np.repeat([1, 0], [len(values) for values in kinds])
     return labels, np.concatenate(kinds)

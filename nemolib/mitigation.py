@@ -6,7 +6,6 @@ with AttentionScaling().applied(pipe, [prompt] * 4) as inputs:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -17,9 +16,22 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
-from nemolib.batching import batches, check_prompts
-from nemolib.first_step import guidance_norm, timestep_of
-from nemolib.layers import Layer, scale_neurons, scale_outputs, widths
+from nemolib.batching import check_prompts, shrinking
+from nemolib.first_step import guidance_norm, noise_mix
+from nemolib.layers import (
+    Guided,
+    Layer,
+    check_neurons_act,
+    finite,
+    guidance_of,
+    naming,
+    placement,
+    sample_of_each,
+    scale_neurons,
+    scale_outputs,
+    submodule,
+    widths,
+)
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.seeding import stream
@@ -65,7 +77,7 @@ class Mitigation:
 
         Args:
             pipe: A StableDiffusionPipeline.
-            prompts: One prompt for each image of the batch, with repetitions; ``num_images_per_prompt`` stays 1.
+            prompts: The prompts of the call, with repetitions; all images of a prompt are treated alike.
 
         Yields:
             Arguments for a call of the pipeline: ``prompt``, or ``prompt_embeds`` [image, token, feature].
@@ -127,13 +139,15 @@ class DeactivatedNeurons(Mitigation):
         return DeactivatedNeurons(chosen, self.factor) if chosen else None
 
     def check(self, pipe: StableDiffusionPipeline) -> None:
-        """Raise a ValueError for a pipeline without these neurons."""
+        """Raise a ValueError for a pipeline without these neurons, or in which they do not act."""
         super().check(pipe)
         for chosen in [self.neurons] if isinstance(self.neurons, NeuronSet) else self.neurons.values():
             chosen.check(widths(pipe.unet))
+        check_neurons_act(pipe.unet)
 
     def _changed(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> AbstractContextManager[None]:
-        return scale_neurons(pipe.unet, [self.neurons_of(prompt) for prompt in prompts], factor=self.factor)
+        sets = [self.neurons_of(prompt) for prompt in prompts]
+        return scale_neurons(pipe.unet, sets, factor=self.factor, guided=guidance_of(pipe))
 
 
 def random_neurons(neurons: NeuronSet, widths: Sequence[int], *, seed: int, repeat: int = 0) -> NeuronSet:
@@ -214,15 +228,17 @@ class SwitchedOffLayers(Mitigation):
 
     def _scales(self, unet: nn.Module) -> dict[str, Tensor]:
         """Return what the outputs of each layer are multiplied by: [1, 1, channel], of a convolution [1, channel, 1, 1]."""
-        modules, scales = dict(unet.named_modules()), {}
+        scales = {}
         for name in self.layers:
-            module = modules.get(name)
-            if not isinstance(module, nn.Linear | nn.Conv2d):
+            module = submodule(unet, name)
+            convolution = hasattr(module, "out_channels")
+            width = getattr(module, "out_channels" if convolution else "out_features", None)
+            if width is None:
                 found = "is not there" if module is None else f"is a {type(module).__name__}"
-                raise ValueError(f"{name!r} {found}; channels are those of a Linear or Conv2d of {type(unet).__name__}")
-            scale = torch.ones(module.weight.shape[0])
-            scale[self.channels(name, len(scale))] = 0
-            scales[name] = scale.view(1, -1, 1, 1) if isinstance(module, nn.Conv2d) else scale.view(1, 1, -1)
+                raise ValueError(f"{name!r} {found}; channels are those of a linear layer or a convolution of the UNet")
+            scale = torch.ones(width, dtype=torch.float32, device="cpu")
+            scale[self.channels(name, width)] = 0
+            scales[name] = scale.view(1, -1, 1, 1) if convolution else scale.view(1, 1, -1)
         return scales
 
     def _changed(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> AbstractContextManager[None]:
@@ -291,9 +307,9 @@ class EmbeddingAdjustment(Mitigation):
         return EmbeddingAdjustment(replace(self.settings, multiplier=0.0))
 
     def check(self, pipe: StableDiffusionPipeline) -> None:
-        """Raise a ValueError for a model that does not predict the noise, or that has no gradients."""
+        """Raise a ValueError for a model that predicts something unknown, or that has no gradients."""
         super().check(pipe)
-        timestep_of(pipe.scheduler, steps=self.settings.steps, index=self.settings.step)
+        noise_mix(pipe.scheduler, 0)
         if any(parameter.is_inference() for parameter in pipe.unet.parameters()):
             raise ValueError("the UNet was loaded in torch.inference_mode and has no gradients; load it outside")
 
@@ -305,23 +321,25 @@ class EmbeddingAdjustment(Mitigation):
         The model is not changed, and its parameters get no gradients.
 
         Raises:
-            ValueError: The pipeline cannot be handled, or the norm is not a finite number.
+            ValueError: The pipeline cannot be handled.
+            NotFiniteError: A prediction, or the adjusted embedding, is not finite.
         """
         self.check(pipe)
-        norm_of, embedding = guidance_norm(pipe, self.settings), embed(pipe, [prompt])[0]
+        embedding = embed(pipe, [prompt])[0]
         begin, free = embedding[:1].float(), embedding[1:].float().clone().requires_grad_()
         optimizer = torch.optim.AdamW([free], lr=self.settings.learning_rate)
         norms: list[float] = []
-        for _ in range(self.settings.iterations):
-            norm = norm_of(torch.cat([begin, free])[None]).mean()
-            norms.append(norm.item())
-            if not math.isfinite(norms[-1]):
-                raise ValueError(f"the norm of the guidance is {norms[-1]} in step {len(norms)}; use dtype float32")
-            if norms[-1] <= self.settings.target:
-                break
-            (free.grad,) = torch.autograd.grad(norm, [free])
-            optimizer.step()
-        return Adjustment(torch.cat([begin, free]).detach().to(embedding.dtype), tuple(norms))
+        with naming(prompt):
+            norm_of = guidance_norm(pipe, self.settings)
+            for _ in range(self.settings.iterations):
+                norm = norm_of(torch.cat([begin, free])[None]).mean()
+                norms.append(norm.item())
+                if norms[-1] <= self.settings.target:
+                    break
+                (free.grad,) = torch.autograd.grad(norm, [free])
+                optimizer.step()
+            adjusted = finite(torch.cat([begin, free]).detach().to(embedding.dtype), "adjusted embedding")
+        return Adjustment(adjusted, tuple(norms))
 
     def _inputs(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> dict[str, Any]:
         adjusted = {prompt: self.adjust(pipe, prompt).embedding for prompt in dict.fromkeys(prompts)}
@@ -337,8 +355,11 @@ def target_norms(pipe: StableDiffusionPipeline, *, settings: WenSettings) -> Cal
 
     @torch.no_grad()
     def measure(batch: Sequence[str]) -> list[float]:
-        parts = (norm_of(embed(pipe, part)) for part in batches(batch, norms_together(settings)))
-        return torch.cat(list(parts)).double().mean(dim=1).tolist()
+        size = norms_together(settings)
+        parts = shrinking(
+            lambda part: norm_of(embed(pipe, part)), batch, size=size, owner=pipe.unet, use="target norms"
+        )
+        return torch.cat([norms for _, norms in parts]).double().mean(dim=1).tolist()
 
     return measure
 
@@ -423,11 +444,13 @@ class AttentionScaling(Mitigation):
 
     @contextmanager
     def _changed(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> Iterator[None]:
-        allowed = attended_tokens(pipe.tokenizer, prompts, mask=self.settings.mask).to(pipe.unet.device)
+        allowed = attended_tokens(pipe.tokenizer, prompts, mask=self.settings.mask).to(placement(pipe.unet)[0])
         with ExitStack() as before:
+            # Compiled code knows of no other processor.
+            before.enter_context(torch.compiler.set_stance("force_eager"))
             for layer in cross_attention(pipe.unet).values():
                 before.callback(layer.set_processor, layer.processor)
-                layer.set_processor(ScaledAttention(self.settings.c1, allowed))
+                layer.set_processor(ScaledAttention(self.settings.c1, allowed, guidance_of(pipe)))
             yield
 
 
@@ -436,12 +459,12 @@ class ScaledAttention:
 
     Args:
         c1: What the logit of the first token is multiplied by.
-        allowed: For each image the tokens that get attention, [image, token], bool. A batch of as many samples is
-            text-conditional; in one of twice as many the unconditional samples come first.
+        allowed: For each prompt the tokens that get attention, [prompt, token], bool.
+        guided: Tells whether the first half of a batch is unconditional.
     """
 
-    def __init__(self, c1: float, allowed: Tensor) -> None:
-        self.c1, self.allowed = c1, allowed
+    def __init__(self, c1: float, allowed: Tensor, guided: Guided) -> None:
+        self.c1, self.allowed, self.guided = c1, allowed, guided
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Any = None
@@ -457,17 +480,16 @@ class ScaledAttention:
             part.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             for part in (attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states))
         )
-        samples, (images, tokens) = len(query), self.allowed.shape
-        if samples not in (images, 2 * images) or key.shape[-2] != tokens:
-            raise ValueError(
-                f"attention scaling was set up for {images} images and {tokens} tokens, but the batch has {samples} "
-                f"samples and {key.shape[-2]} tokens; give one prompt per image"
-            )
-        scale = torch.ones(samples, 1, 1, tokens, device=self.allowed.device)
-        blocked = torch.zeros_like(scale, dtype=torch.bool)
-        scale[-images:, ..., 0] = self.c1
-        blocked[-images:, 0, 0] = ~self.allowed
+        prompts, tokens = self.allowed.shape
+        if key.shape[-2] != tokens:
+            raise ValueError(f"attention scaling was set up for {tokens} tokens, but the text has {key.shape[-2]}")
         logits = query.float() @ key.float().transpose(-1, -2) * attn.scale
+        rows = sample_of_each(len(logits), prompts, self.guided)
+        conditional = slice(len(rows) // 2 if self.guided() else 0, None)
+        scale = torch.ones_like(logits[:, :1, :1])
+        blocked = torch.zeros_like(scale, dtype=torch.bool)
+        scale[conditional, ..., 0] = self.c1
+        blocked[conditional, 0, 0] = ~self.allowed.to(logits.device)[rows[conditional].to(logits.device)]
         weights = (logits * scale).masked_fill(blocked, -torch.inf).softmax(dim=-1)
         output = (weights.to(value.dtype) @ value).transpose(1, 2).flatten(2)
         for part in attn.to_out:
@@ -479,10 +501,10 @@ def attended_tokens(tokenizer: Any, prompts: list[str], *, mask: Mask) -> Tensor
     """Return which tokens of prompts get attention, [prompt, token], bool, as long as the tokenizer pads prompts."""
     length = tokenizer.model_max_length
     if mask == "none":
-        return torch.ones(len(prompts), length, dtype=torch.bool)
+        return torch.ones(len(prompts), length, dtype=torch.bool, device="cpu")
     used = [len(ids) for ids in tokenizer(prompts, truncation=True, max_length=length).input_ids]
-    ends = torch.tensor(used) - int(mask == "summary")
-    return torch.arange(length) < ends[:, None]
+    ends = torch.tensor(used, device="cpu") - int(mask == "summary")
+    return torch.arange(length, device="cpu") < ends[:, None]
 
 
 def cross_attention(unet: nn.Module) -> dict[str, Any]:

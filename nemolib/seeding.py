@@ -32,8 +32,9 @@ def latents(shape: Sequence[int], *, samples: int, seed: int) -> Tensor:
         raise ValueError(f"samples is {samples}; at least one latent is needed")
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"latent shape {tuple(shape)} does not fit; expected (channel, height, width)")
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn((samples, *shape), generator=generator)
+    # Type and device are stated: a session may have other defaults.
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn((samples, *shape), generator=generator, dtype=torch.float32, device="cpu")
 
 
 def sample_seed(seed: int, index: int) -> int:
@@ -57,7 +58,7 @@ def sample_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator
     Returns:
         Fresh generators, in the order of ``indices``.
     """
-    return [torch.Generator().manual_seed(sample_seed(seed, index)) for index in indices]
+    return [torch.Generator("cpu").manual_seed(sample_seed(seed, index)) for index in indices]
 
 
 def stream(seed: int, *keys: int | str) -> np.random.Generator:

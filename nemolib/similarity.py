@@ -145,7 +145,13 @@ def _measured(
     if problem:
         raise ValueError(f"similarity of {a.shape[-2]} x {a.shape[-1]} maps: {problem}")
     window = {"sigma": settings.sigma, "kernel_size": settings.kernel_size}
-    return measure(a.float(), b.float(), **window, **options, reduction="none").reshape(-1)
+    before = torch.get_default_dtype()
+    try:
+        # torchmetrics makes the exponents in the default type of the session.
+        torch.set_default_dtype(torch.float32)
+        return measure(a.float(), b.float(), **window, **options, reduction="none").reshape(-1)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _window_problem(side: int, settings: SimilaritySettings, betas: tuple[float, ...]) -> str | None:

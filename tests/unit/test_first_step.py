@@ -108,8 +108,38 @@ def test_timesteps_are_those_of_ddim_for_any_scheduler():
         assert timestep_of(kind(**config), steps=50, index=1) == 961
     with pytest.raises(ValueError, match="timestep index 50 is outside a schedule of 50 steps"):
         timestep_of(DDIMScheduler(), steps=50, index=50)
-    with pytest.raises(ValueError, match="the model predicts 'v_prediction'"):
-        timestep_of(DDIMScheduler(prediction_type="v_prediction"), steps=50, index=0)
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+def test_models_that_predict_something_else(random_pipe, kind):
+    """A model that says the same in other words, by diffusers' own formulas, has the same noise differences and norms."""
+    pipe, expected = copy.copy(random_pipe), random_pipe.scheduler
+    pipe.unet = copy.deepcopy(random_pipe.unet)
+    pipe.scheduler = DDIMScheduler.from_config(expected.config, prediction_type=kind)
+
+    def other_words(module, args, output):
+        expected.set_timesteps(50)
+        clean = expected.step(output[0], int(args[1]), args[0]).pred_original_sample
+        times = torch.tensor([int(args[1])])
+        return (expected.get_velocity(clean, output[0], times) if kind == "v_prediction" else clean,)
+
+    pipe.unet.register_forward_hook(other_words)
+    for settings in (SETTINGS, GUIDED):
+        found, plain = (noise_differences(item, "a", settings=settings) for item in (pipe, random_pipe))
+        torch.testing.assert_close(found, plain, atol=1e-3, rtol=0)
+    norms = (guidance_norms(item, "red fox", steps=3, settings=SETTINGS) for item in (pipe, random_pipe))
+    np.testing.assert_allclose(*norms, rtol=1e-2)
+    wen = WenSettings(latents=2, step=0)
+    found, plain = (guidance_norm(item, wen)(embed(random_pipe, ["red fox"])) for item in (pipe, random_pipe))
+    torch.testing.assert_close(found, plain, atol=0, rtol=1e-2)
+
+
+def test_a_model_that_predicts_something_unknown(random_pipe):
+    pipe = copy.copy(random_pipe)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler.register_to_config(prediction_type="flow")
+    with pytest.raises(ValueError, match="the model predicts 'flow'; known: epsilon, v_prediction, sample"):
+        first_step(pipe)
 
 
 def test_half_precision_models_return_float32(random_pipe):

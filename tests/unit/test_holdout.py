@@ -74,7 +74,7 @@ class Evil:
     ("content", "words"),
     [
         ({"a": torch.ones(1)}, "holds no released statistics; expected a pair of lists of tensors"),
-        (([torch.ones(3)], [-torch.ones(3)]), "is negative or not finite"),
+        (([torch.ones(3)], [-torch.ones(3)]), "is negative; the file is damaged"),
         (([Evil()], []), "[Ww]eights only"),
         (None, r"file\.pt is not readable: it was cut"),
     ],
@@ -111,6 +111,8 @@ def test_statistics_of_another_model(statistics, random_pipe):
         statistics.check(random_unet(cross_attention=False))
     with pytest.raises(ValueError, match="do not fit"):
         ActivationStatistics(statistics.mean, statistics.std[:2])
+    with pytest.raises(ValueError, match="activation statistics: not all numbers are finite"):
+        ActivationStatistics((torch.ones(2),), (torch.tensor([1.0, torch.inf]),))
 
 
 def test_z_scores():
@@ -142,6 +144,8 @@ def test_threshold_of_too_few_scores():
         memorization_threshold(np.ones(3))
     with pytest.raises(ValueError, match="1 scores were given; a threshold needs at least two"):
         memorization_threshold(np.ones((1, 45)), protocol="paper")
+    with pytest.raises(ValueError, match="holdout scores: not all numbers are finite in torch.float64"):
+        memorization_threshold(np.array([[0.1, np.nan]]))
 
 
 @pytest.mark.parametrize("function", [activation_statistics, holdout_scores])

@@ -1,14 +1,19 @@
 import copy
+import warnings
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from diffusers.models.attention_processor import AttnProcessor
 
 from nemolib.layers import (
+    check_neurons_act,
     collect_activations,
     collect_outputs,
     cross_attention_layers,
     deactivate,
     down_convolutions,
+    sample_of_each,
     scale_neurons,
     scale_outputs,
     spread,
@@ -223,10 +228,85 @@ def test_what_does_not_fit_leaves_no_hook(random_pipe, context, error, words):
     assert hooks_of(random_pipe) == 0
 
 
-def test_a_batch_that_is_no_multiple_of_the_sets(random_pipe):
-    with (
-        pytest.raises(ValueError, match="3 neuron sets were given for a batch of 2"),
-        scale_neurons(random_pipe.unet, [FIRST, SECOND, FIRST]),
-    ):
-        noise(random_pipe)
-    assert hooks_of(random_pipe) == 0
+# Models that are wrapped, and neurons that do not act
+
+
+@pytest.fixture
+def other(random_pipe):
+    """Return a pipeline whose UNet is a copy, to be changed."""
+    pipe = copy.copy(random_pipe)
+    pipe.unet = copy.deepcopy(random_pipe.unet)
+    return pipe
+
+
+def compiled(unet):
+    unet = torch.compile(unet, backend="eager")
+    unet(LATENTS, 961, torch.zeros(2, 12, 16))
+    return unet
+
+
+def quantized(unet):
+    with warnings.catch_warnings(action="ignore"):
+        return torch.ao.quantization.quantize_dynamic(unet, {torch.nn.Linear}, dtype=torch.qint8)
+
+
+@pytest.mark.parametrize("wrap", [compiled, lambda unet: cpu_offload(unet, torch.device("cpu")), quantized])
+def test_layers_behind_wrappers_are_found_and_act(random_pipe, other, wrap):
+    other.unet = wrap(other.unet)
+    assert [layer.name for layer in value_layers(other.unet)] == [
+        layer.name for layer in value_layers(random_pipe.unet)
+    ]
+    same = value_layer_hash(other.unet) == value_layer_hash(random_pipe.unet)
+    assert same == (wrap is not quantized)
+    tolerance = 1e-5 if same else 0.1
+    for neurons in (NeuronSet.empty(7), FIRST):
+        with deactivate(other, neurons), deactivate(random_pipe, neurons):
+            torch.testing.assert_close(noise(other), noise(random_pipe), atol=tolerance, rtol=tolerance)
+            for found, plain in zip(values(other), values(random_pipe), strict=True):
+                torch.testing.assert_close(found, plain, atol=10 * tolerance, rtol=tolerance)
+
+
+def test_neurons_that_do_not_act_are_noticed_by_one_pass(other):
+    passes = []
+    other.unet.register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))
+    for _ in range(2):
+        check_neurons_act(other.unet)
+        assert passes == [9]
+    other.fuse_qkv_projections(vae=False)
+    with pytest.raises(ValueError, match=r"neurons of down.*to_v \(7 of 7 .* do not act.*unfuse_qkv_projections\(\)"):
+        check_neurons_act(other.unet)
+    other.unfuse_qkv_projections(vae=False)
+    with deactivate(other, FIRST):
+        pass
+    assert passes == [9] * 2
+
+
+def test_a_layer_that_attention_does_not_call_is_named(other):
+    attention = other.unet.get_submodule(KEY.removesuffix(".to_k"))
+    attention.set_processor(AttnProcessor())
+    layer = attention.to_v
+    layer.forward, attention.to_v = layer.forward, torch.nn.Linear(16, 16)
+    attention.to_v.forward = lambda text: torch.zeros(len(text), text.shape[1], 16)
+    with pytest.raises(ValueError, match=r"neurons of mid_block.*to_v \(1 of 7 value layers\) do not act"):
+        check_neurons_act(other.unet)
+
+
+@pytest.mark.parametrize(
+    ("batch", "samples", "guided", "rows"),
+    [
+        (4, 2, None, [0, 1, 0, 1]),
+        (4, 2, True, [0, 1, 0, 1]),
+        (4, 2, False, [0, 0, 1, 1]),
+        (8, 2, True, [0, 0, 1, 1] * 2),
+        (3, 2, False, "2 samples were prepared, but the batch has 3"),
+        (6, 2, True, "2 samples were prepared, but the batch has 6"),
+        (2, 3, None, "3 samples were prepared, but the batch has 2"),
+    ],
+)
+def test_which_sample_a_row_belongs_to(batch, samples, guided, rows):
+    known = None if guided is None else lambda: guided
+    if isinstance(rows, list):
+        assert sample_of_each(batch, samples, known).tolist() == rows
+    else:
+        with pytest.raises(ValueError, match=rows):
+            sample_of_each(batch, samples, known)

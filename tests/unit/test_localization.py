@@ -1,22 +1,38 @@
 import copy
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from nemolib.first_step import noise_differences
-from nemolib.layers import value_layers
+from nemolib.first_step import guidance_norms, noise_differences
+from nemolib.generation import generate
+from nemolib.holdout import activation_statistics, holdout_scores
+from nemolib.layers import NotFiniteError, value_layers
 from nemolib.localization import Localization, Variant, localization_table, localize, localizing, varying
+from nemolib.mitigation import EmbeddingAdjustment
 from nemolib.neurons import NeuronSet
-from nemolib.settings import PAPER, DetectionSettings, SearchSettings, SimilaritySettings
+from nemolib.pipeline import embed
+from nemolib.run import localize_many
+from nemolib.settings import (
+    PAPER,
+    DetectionSettings,
+    GenerationSettings,
+    SearchSettings,
+    SimilaritySettings,
+    WenSettings,
+)
 from nemolib.similarity import max_pairwise, memorization_score, pairwise, similarity
+from nemolib.store import Store
+from nemolib.workers import FailedPrompts
 from tests.random_pipeline import WIDTHS
 
 SIMILARITY = SimilaritySettings(kernel_size=3, sigma=0.5)
 SEARCH = SearchSettings(theta_start=3.0, theta_step=1.0, k_step=2)
 SEQUENTIAL = replace(SEARCH, method="sequential")
 DETECTION = DetectionSettings(samples=3)
+VALUE = ("unet", "mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight")
 SETTINGS = {"detection": DETECTION, "similarity": SIMILARITY, "search": SEARCH, "gate": -0.9, "threshold": 0.95}
 
 
@@ -124,6 +140,63 @@ def test_what_cannot_be_searched(random_pipe, statistics, search):
         value_layers(pipe.unet)[0].module.weight.mul_(2)
     with pytest.raises(ValueError, match="statistics of another model"):
         localize(pipe, "zzz", statistics, threshold=0.5)
+
+
+def not_finite(pipe, part, name):
+    """Return the pipeline with one weight that is not a number."""
+    pipe = copy.copy(pipe)
+    setattr(pipe, part, copy.deepcopy(getattr(pipe, part)))
+    with torch.no_grad():
+        getattr(pipe, part).get_parameter(name).view(-1)[0] = torch.nan
+    return pipe
+
+
+@pytest.mark.parametrize("part", [("unet", "conv_out.weight"), ("text_encoder", "final_layer_norm.weight")])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda pipe, statistics: localize(pipe, "zzz", statistics, **SETTINGS),
+        lambda pipe, _: noise_differences(pipe, "zzz", settings=DETECTION),
+        lambda pipe, _: holdout_scores(pipe, ["zzz", "a"], similarity=SIMILARITY, progress=False),
+        lambda pipe, _: guidance_norms(pipe, "zzz", settings=DETECTION),
+        lambda pipe, _: EmbeddingAdjustment(WenSettings(target=0.0, latents=2)).adjust(pipe, "zzz"),
+        lambda pipe, _: generate(pipe, ["zzz"], settings=GenerationSettings(samples=1, steps=1), progress=False),
+    ],
+)
+def test_what_is_not_finite_is_an_error_that_names_the_prompt(random_pipe, statistics, part, function):
+    with pytest.raises(NotFiniteError, match=r"'zzz'.*not all numbers are finite in torch.float32; .*load it with"):
+        function(not_finite(random_pipe, *part), statistics)
+
+
+def test_nor_are_statistics_made_of_what_is_not_finite(random_pipe):
+    for part, words in (
+        (("text_encoder", "final_layer_norm.weight"), "text embedding of prompt 'a'"),
+        (VALUE, "values of"),
+    ):
+        with pytest.raises(NotFiniteError, match=words):
+            activation_statistics(not_finite(random_pipe, *part), ["a", "b"], progress=False)
+
+
+def test_a_prompt_that_is_not_finite_stops_no_other(random_pipe, statistics, tmp_path, monkeypatch):
+    def embedded(pipe, prompts):
+        return embed(pipe, prompts) * (torch.nan if prompts == ["b q"] else 1)
+
+    monkeypatch.setattr("nemolib.localization.embed", embedded)
+    monkeypatch.delenv("NEMO_DASK", raising=False)
+    settings = {name: SETTINGS[name] for name in ("threshold", "search", "detection", "similarity")}
+    many = partial(localize_many, random_pipe, statistics=statistics, store=Store(tmp_path), progress=False, **settings)
+    with pytest.raises(FailedPrompts, match="b q.*not all numbers are finite"):
+        many(["zzz", "b q", "a"])
+    assert many(["zzz", "a"])["prompt"].tolist() == ["zzz", "a"]
+
+
+def test_defaults_of_the_session_change_nothing(search, found):
+    try:
+        torch.set_default_dtype(torch.float64)
+        again = search()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert replace(again, seconds={}) == replace(found, seconds={})
 
 
 def test_a_record_gives_the_localization_back(random_pipe, statistics, found):

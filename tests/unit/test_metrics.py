@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from nemolib import metrics
 
+NAN = float("nan")
+
 
 def unit(*shape, seed=0):
     values = np.random.default_rng(seed).normal(size=shape)
@@ -67,9 +69,18 @@ def test_a_prompt_without_original_stays_missing():
         (lambda: metrics.fid(gaussian(1), gaussian(30)), "1 real and 30 generated images, but at least 2"),
         (lambda: metrics.fid(gaussian(9), gaussian(9, features=5)), r"\[9, 6\] and \[9, 5\]; expected twice"),
         (lambda: metrics.fid(unit(2, 3, 4), unit(2, 3, 4)), r"expected twice \[image, feature\]"),
+        (lambda: metrics.fid(gaussian(9), NAN * gaussian(9)), "features of generated images: not all numbers"),
+        (
+            lambda: metrics.kid(NAN * gaussian(9), gaussian(9), subset_size=2),
+            "features of real images: not all numbers",
+        ),
+        (lambda: metrics.d_sscd(NAN * unit(2, 3, 4)), "features: not all numbers are finite in torch.float64"),
+        (lambda: metrics.sscd_gen(unit(2, 3, 4), NAN * unit(2, 3, 4)), "features: not all numbers"),
+        (lambda: metrics.sscd_orig(unit(2, 3, 4), [[NAN, 1, 0, 0]] * 2), "features of originals: not all numbers"),
+        (lambda: metrics.a_clip(unit(2, 3, 4), NAN * unit(2, 4)), "features of texts: not all numbers"),
         (lambda: metrics.auroc([], [0.1]), "no score of memorized prompts"),
         (lambda: metrics.best_accuracy([0.1], []), "no score of unmemorized prompts"),
-        (lambda: metrics.tpr_at_fpr([0.1], [0.2, np.nan]), "score 1 of unmemorized prompts is not finite"),
+        (lambda: metrics.tpr_at_fpr([0.1], [0.2, np.nan]), "scores of unmemorized prompts: not all numbers are finite"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(call, words):
@@ -154,7 +165,8 @@ def test_kid_draws_from_its_own_seed():
     real, generated = gaussian(30), gaussian(40, seed=1)
     torch.manual_seed(7)
     before = torch.random.get_rng_state()
-    first = metrics.kid(real, generated, subset_size=10)
+    with torch.device("meta"):  # nor does a default device of the session count
+        first = metrics.kid(real, generated, subset_size=10)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert metrics.kid(real, generated, subset_size=10) == first
     assert first[1] > 0

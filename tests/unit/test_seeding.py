@@ -4,9 +4,17 @@ import torch
 from nemolib import seeding
 
 
-def test_latents_come_from_one_generator():
+def test_latents_come_from_one_generator_whatever_the_defaults_of_the_session():
     expected = torch.randn((3, 4, 8, 8), generator=torch.Generator().manual_seed(5))
-    assert torch.equal(seeding.latents((4, 8, 8), samples=3, seed=5), expected)
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            found = seeding.latents((4, 8, 8), samples=3, seed=5)
+            assert seeding.sample_generators(5, [0])[0].device.type == "cpu"
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
 
 
 def test_latents_leave_the_global_generator_alone():

@@ -355,13 +355,8 @@ def guidance_norms(
 
     Returns:
         Norms [step, seed], float64, at least 0.
-
-    Raises:
-        ValueError: There are fewer than one step or more than the schedule has.
     """
     settings = settings or settings_of(pipe).detection
-    if not 1 <= steps <= settings.steps:
-        raise ValueError(f"steps is {steps}; it must be between 1 and the {settings.steps} steps of the schedule")
     scheduler, embeddings = _ddim(pipe.scheduler, settings.steps), embed(pipe, ["", prompt])
     latents, norms = initial_latents(pipe, samples=settings.samples, seed=settings.seed), []
     for timestep in scheduler.timesteps[:steps]:

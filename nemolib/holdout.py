@@ -20,12 +20,11 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from nemolib.batching import batches, check_prompts, progress_bar
-from nemolib.first_step import first_step
-from nemolib.layers import finite, naming, value_activations, value_layer_hash, widths
+from nemolib.first_step import observing, pairs_measure
+from nemolib.layers import finite, value_activations, value_layer_hash, widths
 from nemolib.paths import write_atomic
 from nemolib.pipeline import embed
 from nemolib.settings import DetectionSettings, Protocol, SimilaritySettings, load_protocol, protocol_of, settings_of
-from nemolib.similarity import pair_similarities
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -124,17 +123,14 @@ def load_statistics(path: str | Path, *, widths: Sequence[int] | None = None) ->
 
 
 def _load_released(path: Path) -> ActivationStatistics:
-    expected = "expected a pair of lists of tensors (means, deviations)"
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        mean, std = (tuple(tensor.float() for tensor in tensors) for tensors in content)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"{path} is not readable: it was cut, or is another file; {expected} ({error!s:.200})"
+            f"{path} holds no released statistics, a pair of lists of tensors (means, deviations); it was cut, or is "
+            f"another file ({error!s:.200})"
         ) from error
-    is_pair = isinstance(content, tuple | list) and len(content) == 2 and all(isinstance(x, list) for x in content)
-    if not is_pair or not all(isinstance(tensor, Tensor) for tensors in content for tensor in tensors):
-        raise ValueError(f"{path} holds no released statistics; {expected}")
-    mean, std = (tuple(tensor.float() for tensor in tensors) for tensors in content)
     if any((tensor < 0).any() for tensor in (*mean, *std)):
         raise ValueError(f"{path}: a mean or a deviation is negative; the file is damaged")
     return ActivationStatistics(mean, std)
@@ -241,18 +237,15 @@ def holdout_scores(
     Raises:
         ValueError: No prompts were given.
     """
-    prompts, protocol = check_prompts(prompts), protocol_of(pipe, protocol)
-    step = first_step(pipe, settings=settings, protocol=protocol)
-    similarity = similarity or settings_of(pipe).similarity
-    rows = []
+    defaults, prompts, rows = settings_of(pipe), check_prompts(prompts), []
+    detection = settings or defaults.detection
+    observe = observing(pipe, detection=detection, similarity=similarity or defaults.similarity)
+    measure = pairs_measure(protocol_of(pipe, protocol), detection.guidance)
     with progress_bar(len(prompts), "noise differences", enabled=progress) as bar:
         for prompt in prompts:
-            with naming(prompt):
-                differences = step(embed(pipe, [prompt]))
-            pairs = pair_similarities(differences, settings=similarity, protocol=protocol)
-            rows.append(pairs.double().cpu().numpy())
+            rows += observe([(prompt, measure)])
             bar.update()
-    return np.stack(rows)
+    return np.array(rows)
 
 
 def memorization_threshold(

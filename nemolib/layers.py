@@ -17,11 +17,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from nemolib.neurons import NeuronSet
+from nemolib.seeding import latents
 
 STABLE_DIFFUSION_WIDTHS = (320, 320, 640, 640, 1280, 1280, 1280)
 """Neurons of the value layers of Stable Diffusion v1."""
@@ -63,12 +65,12 @@ def finite(values: Any, quantity: str, prompts: Sequence[str] = ()) -> Any:
     Raises:
         NotFiniteError: One of them is not a number, or infinite: no score may be made of it, and no threshold.
     """
-    found = values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
-    if not found.isfinite().all():
-        item = int(found.isfinite().flatten(1).all(dim=1).int().argmin()) if found.ndim > 1 else 0
+    good = values.isfinite() if isinstance(values, Tensor) else torch.from_numpy(np.isfinite(values))
+    if not good.all():
+        item = int(good.reshape(len(good), -1).all(dim=1).int().argmin())
         of = f" of prompt {prompts[item]!r}" if prompts else ""
         raise NotFiniteError(
-            f"{quantity}{of}: not all numbers are finite in {found.dtype}; where a model overflows in half precision, load "
+            f"{quantity}{of}: not all numbers are finite in {values.dtype}; where a model overflows in half precision, load "
             "it with dtype float32 or bfloat16; where a weight is not finite, load the model again"
         )
     return values
@@ -365,17 +367,13 @@ def check_neurons_act(unet: nn.Module) -> None:
         return
     none = NeuronSet.empty(len(layers))
     alone = [NeuronSet.of([(i, n) for n in range(width)], layers=len(layers)) for i, width in enumerate(widths(unet))]
-    (device, dtype), generator = placement(unet), torch.Generator("cpu").manual_seed(0)
     # The first and the last sample are equal: what they differ by is rounding.
-    shapes = (unet.config.in_channels, *[2 ** len(unet.down_blocks)] * 2), (8, layers[0].module.in_features)
-    latents, text = (
-        torch.randn((1, *shape), generator=generator, dtype=torch.float32, device="cpu")
-        .expand(len(layers) + 2, *shape)
-        .to(device, dtype)
-        for shape in shapes
-    )
-    with scale_neurons(unet, [none, *alone, none]):
-        outputs = finite(unet(latents, 500, text, return_dict=False)[0], "predicted noise").float()
+    sets = [none, *alone, none]
+    shapes = (unet.config.in_channels, *[2 ** len(unet.down_blocks)] * 2), (1, 8, layers[0].module.in_features)
+    drawn = (latents(shape, samples=1, seed=0).to(*placement(unet)) for shape in shapes)
+    noise, text = (item.repeat(len(sets), 1, 1, 1) for item in drawn)
+    with scale_neurons(unet, sets):
+        outputs = finite(unet(noise, 500, text[:, 0], return_dict=False)[0], "predicted noise").float()
     changes = (outputs - outputs[0]).flatten(1).abs().amax(dim=1).tolist()
     idle = [layer.name for layer, change in zip(layers, changes[1:], strict=False) if not change > 10 * changes[-1]]
     if idle:

@@ -110,7 +110,7 @@ def a_clip(images: Any, texts: Any) -> np.ndarray:
     Raises:
         ValueError: Shapes do not belong together, or features are not of unit norm.
     """
-    return sscd_orig(images, finite(texts, "features of texts"))
+    return sscd_orig(images, finite(_array(texts), "features of texts"))
 
 
 # Over seeds and prompts

@@ -25,7 +25,6 @@ from nemolib.layers import (
     finite,
     guidance_of,
     naming,
-    placement,
     sample_of_each,
     scale_neurons,
     scale_outputs,
@@ -234,8 +233,9 @@ class SwitchedOffLayers(Mitigation):
             convolution = hasattr(module, "out_channels")
             width = getattr(module, "out_channels" if convolution else "out_features", None)
             if width is None:
-                found = "is not there" if module is None else f"is a {type(module).__name__}"
-                raise ValueError(f"{name!r} {found}; channels are those of a linear layer or a convolution of the UNet")
+                raise ValueError(
+                    f"{name!r} is no linear layer or convolution of {type(unet).__name__}, and has no channels"
+                )
             scale = torch.ones(width, dtype=torch.float32, device="cpu")
             scale[self.channels(name, width)] = 0
             scales[name] = scale.view(1, -1, 1, 1) if convolution else scale.view(1, 1, -1)
@@ -444,7 +444,7 @@ class AttentionScaling(Mitigation):
 
     @contextmanager
     def _changed(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> Iterator[None]:
-        allowed = attended_tokens(pipe.tokenizer, prompts, mask=self.settings.mask).to(placement(pipe.unet)[0])
+        allowed = attended_tokens(pipe.tokenizer, prompts, mask=self.settings.mask)
         with ExitStack() as before:
             # Compiled code knows of no other processor.
             before.enter_context(torch.compiler.set_stance("force_eager"))

@@ -24,14 +24,7 @@ def latents(shape: Sequence[int], *, samples: int, seed: int) -> Tensor:
 
     Returns:
         Standard normal latents [seed, channel, height, width], float32, on the CPU.
-
-    Raises:
-        ValueError: No samples are asked for, or the shape is not that of a latent.
     """
-    if samples < 1:
-        raise ValueError(f"samples is {samples}; at least one latent is needed")
-    if len(shape) != 3 or min(shape) < 1:
-        raise ValueError(f"latent shape {tuple(shape)} does not fit; expected (channel, height, width)")
     # Type and device are stated: a session may have other defaults.
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn((samples, *shape), generator=generator, dtype=torch.float32, device="cpu")
@@ -43,8 +36,6 @@ def sample_seed(seed: int, index: int) -> int:
     Raises:
         ValueError: The seed or the index is negative.
     """
-    if seed < 0 or index < 0:
-        raise ValueError(f"seed {seed} and sample index {index} must not be negative")
     return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -67,11 +58,6 @@ def stream(seed: int, *keys: int | str) -> np.random.Generator:
     Args:
         seed: Base seed.
         keys: What the numbers belong to; ``1`` and ``"1"`` differ.
-
-    Raises:
-        ValueError: The seed is negative.
     """
-    if seed < 0:
-        raise ValueError(f"seed {seed} must not be negative")
     digest = hashlib.sha256(repr((seed, *keys)).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest, "little"))

@@ -141,7 +141,8 @@ def _measured(
         raise ValueError(
             f"cannot compare shapes {tuple(a.shape)} and {tuple(b.shape)}; expected twice [pair, channel, height, width]"
         )
-    problem = _window_problem(min(a.shape[-2:]), settings, options.get("betas", ()))
+    scales = len(options.get("betas", (1.0,)))
+    problem = _window_problem(min(a.shape[-2:]), settings.sigma, scales)
     if problem:
         raise ValueError(f"similarity of {a.shape[-2]} x {a.shape[-1]} maps: {problem}")
     window = {"sigma": settings.sigma, "kernel_size": settings.kernel_size}
@@ -154,23 +155,18 @@ def _measured(
         torch.set_default_dtype(before)
 
 
-def _window_problem(side: int, settings: SimilaritySettings, betas: tuple[float, ...]) -> str | None:
+def _window_problem(side: int, sigma: float, scales: int) -> str | None:
     """Return why the window does not fit maps of a size, or None if it fits.
 
     A Gaussian window reaches int(3.5 sigma + 0.5) pixels to each side, and maps are mirrored at their borders that far.
-    Sides halve from scale to scale. torchmetrics takes the window from sigma alone, but with exponents it checks
-    ``kernel_size`` too.
+    Sides halve from scale to scale. What torchmetrics checks itself is left to it: the number of scales and, though it
+    takes the window from sigma alone, ``kernel_size``.
     """
-    scales, sigma, reach = max(1, len(betas)), settings.sigma, int(3.5 * settings.sigma + 0.5)
-    allowed = side // max(1, scales - 1) ** 2
+    reach = int(3.5 * sigma + 0.5)
     if reach < 1:
         return f"sigma {sigma:g} gives a window of a single pixel; take at least 0.15"
     if (side >> (scales - 1)) <= reach:
         return f"sigma {sigma:g} reaches {reach} pixels, the coarsest of {scales} scales is too small for it; take a smaller one"
-    if betas and side < 2**scales:
-        return f"{scales} scales need at least {2**scales} pixels; take fewer betas"
-    if betas and settings.kernel_size > allowed:
-        return f"kernel_size {settings.kernel_size} is too large for {scales} scales; take at most {allowed}"
     return None
 
 

@@ -20,10 +20,10 @@ from nemolib.first_step import (
     pairs_measure,
     timestep_of,
 )
-from nemolib.holdout import holdout_scores
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.settings import PAPER, RELEASED, DetectionSettings, SimilaritySettings, WenSettings
+from nemolib.similarity import pair_similarities
 from tests.random_pipeline import WIDTHS
 
 SETTINGS = DetectionSettings(samples=3)
@@ -182,11 +182,12 @@ def observe(random_pipe):
 
 
 @pytest.mark.parametrize("protocol", [RELEASED, PAPER])
-@pytest.mark.parametrize("guidance", [0.0, 7.0])
-def test_pairs_are_those_of_the_holdout_scores(random_pipe, observe, protocol, guidance):
-    shared = {"settings": replace(SETTINGS, guidance=guidance), "similarity": SIMILARITY, "progress": False}
-    direct = holdout_scores(random_pipe, ["red fox"], protocol=protocol, **shared)
-    assert observe([("red fox", pairs_measure(protocol, guidance))])[0] == pytest.approx(direct[0], abs=1e-4)
+@pytest.mark.parametrize("settings", [SETTINGS, GUIDED])
+def test_pairs_are_those_of_the_noise_differences(random_pipe, observe, protocol, settings):
+    differences = noise_differences(random_pipe, "red fox", settings=settings, protocol=protocol)
+    direct = pair_similarities(differences, settings=SIMILARITY, protocol=protocol)
+    found = observe([("red fox", pairs_measure(protocol, settings.guidance))])[0]
+    assert found == pytest.approx(direct.tolist(), abs=1e-4)
 
 
 def test_every_prediction_is_made_once(observe, passes):
@@ -216,9 +217,6 @@ def test_wens_score_of_the_first_steps(random_pipe, observe, passes):
     by_hand = (step.raw(embed(random_pipe, ["red fox"])) - step.raw(embed(random_pipe, [""]))).flatten(1).norm(dim=1)
     assert norms[0] == pytest.approx(by_hand.numpy(), rel=1e-3)
     assert not np.allclose(norms[0], norms[1])
-    for steps in (0, 51):
-        with pytest.raises(ValueError, match=f"steps is {steps}; it must be between 1 and the 50"):
-            guidance_norms(random_pipe, "red fox", steps=steps, settings=SETTINGS)
 
 
 def test_the_norm_as_a_function_of_embeddings_has_gradients(random_pipe):

@@ -73,10 +73,10 @@ class Evil:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({"a": torch.ones(1)}, "holds no released statistics; expected a pair of lists of tensors"),
+        ({"a": torch.ones(1)}, "holds no released statistics, a pair of lists of tensors"),
         (([torch.ones(3)], [-torch.ones(3)]), "is negative; the file is damaged"),
         (([Evil()], []), "[Ww]eights only"),
-        (None, r"file\.pt is not readable: it was cut"),
+        (None, r"file\.pt holds no released statistics.*it was cut"),
     ],
 )
 def test_released_statistics_are_checked(tmp_path, content, words):
@@ -144,7 +144,7 @@ def test_threshold_of_too_few_scores():
         memorization_threshold(np.ones(3))
     with pytest.raises(ValueError, match="1 scores were given; a threshold needs at least two"):
         memorization_threshold(np.ones((1, 45)), protocol="paper")
-    with pytest.raises(ValueError, match="holdout scores: not all numbers are finite in torch.float64"):
+    with pytest.raises(ValueError, match="holdout scores: not all numbers are finite in float64"):
         memorization_threshold(np.array([[0.1, np.nan]]))
 
 

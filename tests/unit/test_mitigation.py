@@ -171,8 +171,11 @@ def test_pipelines_and_prompts_that_cannot_be_handled(random_pipe, mitigation):
         (lambda pipe: random_neurons(NeuronSet(((0, 1, 2),)), (5,), seed=0), "only 2 remain, 3 are needed"),
         (lambda pipe: SwitchedOffLayers(VALUE), "valid tuple.*input_type=str"),
         (lambda pipe: SwitchedOffLayers((VALUE,), share=-0.1), "share\n.*greater than or equal to 0"),
-        (lambda pipe: SwitchedOffLayers(("mid.conv1",)).check(pipe), "'mid.conv1' is not there; channels are"),
-        (lambda pipe: SwitchedOffLayers(("down_blocks.0",)).check(pipe), "'down_blocks.0' is a CrossAttnDownBlock2D;"),
+        (lambda pipe: SwitchedOffLayers(("mid.conv1",)).check(pipe), "'mid.conv1' is no linear layer or convolution"),
+        (
+            lambda pipe: SwitchedOffLayers(("down_blocks.0",)).check(pipe),
+            "'down_blocks.0' is no linear layer or convolution",
+        ),
         (lambda pipe: EmbeddingAdjustment(WenSettings(target=None)), "target is None.*that of nemolib.wen_target"),
         (lambda pipe: module.wen_target(pipe, ["a"], settings=SLOW), "needs at least 2"),
         (lambda pipe: AttentionScaling().check(random_pipeline(cross_attention=False)), "no cross-attention"),

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -148,13 +148,7 @@ def refine_fast(
     return state.result()
 
 
-def refine_by_leading_seeds(
-    entries: Sequence[Sequence[int]],
-    score: BlockedScore,
-    *,
-    threshold: float,
-    refine: Callable[..., Refinement] = refine_fast,
-) -> Refinement:
+def refine_by_leading_seeds(entries: Sequence[Sequence[int]], score: BlockedScore, *, threshold: float) -> Refinement:
     """Return the neurons that are needed to keep a score below the threshold (Alg. 4), tested in groups on few seeds.
 
     The score is a maximum over seeds, and a few of them lead it. `refine_fast` runs on the leading seed alone; the set
@@ -173,7 +167,6 @@ def refine_by_leading_seeds(
         entries: For each layer its candidates, in the order of the tests.
         score: The score of the prompt.
         threshold: Score that must be undercut, exclusive.
-        refine: The search of each round; `refine_fast`, or `refine_sequential`.
 
     Returns:
         The needed neurons; the tests are those of the last round.
@@ -183,7 +176,7 @@ def refine_by_leading_seeds(
     accepted: list[NeuronSet] = []
     for _ in range(_ROUNDS):
         ask = _Asked(score, leading, threshold=threshold, passing=accepted)
-        found = refine(entries, ask, threshold=threshold, initial_score=initial_score)
+        found = refine_fast(entries, ask, threshold=threshold, initial_score=initial_score)
         final = initial_score if found.neurons == start else score.screen(found.neurons, limit=threshold)
         if final < threshold or found.neurons == start:
             return Refinement(found.neurons, final, found.tests)
@@ -194,7 +187,7 @@ def refine_by_leading_seeds(
         first = bisect_left(ask.accepted, True, key=lambda neurons: score.of_seeds(neurons, [newest]) >= threshold)
         leading, accepted = [newest, *leading], ask.accepted[:first]
     everywhere = partial(score.screen, limit=threshold)
-    return refine(entries, everywhere, threshold=threshold, initial_score=initial_score)
+    return refine_fast(entries, everywhere, threshold=threshold, initial_score=initial_score)
 
 
 class RefinementState:

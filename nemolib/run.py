@@ -10,7 +10,7 @@ earlier ones, and a run that was killed continues.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import groupby
@@ -34,7 +34,7 @@ from nemolib.pipeline import load_pipeline
 from nemolib.provenance import code_hash, content_hash, model_hash
 from nemolib.settings import load_profile, load_protocol, search_settings, settings_of
 from nemolib.store import Grid, Store, read_grid, read_table, write_grid, write_table
-from nemolib.workers import FailedPrompts, Failure, Task, cluster, map_prompts
+from nemolib.workers import Batch, FailedPrompts, Failure, Outcomes, Task, map_prompts
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -42,9 +42,6 @@ if TYPE_CHECKING:
     from nemolib.settings import GenerationSettings, Profile, Protocol, SearchSettings
 
 Role = Literal["copy", "alignment", "quality", "clip_quality"]
-
-Pairs = Iterable[tuple[str, Any]]
-"""Keys with what they are the keys of."""
 
 METRICS = ("sscd_orig", "sscd_orig_max", "sscd_gen", "d_sscd", "a_clip")
 """What `Run.measure` measures."""
@@ -131,32 +128,46 @@ class Run:
             ValueError: The model's layers have hooks: what it gives must not be kept as the model's own.
             FailedPrompts: Prompts raised; all others are finished and kept.
         """
-        keys = self._keys(task, items, common)
+        return _finished(*self._begun(task, items, label, together, common))
 
-        def made(waiting: Sequence[tuple[str, Any]]) -> Pairs:
+    def _begun(
+        self,
+        task: Task,
+        items: Sequence[Any],
+        label: str,
+        together: int | Callable[[Any], Hashable],
+        common: dict[str, Any],
+    ) -> tuple[list[str], Outcomes]:
+        """Return the keys of items, and what yields their outcomes as they come; arguments as in `compute`."""
+        base = content_hash([self.model_hash, code_hash(task), torch.__version__.partition("+")[0], common])
+        keys = [content_hash([base, item]) for item in items]
+        different = dict(zip(keys, items, strict=True))
+
+        def made(waiting: Batch) -> Outcomes:
             if callable(together):
                 parts = [list(part) for _, part in groupby(waiting, lambda pair: together(pair[1]))]
             else:
                 parts = list(batches(waiting, together))
-            with progress_bar(len(set(keys)), label, enabled=self.progress and len(waiting) > 0) as bar:
-                bar.update(len(set(keys)) - len(waiting))
-                for found in map_prompts(task, parts, pipe=self.pipe, common=common):
+            with progress_bar(len(different), label, enabled=self.progress) as bar:
+                bar.update(len(different) - len(waiting))
+                for outcome in map_prompts(task, parts, pipe=self.pipe, common=common):
                     bar.update()
-                    yield found
+                    yield outcome
 
-        return self._kept(task.__name__, keys, items, made)
+        return keys, self._kept(task.__name__, different, made)
 
-    def _kept(self, name: str, keys: list[str], items: Sequence[Any], made: Callable[[list[Any]], Pairs]) -> list[Any]:
-        """Return the results of these keys; ``made`` yields those that the store lacks from their keys and items."""
-        known = {key: value for key in dict.fromkeys(keys) if (value := self.store.get(name, key)) is not None}
-        waiting = {key: item for key, item in zip(keys, items, strict=True) if key not in known}
-        for key, value in made(list(waiting.items())):
-            known[key] = self.store.put(name, key, value)
-        return [known[key] for key in keys]
-
-    def _keys(self, task: Task, items: Sequence[Any], common: dict[str, Any]) -> list[str]:
-        base = content_hash([self.model_hash, code_hash(task), torch.__version__.partition("+")[0], common])
-        return [content_hash([base, item]) for item in items]
+    def _kept(self, name: str, items: Mapping[str, Any], made: Callable[[Batch], Outcomes]) -> Outcomes:
+        """Yield what the store has of items, one by one; then what ``made`` yields for the others, once it is kept."""
+        waiting = []
+        for key, item in items.items():
+            value = self.store.get(name, key)
+            if value is None:
+                waiting.append((key, item))
+            else:
+                yield key, value
+        if waiting:
+            for key, outcome in made(waiting):
+                yield key, outcome if isinstance(outcome, Failure) else self.store.put(name, key, outcome)
 
     @property
     def model_hash(self) -> str:
@@ -343,24 +354,24 @@ class Run:
             ValueError: There are no prompts, one is empty, or the mitigation cannot handle the pipeline.
             FailedPrompts: Prompts raised; the images of all others are kept.
         """
-        settings = settings or self.profile.generation
-        items = self._image_items(captions, mitigation)
+        return np.stack(_finished(*self._drawn(captions, mitigation, settings or self.profile.generation)))
+
+    def _drawn(
+        self, captions: Sequence[str], mitigation: Mitigation | None, settings: GenerationSettings
+    ) -> tuple[list[str], Outcomes]:
+        """Return the keys of the images of prompts, and what yields them as they come."""
+        captions = check_prompts(captions)
+        if mitigation is not None:
+            mitigation.check(self.pipe)
+        items = [(caption, None if mitigation is None else mitigation.of(caption)) for caption in captions]
         together = max(1, settings.batch_size // settings.samples)
-        return np.stack(self.compute(drawing, items, label="images", together=together, settings=settings))
+        return self._begun(drawing, items, "images", together, {"settings": settings})
 
     def with_and_without(self, captions: Sequence[str], mitigation: Mitigation) -> Grid:
         """Return images of prompts with all neurons active, and beside them those of the same seeds with a mitigation."""
         halves = [self.images(captions, item) for item in (None, mitigation)]
         seeds = [f"seed {number}" for number in range(halves[0].shape[1])]
         return Grid(np.concatenate(halves, axis=1), tuple(captions), tuple(2 * seeds))
-
-    def _image_items(
-        self, captions: Sequence[str], mitigation: Mitigation | None
-    ) -> list[tuple[str, Mitigation | None]]:
-        captions = check_prompts(captions)
-        if mitigation is not None:
-            mitigation.check(self.pipe)
-        return [(caption, None if mitigation is None else mitigation.of(caption)) for caption in captions]
 
     def encoder(self, role: Role) -> Encoder:
         """Return the profile's image encoder for copy detection, alignment or image quality.
@@ -399,30 +410,22 @@ class Run:
             Features [prompt, seed, feature], float32.
         """
         settings, encoder = settings or self.profile.generation, self.encoder(role)
-        items = self._image_items(captions, mitigation)
         base = content_hash([encoder.identity(), code_hash("encoders")])
-        keys = [content_hash([base, key]) for key in self._keys(drawing, items, {"settings": settings})]
+        keys = [content_hash([base, key]) for key in self._drawn(captions, mitigation, settings)[0]]
 
-        def made(waiting: Sequence[tuple[str, Any]]) -> Pairs:
-            failures: list[Failure] = []
-            with cluster(self.pipe):
-                for part in batches(waiting, max(1, _TOGETHER // settings.samples)):
-                    captions = {key: caption for key, (caption, _) in part}
-                    try:
-                        images = self.images(list(captions.values()), mitigation, settings=settings)
-                    except FailedPrompts as error:
-                        failures += error.failures
-                        failed = {failure.caption for failure in error.failures}
-                        captions = {key: caption for key, caption in captions.items() if caption not in failed}
-                        if not captions:
-                            continue
-                        images = self.images(list(captions.values()), mitigation, settings=settings)
-                    found = encoder.describe(images.reshape(-1, *images.shape[2:])).unflatten(0, images.shape[:2])
-                    yield from zip(captions, found.numpy(), strict=True)
-            if failures:
-                raise FailedPrompts(failures, len(waiting))
+        def described(waiting: Batch) -> Outcomes:
+            drawn, outcomes = self._drawn([caption for _, caption in waiting], mitigation, settings)
+            pairs = [(key, image) for (key, _), image in zip(waiting, drawn, strict=True)]
+            groups, come = batches(pairs, max(1, _TOGETHER // settings.samples)), {}
+            group = next(groups)
+            # Images come in any order. A group is described when all of it are there, and let go.
+            for image, outcome in outcomes:
+                come[image] = outcome
+                while group and all(image in come for _, image in group):
+                    yield from _described(encoder, {key: come.pop(image) for key, image in group})
+                    group = next(groups, ())
 
-        return np.stack(self._kept("features", keys, items, made))
+        return np.stack(_finished(keys, self._kept("features", dict(zip(keys, captions, strict=True)), described)))
 
     def planted_images(self, rows: pd.DataFrame, *, size: tuple[int, int] | None = None) -> list[np.ndarray]:
         """Return the planted image of each row; with Stable Diffusion, the training image that was found at its URL.
@@ -540,6 +543,28 @@ def localize_many(
     run = Run(replace(settings_of(pipe), **settings), pipe, store=store, progress=progress)
     found = run.search(prompts, threshold=threshold, gate=gate, statistics=statistics, search=search)
     return localization_table(found, seconds=seconds)
+
+
+def _finished(keys: Sequence[str], outcomes: Outcomes) -> list[Any]:
+    """Return the results of keys, once all have come; raise FailedPrompts if some are failures, each prompt's first."""
+    found = dict(outcomes)
+    failures: dict[str, Failure] = {}
+    for key in keys:
+        if isinstance(found[key], Failure):
+            failures.setdefault(found[key].caption, found[key])
+    if failures:
+        raise FailedPrompts(list(failures.values()))
+    return [found[key] for key in keys]
+
+
+def _described(encoder: Encoder, drawn: Mapping[str, Any]) -> Outcomes:
+    """Yield the features of images that are described together, those of a prompt [seed, feature]; failures stay."""
+    yield from ((key, made) for key, made in drawn.items() if isinstance(made, Failure))
+    made = {key: images for key, images in drawn.items() if not isinstance(images, Failure)}
+    if made:
+        images = np.stack(list(made.values()))
+        found = encoder.describe(images.reshape(-1, *images.shape[2:])).unflatten(0, images.shape[:2])
+        yield from zip(made, found.numpy(), strict=True)
 
 
 def has_image(rows: pd.DataFrame) -> np.ndarray:

@@ -30,7 +30,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from nemolib.pipeline import load_pipeline
@@ -52,6 +51,9 @@ PATIENCE = "20s"
 
 Batch = Sequence[tuple[str, Any]]
 """Items that are computed together, each with its key. An item is a caption, or a tuple that begins with one."""
+
+Outcomes = Iterator[tuple[str, Any]]
+"""Keys of items, each with its result or its `Failure`."""
 
 Task = Callable[..., Callable[[Sequence[Any]], Sequence[Any]]]
 """Called once in each process with a pipeline and what all batches have in common; returns what computes some items."""
@@ -77,12 +79,13 @@ class FailedPrompts(RuntimeError):
         failures: What failed (`Failure`), in the order of the prompts.
     """
 
-    def __init__(self, failures: Sequence[Failure], prompts: int) -> None:
+    def __init__(self, failures: Sequence[Failure]) -> None:
         self.failures = tuple(failures)
         lines = [f"  {failure.caption!r}: {failure.message}" for failure in failures]
+        many = "1 prompt" if len(failures) == 1 else f"{len(failures)} prompts"
         super().__init__(
-            f"{len(failures)} of {prompts} prompts failed after all others were finished; what is kept in a store is "
-            "not computed again\n" + "\n".join(lines)
+            f"{many} failed after all others were finished; what is kept in a store is not computed again\n"
+            + "\n".join(lines)
         )
         self.add_note(f"The first of them:\n{self.failures[0].details}")
 
@@ -93,8 +96,8 @@ def map_prompts(
     *,
     pipe: StableDiffusionPipeline,
     common: Mapping[str, Any],
-) -> Iterator[tuple[str, Any]]:
-    """Yield the keys of items with what a task makes of them, as they come.
+) -> Outcomes:
+    """Yield the key of each item, as they come, with what a task makes of it; with a `Failure` if it raises.
 
     Where a batch of several items raises, each of them is computed alone.
 
@@ -106,26 +109,17 @@ def map_prompts(
         common: Plain values that all batches share.
 
     Raises:
-        FailedPrompts: Prompts raised; after everything else was yielded.
         WorkersError: The cluster cannot be used, or a worker has another model or code.
     """
     if not batches:
         return
-    failures: list[tuple[int, Failure]] = []
     with cluster(pipe) as client:
-        if client is None:
-            function = task(pipe, **common)
-            found = ((place, _outcomes(function, batch)) for place, batch in enumerate(batches))
-        else:
-            found = _there(task, batches, pipe, common, client)
-        for place, outcomes in found:
-            for key, outcome in outcomes:
-                if isinstance(outcome, Failure):
-                    failures.append((place, outcome))
-                else:
-                    yield key, outcome
-    if failures:
-        raise FailedPrompts([failure for _, failure in sorted(failures, key=itemgetter(0))], sum(map(len, batches)))
+        if client is not None:
+            yield from _there(task, batches, pipe, common, client)
+            return
+        function = task(pipe, **common)
+        for batch in batches:
+            yield from _outcomes(function, batch)
 
 
 _client: Client | None = None
@@ -223,12 +217,8 @@ def _local(number: int) -> Any:
         ) from error
 
 
-Outcomes = Iterator[tuple[int, list[tuple[str, Any]]]]
-"""The place of each batch, and the keys of its items with their results or failures."""
-
-
 def _there(task: Task, batches: Sequence[Batch], pipe: Any, common: Mapping[str, Any], client: Client) -> Outcomes:
-    """Yield what workers compute, as they finish it."""
+    """Yield what workers compute, as they finish it; what is left when this ends is given up."""
     from distributed import as_completed
 
     work = _Work(uuid.uuid4().hex, profile_of(pipe), _identity(pipe, task), task, dict(common))
@@ -239,8 +229,7 @@ def _there(task: Task, batches: Sequence[Batch], pipe: Any, common: Mapping[str,
             key = f"{task.__name__}-{work.name}-{place}"
             waiting[client.submit(_on_worker, replace(work, batch=batch), key=key, retries=2)] = place
         for future in as_completed(list(waiting), loop=client.loop):
-            place = waiting.pop(future)
-            yield place, _result(future, batches[place])
+            yield from _result(future, batches[waiting.pop(future)])
     finally:
         client.cancel(list(waiting), force=True)
 

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
 from nemolib import exhibits, paths
 from nemolib import run as runs
@@ -21,7 +22,7 @@ from nemolib.pipeline import load_pipeline
 from nemolib.run import Run, localize_many, open_run
 from nemolib.settings import PAPER, RELEASED, Encoders, GenerationSettings, Profile
 from nemolib.store import Grid, Store
-from nemolib.workers import FailedPrompts, Failure
+from nemolib.workers import FailedPrompts
 from tests.random_world import SMALL, amplify, write_encoders, write_prompts
 
 VM, CLEAN = ["red fox card", "red owl card"], ["a tree", "the sea", "my dog"]
@@ -202,7 +203,7 @@ def test_what_is_measured(run):
 
 def fragile(pipe):
     def some(items):
-        if "bad" in items:
+        if any("bad" in item for item in items):
             raise ValueError("no such item")
         return items
 
@@ -211,9 +212,12 @@ def fragile(pipe):
 
 def test_a_prompt_that_fails_loses_no_other(run, asked):
     for _ in range(2):
-        with pytest.raises(FailedPrompts, match="prompts? failed(.|\n)*'bad': ValueError: no such item"):
+        with pytest.raises(FailedPrompts, match="1 prompt failed(.|\n)*'bad': ValueError: no such item"):
             run.compute(fragile, ["a", "bad", "b"], label="items", together=3)
     assert asked == [[3], [1]]
+    # It is told once, whatever was asked of it.
+    with pytest.raises(FailedPrompts, match="1 prompt failed"):
+        run.compute(fragile, [("bad", 1), ("a", 1), ("bad", 2)], label="items")
 
 
 def test_tables_and_grids_pass_from_notebook_to_notebook(run):
@@ -243,17 +247,43 @@ def test_saved_tables_need_no_model(monkeypatch):
     assert all(item.reason or item.exhibit.name == "published_run" for item in drawn)
 
 
-def test_a_prompt_that_cannot_be_drawn_stops_no_features_of_others(run, monkeypatch):
+@pytest.fixture
+def unreadable(monkeypatch):
+    """Let the pipeline raise for a prompt."""
+    read = StableDiffusionPipeline.encode_prompt
+
+    def encode(self, prompt, *arguments, **settings):
+        if "a bad one" in prompt:
+            raise ValueError("no word")
+        return read(self, prompt, *arguments, **settings)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "encode_prompt", encode)
+
+
+def test_a_prompt_that_cannot_be_drawn_stops_no_features_of_others(run, unreadable, monkeypatch):
     monkeypatch.setattr(runs, "_TOGETHER", 1)
-    captions, draw = [*VM, "a bad one"], runs.Run.images
-
-    def failing(self, asked, *arguments, **settings):
-        if "a bad one" in asked:
-            raise FailedPrompts([Failure("a bad one", "ValueError: no")], len(asked))
-        return draw(self, asked, *arguments, **settings)
-
-    monkeypatch.setattr(runs.Run, "images", failing)
-    with pytest.raises(FailedPrompts, match="a bad one"):
-        run.features("copy", captions[::-1])
-    monkeypatch.setattr(runs.Run, "images", lambda *_, **__: pytest.fail("drawn again"))
+    with pytest.raises(FailedPrompts, match="1 prompt failed(.|\n)*'a bad one': ValueError: no word"):
+        run.features("copy", [VM[1], "a bad one", VM[0]])
+    monkeypatch.setattr(runs, "map_prompts", lambda *_, **__: pytest.fail("drawn again"))
     assert run.features("copy", VM).shape[0] == len(VM)
+
+
+@pytest.mark.parametrize(("order", "expected"), [(1, "xx4xx4x2"), (-1, "xxxxx442")])
+def test_images_are_described_as_they_come_in_the_same_groups(run, monkeypatch, order, expected):
+    monkeypatch.setattr(runs, "_TOGETHER", 4)
+    captions, happened, compute = [*VM, *CLEAN], [], runs.map_prompts
+    encoder, settings = run.encoder("copy"), dataclasses.replace(run.profile.generation, batch_size=1)
+    describe = encoder.describe
+
+    def drawn(task, parts, **others):
+        for outcome in compute(task, parts[::order], **others):
+            happened.append("x")
+            yield outcome
+
+    monkeypatch.setattr(runs, "map_prompts", drawn)
+    monkeypatch.setattr(encoder, "describe", lambda images: happened.append(str(len(images))) or describe(images))
+    found = run.features("copy", captions, settings=settings)
+    assert "".join(happened) == expected
+    made = run.images(captions, settings=settings)
+    for part in (slice(0, 2), slice(2, 4), slice(4, 5)):
+        assert np.array_equal(found[part], describe(np.concatenate(made[part])).unflatten(0, (-1, 2)))

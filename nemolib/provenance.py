@@ -8,12 +8,19 @@ import functools
 import hashlib
 import importlib.metadata
 import inspect
+import io
 import json
+import pickle
 import platform
 import sys
+import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from nemolib import paths
 
@@ -24,6 +31,36 @@ INFRASTRUCTURE = frozenset(
 
 PACKAGES = ("nemolib", "torch", "diffusers", "transformers", "torchmetrics", "numpy", "pandas", "matplotlib", "seaborn")
 """Packages whose versions a sidecar lists."""
+
+COMPUTING = PACKAGES[1:5]
+"""Packages that compute results, so that their versions belong to what determines one."""
+
+_NO_PART = frozenset(
+    {
+        "name_or_path",
+        "_name_or_path",
+        "_diffusers_version",
+        "transformers_version",
+        "_use_default_values",
+        "use_slicing",
+    }
+)
+"""What modules and configurations hold that has no part in a result: where they came from, how memory is saved."""
+
+_SAME_ATTENTION = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
+"""Processors of diffusers that compute one attention in several ways, chosen by the memory that there is."""
+
+_FEW = 4096
+"""Values of a tensor that are looked at to see whether it changed."""
+
+_VERSIONED = frozenset({*COMPUTING, *sys.stdlib_module_names})
+
+_PLAIN = frozenset({type(None), bool, int, float, str, tuple})
+
+_SETTINGS = (type(None), bool, int, float, str, list, tuple, Mapping, Tensor)
+
+_HASHES: weakref.WeakKeyDictionary[Any, tuple[bytes, str]] = weakref.WeakKeyDictionary()
+"""For each pipeline how it looked at a glance when it was hashed last, and the hash."""
 
 
 def content_hash(value: Any) -> str:
@@ -59,6 +96,9 @@ def _pieces(value: Any) -> Iterable[bytes | memoryview]:
         yield from (b"bytes", value)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield from (b"dataclass", type(value).__name__.encode())
+        # The code of a task tells of a class of nemolib.
+        if not type(value).__module__.startswith("nemolib."):
+            yield code_hash(type(value)).encode()
         # What has no part in equality, such as the size of a batch, has none in the content.
         compared = [field.name for field in dataclasses.fields(value) if field.compare]
         yield from _pieces({name: getattr(value, name) for name in compared})
@@ -77,9 +117,7 @@ def _pieces(value: Any) -> Iterable[bytes | memoryview]:
 
 def _array_pieces(value: Any) -> Iterable[bytes | memoryview]:
     """Yield dtype, shape and bytes of a tensor or an array (a number of NumPy has no axes), or a table as CSV."""
-    if hasattr(value, "detach"):
-        import torch
-
+    if isinstance(value, Tensor):
         tensor = value.detach().cpu().contiguous()
         yield from (b"tensor", str(tensor.dtype).encode(), repr(tuple(tensor.shape)).encode())
         yield memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
@@ -92,19 +130,115 @@ def _array_pieces(value: Any) -> Iterable[bytes | memoryview]:
 
 
 def model_hash(pipe: Any) -> str:
-    """Return a hash of everything in a StableDiffusionPipeline that determines a result: weights, tokens, scheduler."""
-    parts = {name: dict(getattr(pipe, name).state_dict()) for name in ("unet", "text_encoder", "vae")}
-    scheduler = {name: repr(value) for name, value in pipe.scheduler.config.items() if name[0] != "_"}
-    return content_hash([parts, dict(pipe.tokenizer.get_vocab()), scheduler])
+    """Return a hash of everything in a StableDiffusionPipeline that determines a result; quick where nothing changed.
+
+    Raises:
+        ValueError: Something in the pipeline changes results and cannot be described, such as a hook.
+    """
+    # What a pipeline itself holds is left from its last call, but for its parts.
+    parts = {name: part for name, part in vars(pipe).items() if not isinstance(part, _SETTINGS)}
+    casts = [
+        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) for device in ("cpu", "cuda", "mps")
+    ]
+    numerics = [casts, torch.get_default_dtype(), torch.get_float32_matmul_precision()]
+    whole = [type(pipe), parts, numerics, [versions()[package] for package in COMPUTING]]
+    state = _description(whole, glance=True)
+    if _HASHES.get(pipe, (b"", ""))[0] != state:
+        _HASHES[pipe] = (state, content_hash(_description(whole, glance=False)))
+    return _HASHES[pipe][1]
+
+
+def _description(value: Any, *, glance: bool) -> bytes:
+    """Return what something is and holds, all of it or, at a glance, enough to see a change."""
+    stream = io.BytesIO()
+    try:
+        _Describer(stream, glance=glance).dump(value)
+    except Exception as error:
+        raise ValueError(
+            "results cannot be kept, since nothing tells what the model does; take off hooks and what else changes it, "
+            f"or leave the context that does ({str(error).splitlines()[0]})"
+        ) from error
+    return stream.getvalue()
+
+
+class _Describer(pickle.Pickler):
+    """Writes an object with everything in it, equal ones equally; what has no name, such as a hook, cannot be written.
+
+    Nothing is ever read back.
+    """
+
+    def __init__(self, stream: io.BytesIO, *, glance: bool) -> None:
+        super().__init__(stream, protocol=5)
+        self.glance = glance
+        # Equal values are written alike whether they are one object or two.
+        self.fast = True
+
+    def persistent_id(self, value: Any) -> Any:
+        """Return what is written in place of an object; None: the object itself."""
+        kind = type(value)
+        if kind in _PLAIN:
+            return None
+        if isinstance(value, Tensor):
+            return _glance(value) if self.glance else content_hash(value)
+        if isinstance(value, type | types.FunctionType):
+            code = _unversioned_code(value)
+            return [value.__qualname__, code] if code else None
+        if kind is dict and "_forward_hooks" in value:
+            return _held(value)
+        if isinstance(value, dict) and _NO_PART & value.keys():
+            return {key: value[key] for key in value if key not in _NO_PART}
+        if isinstance(value, set | frozenset):
+            return sorted(map(str, value))
+        if kind.__name__ in _SAME_ATTENTION:
+            return "attention"
+        if kind.__name__.startswith("FusedAttn"):
+            raise ValueError("fused projections pass the value layers by; call pipe.unfuse_qkv_projections()")
+        if hasattr(value, "get_vocab"):
+            settings = [
+                value.special_tokens_map,
+                value.added_tokens_encoder,
+                value.model_max_length,
+                value.padding_side,
+            ]
+            return [kind, settings, (id(value), len(value)) if self.glance else content_hash(dict(value.get_vocab()))]
+        if hasattr(value, "set_timesteps"):
+            return [kind, value.config]
+        return None
+
+
+def _held(module: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a module holds, without what is empty or has no part in a result."""
+    left_out = _NO_PART
+    if type(module.get("_hf_hook")).__module__.startswith("accelerate."):
+        # It moves weights to the device and back.
+        left_out |= {"_hf_hook", "_old_forward", "forward"}
+    kept = ((key, value) for key, value in module.items() if key not in left_out)
+    return {
+        key: value for key, value in kept if value is not None and not (isinstance(value, dict | set) and not value)
+    }
+
+
+def _glance(tensor: Tensor) -> list[Any]:
+    """Return what changes when a tensor does: its place, how often it was changed, and the sum of a few values."""
+    # PyTorch does not count changes that are made through Tensor.data; values from all over a tensor tell of one that
+    # scales or replaces it. All of them would be a second for Stable Diffusion, at every call.
+    some = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // _FEW)]
+    changes = 0 if tensor.is_inference() else tensor._version
+    return [tensor.data_ptr(), changes, float(some.sum(dtype=torch.float32))]
+
+
+def _unversioned_code(root: Any) -> str:
+    """Return a hash of the code of a class or function; empty for one of `COMPUTING` or of Python."""
+    return "" if str(root.__module__).partition(".")[0] in _VERSIONED else code_hash(root)
 
 
 @functools.cache
-def code_hash(root: Callable[..., Any] | str) -> str:
+def code_hash(root: Callable[..., Any] | type | str) -> str:
     """Return a hash of the code that determines results; comments, docstrings and layout do not count.
 
     Args:
-        root: A function of a module, with what it uses of its module; or the name of a module of nemolib, such as
-            ``"selection"``, as a whole. And from there on all modules of nemolib that are imported, directly or not, but
+        root: A function or class of a module, with what it uses of its module; or the name of a module of nemolib, such
+            as ``"selection"``, as a whole. And from there on all modules of nemolib that are imported, directly or not, but
             for `INFRASTRUCTURE`.
 
     Returns:
@@ -112,6 +246,7 @@ def code_hash(root: Callable[..., Any] | str) -> str:
 
     Raises:
         FileNotFoundError: nemolib has no such module.
+        ValueError: The code of a function or class cannot be read, or it is defined inside of another.
     """
     own, modules = ([], {root}) if isinstance(root, str) else _used(_tree(_source_of(root)), root.__name__)
     waiting, found = list(modules), {}
@@ -124,10 +259,15 @@ def code_hash(root: Callable[..., Any] | str) -> str:
     return content_hash([own, found])
 
 
-def _source_of(function: Callable[..., Any]) -> str:
-    module = sys.modules[function.__module__]
-    # A function of a notebook has no file: it is taken alone.
-    return inspect.getsource(module if getattr(module, "__file__", None) else function)
+def _source_of(root: Callable[..., Any] | type) -> str:
+    try:
+        module = sys.modules[root.__module__]
+        # A function of a notebook has no file: it is taken alone.
+        return inspect.getsource(module if getattr(module, "__file__", None) else root)
+    except (KeyError, OSError, TypeError) as error:
+        raise ValueError(
+            f"the code of {root.__qualname__} cannot be read; define it in a module with a file"
+        ) from error
 
 
 def _tree(source: str) -> ast.Module:
@@ -149,6 +289,8 @@ def _used(tree: ast.Module, name: str) -> tuple[list[str], set[str]]:
             definitions[defined] = node
         for local, module in _imported(node):
             imports[local] = module
+    if name not in definitions:
+        raise ValueError(f"{name} is not defined at the top of its module, so that nothing tells what it does")
     waiting, pieces, modules = [name], {}, set()
     while waiting:
         name = waiting.pop()
@@ -189,8 +331,9 @@ def _path(module: str) -> Path:
     return paths.PACKAGE / f"{module.replace('.', '/')}.py"
 
 
-def versions() -> dict[str, str]:
-    """Return name -> version of Python and of the packages that results depend on, without build labels (``+cpu``)."""
+@functools.cache
+def versions() -> Mapping[str, str]:
+    """Return name -> version of Python and of `PACKAGES`, without build labels (``+cpu``)."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -28,10 +28,11 @@ from nemolib.encoders import Encoder, alignment_encoder, copy_encoder, quality_e
 from nemolib.first_step import observing, pairs_measure
 from nemolib.generation import drawing
 from nemolib.holdout import ActivationStatistics, activation_statistics, load_statistics, memorization_threshold
+from nemolib.layers import value_layer_hash
 from nemolib.localization import Localization, check_threshold, localization_table, localizing
 from nemolib.mitigation import Mitigation
 from nemolib.pipeline import load_pipeline
-from nemolib.provenance import code_hash, content_hash, model_hash
+from nemolib.provenance import code_hash, content_hash, model_hash, versions
 from nemolib.settings import load_profile, load_protocol, search_settings, settings_of
 from nemolib.store import Grid, Store, read_grid, read_table, write_grid, write_table
 from nemolib.workers import Batch, FailedPrompts, Failure, Outcomes, Task, map_prompts
@@ -45,9 +46,6 @@ Role = Literal["copy", "alignment", "quality", "clip_quality"]
 
 METRICS = ("sscd_orig", "sscd_orig_max", "sscd_gen", "d_sscd", "a_clip")
 """What `Run.measure` measures."""
-
-_FEW = 4096
-"""Values of a tensor that are looked at to see whether it changed."""
 
 _TOGETHER = 128
 """Images that an encoder is given at once."""
@@ -90,7 +88,6 @@ class Run:
         self.folder = paths.build_dir(profile.name)
         self.store = store or Store(self.folder / "store")
         self._encoders: dict[str, Encoder] = {}
-        self._hashed: tuple[Any, str] | None = None
 
     @cached_property
     def pipe(self) -> StableDiffusionPipeline:
@@ -125,7 +122,7 @@ class Run:
             common: What all items share.
 
         Raises:
-            ValueError: The model's layers have hooks: what it gives must not be kept as the model's own.
+            ValueError: Something changes the model, such as a hook: what it gives must not be kept as its own.
             FailedPrompts: Prompts raised; all others are finished and kept.
         """
         return _finished(*self._begun(task, items, label, together, common))
@@ -139,7 +136,7 @@ class Run:
         common: dict[str, Any],
     ) -> tuple[list[str], Outcomes]:
         """Return the keys of items, and what yields their outcomes as they come; arguments as in `compute`."""
-        base = content_hash([self.model_hash, code_hash(task), torch.__version__.partition("+")[0], common])
+        base = content_hash([model_hash(self.pipe), code_hash(task), common])
         keys = [content_hash([base, item]) for item in items]
         different = dict(zip(keys, items, strict=True))
 
@@ -169,22 +166,10 @@ class Run:
             for key, outcome in made(waiting):
                 yield key, outcome if isinstance(outcome, Failure) else self.store.put(name, key, outcome)
 
-    @property
-    def model_hash(self) -> str:
-        """A hash of everything in the pipeline that determines a result; it is taken anew where a weight has changed.
-
-        Raises:
-            ValueError: Layers of the UNet have hooks, or attention of another kind.
-        """
-        unet = self.pipe.unet
-        if any(module._forward_hooks for module in unet.modules()):
-            raise ValueError("results are kept while layers have hooks; leave the context that changes their outputs")
-        if not all(type(item).__module__.startswith("diffusers.") for item in unet.attn_processors.values()):
-            raise ValueError("results are kept while attention is scaled; leave the context that scales it")
-        state = _state_of(self.pipe)
-        if self._hashed is None or self._hashed[0] != state:
-            self._hashed = (state, model_hash(self.pipe))
-        return self._hashed[1]
+    def _once(self, name: str, key: str, made: Callable[[], Any]) -> Any:
+        """Return what the store has, else what is made, once it is kept."""
+        value = self.store.get(name, key)
+        return self.store.put(name, key, made()) if value is None else value
 
     def save(self, value: pd.DataFrame | Grid, name: str) -> None:
         """Keep a table or an image grid for other notebooks and for the exhibits, all of it or nothing."""
@@ -240,11 +225,17 @@ class Run:
             given.check(self.pipe.unet)
             return given
         captions = self.prompts("holdout")["caption"].tolist()
-        key = content_hash([self.model_hash, captions, code_hash("holdout")])
-        path = self.store.folder / f"statistics-{key[:16]}.safetensors"
-        if not path.is_file():
-            activation_statistics(self.pipe, captions, progress=self.progress).save(path)
-        return ActivationStatistics.load(path)
+        key = content_hash([model_hash(self.pipe), code_hash("holdout"), captions])
+
+        def made() -> dict[str, list[list[float]]]:
+            found = activation_statistics(self.pipe, captions, progress=self.progress)
+            return {name: [layer.tolist() for layer in getattr(found, name)] for name in ("mean", "std")}
+
+        kept = self._once("statistics", key, made)
+        mean, std = (
+            tuple(torch.tensor(layer, dtype=torch.float32) for layer in kept[name]) for name in ("mean", "std")
+        )
+        return ActivationStatistics(mean, std, len(captions), value_layer_hash(self.pipe.unet))
 
     def observe(self, captions: Sequence[str], measures: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
         """Return what measures of the first denoising step (`nemolib.first_step.observing`) give for each prompt.
@@ -410,8 +401,8 @@ class Run:
             Features [prompt, seed, feature], float32.
         """
         settings, encoder = settings or self.profile.generation, self.encoder(role)
-        base = content_hash([encoder.identity(), code_hash("encoders")])
-        keys = [content_hash([base, key]) for key in self._drawn(captions, mitigation, settings)[0]]
+        base = _eye(encoder)
+        keys = [content_hash([*base, key]) for key in self._drawn(captions, mitigation, settings)[0]]
 
         def described(waiting: Batch) -> Outcomes:
             drawn, outcomes = self._drawn([caption for _, caption in waiting], mitigation, settings)
@@ -462,7 +453,8 @@ class Run:
         loaded = self.planted_images(rows[known]) or [np.zeros((64, 64, 3), dtype=np.uint8)]
         alike = len({image.shape for image in loaded}) == 1
         groups = [np.stack(loaded)] if alike else [image[None] for image in loaded]
-        found = torch.cat([encoder.describe(group) for group in groups]).double().numpy()
+        key = content_hash([*_eye(encoder), loaded])
+        found = self._once("planted", key, lambda: torch.cat([encoder.describe(group) for group in groups]).numpy())
         features = np.full((len(rows), found.shape[1]), np.nan)
         features[known] = found[: known.sum()]
         return features
@@ -567,18 +559,11 @@ def _described(encoder: Encoder, drawn: Mapping[str, Any]) -> Outcomes:
         yield from zip(made, found.numpy(), strict=True)
 
 
+def _eye(encoder: Encoder) -> list[str]:
+    """Return what determines the features of an image beside the image."""
+    return [encoder.identity(), code_hash("encoders"), versions()["torch"], versions()["transformers"]]
+
+
 def has_image(rows: pd.DataFrame) -> np.ndarray:
     """Return which rows of a prompt table have a planted image, [row], bool."""
-    return rows["image"].fillna("").ne("").to_numpy()
-
-
-def _state_of(pipe: StableDiffusionPipeline) -> list[Any]:
-    """Return what changes when a weight does: place, number of changes and a few values of each tensor."""
-    tensors = [t for name in ("unet", "text_encoder", "vae") for t in getattr(pipe, name).state_dict().values()]
-    changes = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
-    # PyTorch does not count changes that are made through Tensor.data; values from all over a tensor tell of one that
-    # scales or replaces it. All of them would be a second for Stable Diffusion, at every call.
-    some = [tensor.reshape(-1)[:: max(1, tensor.numel() // _FEW)] for tensor in tensors]
-    sums = [float(values.sum(dtype=torch.float32)) for values in some]
-    others = [len(pipe.tokenizer), repr(pipe.scheduler.config)]
-    return [others, [tensor.data_ptr() for tensor in tensors], changes, sums]
+    return (rows["image"].notna() & rows["image"].ne("")).to_numpy()

@@ -33,7 +33,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from nemolib.pipeline import load_pipeline
-from nemolib.provenance import code_hash, model_hash, versions
+from nemolib.provenance import COMPUTING, code_hash, model_hash, versions
 from nemolib.settings import Profile, profile_of
 
 if TYPE_CHECKING:
@@ -313,7 +313,8 @@ def _device(profile: Profile) -> str | None:
 def _identity(pipe: StableDiffusionPipeline, task: Task) -> dict[str, str]:
     """Return what must be the same in two processes for one to compute for the other."""
     model = f"{str(pipe.unet.dtype).removeprefix('torch.')}, {model_hash(pipe)[:16]}"
-    return {"model": model, "code": code_hash(task)[:16], "torch": versions()["torch"]}
+    packages = {package: versions()[package] for package in COMPUTING}
+    return packages | {"model": model, "code": code_hash(task)[:16]}
 
 
 def _check_same(here: Mapping[str, str], there: Mapping[str, str]) -> None:

@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 
 from nemolib import paths, workers
 from nemolib.first_step import pairs_measure
-from nemolib.layers import deactivate
 from nemolib.localization import Variant, localization_table, varying
 from nemolib.mitigation import DeactivatedNeurons
 from nemolib.neurons import NeuronSet
@@ -219,11 +218,6 @@ def test_a_changed_model_is_refused(profile, two):
         other.unet.conv_out.bias.add_(1)
     with pytest.raises(WorkersError, match="a worker has another model float32, [0-9a-f]+ instead of float32"):
         results(other)
-
-
-def test_a_model_with_hooks_is_refused(run, two):
-    with deactivate(run.pipe, NeuronSet.of([(0, 0)], layers=7)), pytest.raises(ValueError, match="layers have hooks"):
-        localizations(run)
 
 
 def test_a_worker_that_cannot_begin(pipe, two):

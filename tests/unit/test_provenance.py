@@ -1,4 +1,6 @@
+import copy
 import dataclasses
+import importlib
 import json
 import subprocess
 import sys
@@ -7,11 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from diffusers import PNDMScheduler, StableDiffusionImg2ImgPipeline
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from nemolib import paths, provenance
-from nemolib.provenance import code_hash, content_hash, sidecar, versions
+from nemolib.generation import generate
+from nemolib.provenance import code_hash, content_hash, model_hash, sidecar, versions
 from nemolib.settings import GenerationSettings, load_profile
 
 PLAIN = st.recursive(
@@ -74,6 +79,119 @@ def test_the_hash_is_the_same_in_another_process():
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert other.stdout.strip() == content_hash(profile)
     assert content_hash(dataclasses.replace(profile, holdout_size=7)) != content_hash(profile)
+
+
+class Adapter(nn.Module):
+    """A layer with what peft adds to it."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer, self.scaling, self._active_adapter = base_layer, {"default": 1.0}, ["default"]
+
+
+class Attention:
+    """A processor with a state."""
+
+    strength = 1.0
+
+
+def named_hook(module, arguments):
+    """Stand for a hook whose code is known."""
+
+
+def hidden_hook():
+    return lambda *arguments: None
+
+
+@pytest.fixture
+def pipe(random_pipe):
+    pipe = copy.deepcopy(random_pipe)
+    pipe.unet.conv_out = Adapter(pipe.unet.conv_out)
+    pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.processor = Attention()
+    return pipe
+
+
+CHANGES = {
+    "a weight": lambda pipe: pipe.unet.conv_in.bias.data.mul_(2),
+    "a buffer": lambda pipe: pipe.text_encoder.embeddings.position_ids.data.add_(1),
+    "a type": lambda pipe: pipe.text_encoder.double(),
+    "training": lambda pipe: pipe.unet.train(),
+    "the scheduler": lambda pipe: setattr(pipe, "scheduler", PNDMScheduler.from_config(pipe.scheduler.config)),
+    "its settings": lambda pipe: pipe.scheduler.register_to_config(timestep_spacing="trailing"),
+    "the scale of an adapter": lambda pipe: pipe.unet.conv_out.scaling.update(default=0.1),
+    "the adapters in use": lambda pipe: pipe.unet.conv_out._active_adapter.clear(),
+    "a processor": lambda pipe: vars(pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.processor).update(
+        strength=2
+    ),
+    "FreeU": lambda pipe: pipe.enable_freeu(0.9, 0.2, 1.5, 1.6),
+    "a token": lambda pipe: pipe.tokenizer.add_tokens("<cat>"),
+    "a hook": lambda pipe: pipe.vae.register_forward_pre_hook(named_hook),
+    "another pipeline": lambda pipe: setattr(pipe, "__class__", StableDiffusionImg2ImgPipeline),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_changes_a_pipeline_changes_its_hash(pipe, change):
+    before = model_hash(pipe)
+    change(pipe)
+    assert model_hash(pipe) != before
+
+
+def test_how_floats_are_computed_counts(pipe):
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = model_hash(pipe)
+    assert cast != model_hash(pipe)
+
+
+def test_what_has_no_part_in_a_result_leaves_the_hash(pipe, random_pipe):
+    before = model_hash(random_pipe)
+    pipe = copy.deepcopy(random_pipe)
+    assert model_hash(pipe) == before
+    generate(pipe, ["a"], settings=GenerationSettings(samples=1, steps=1), progress=False)
+    pipe.enable_attention_slicing()
+    pipe.enable_freeu(0.9, 0.2, 1.5, 1.6)
+    pipe.disable_freeu()
+    pipe.unet.name_or_path = "elsewhere"
+    assert model_hash(pipe) == before
+
+
+REFUSED = {
+    "a hook without a name": (lambda pipe: pipe.vae.register_forward_hook(hidden_hook()), "<lambda> is not defined at"),
+    "a method": (lambda pipe: setattr(pipe.unet, "forward", hidden_hook()), "<lambda> is not defined at"),
+    "fused projections": (lambda pipe: pipe.fuse_qkv_projections(vae=False), r"call pipe\.unfuse_qkv_projections"),
+    "no weights": (lambda pipe: pipe.unet.to("meta"), "meta tensors"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), REFUSED.values(), ids=REFUSED)
+def test_a_pipeline_that_cannot_be_told_is_refused(pipe, change, words):
+    change(pipe)
+    with pytest.raises(ValueError, match=f"results cannot be kept, since nothing tells .*{words}"):
+        model_hash(pipe)
+
+
+MITIGATION = """
+from dataclasses import dataclass
+
+from nemolib import Mitigation
+
+
+@dataclass(frozen=True)
+class Own(Mitigation):
+    name = "own"
+
+    def _inputs(self, pipe, prompts):
+        return {"prompt": PROMPTS}
+"""
+
+
+def test_a_mitigation_of_ones_own_counts_with_its_code(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    hashes = []
+    for name, prompts in (("one", "prompts"), ("two", "prompts"), ("three", "prompts[::-1]")):
+        (tmp_path / f"{name}.py").write_text(MITIGATION.replace("PROMPTS", prompts))
+        hashes.append(content_hash(importlib.import_module(name).Own()))
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 TASKS = '''"""What it does."""

@@ -1,6 +1,7 @@
 """A run: what it computes is what the library computes, once, for the model as it is."""
 
 import dataclasses
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -16,9 +17,10 @@ from nemolib.generation import generate
 from nemolib.holdout import activation_statistics, holdout_scores, memorization_threshold
 from nemolib.layers import deactivate
 from nemolib.localization import localization_table, localize
-from nemolib.mitigation import AttentionScaling, DeactivatedNeurons
+from nemolib.mitigation import DeactivatedNeurons
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import load_pipeline
+from nemolib.provenance import content_hash
 from nemolib.run import Run, localize_many, open_run
 from nemolib.settings import PAPER, RELEASED, Encoders, GenerationSettings, Profile
 from nemolib.store import Grid, Store
@@ -87,28 +89,27 @@ def test_items_are_computed_together_as_asked(run, asked):
     assert asked == [[3, 3], [2, 2, 1]]
 
 
-def test_another_model_has_other_results_and_hooks_are_refused(run):
-    with torch.no_grad():
-        bias = run.pipe.unet.conv_out.bias
-        before, kept = run.model_hash, bias.clone()
-        bias.add_(1)
-        assert run.model_hash != before
-        bias.copy_(kept)
-        assert run.model_hash == before
-        bias.data[0] = 5.0
-        assert run.model_hash != before
-        bias.copy_(kept)
-    with deactivate(run.pipe, NeuronSet.of([(0, 0)], layers=7)), pytest.raises(ValueError, match="layers have hooks"):
-        run.images(VM)
-    with AttentionScaling().applied(run.pipe, VM), pytest.raises(ValueError, match="attention is scaled"):
+def test_another_model_has_other_results_and_one_that_cannot_be_told_has_none(run, asked):
+    for factor in (1, 2, 0.5):
+        run.pipe.unet.conv_out.bias.data *= factor
+        run.compute(echo, ["a"], label="echo", add=1)
+    assert asked == [[1], [1]]
+    with (
+        deactivate(run.pipe, NeuronSet.of([(0, 0)], layers=7)),
+        pytest.raises(ValueError, match="results cannot be kept"),
+    ):
         run.images(VM)
 
 
 def test_statistics_are_those_of_the_holdout_prompts_and_kept(run, monkeypatch):
     found, direct = run.statistics, activation_statistics(run.pipe, HOLDOUT, progress=False)
     assert all(torch.equal(a, b) for a, b in zip(found.mean + found.std, direct.mean + direct.std, strict=True))
+    (file,) = run.store.folder.glob("statistics/*/*")
+    file.write_text(file.read_text().replace("1", "2", 1))
+    with pytest.warns(UserWarning, match="was damaged; this result is computed again"):
+        assert content_hash(run.statistics) == content_hash(found)
     monkeypatch.setattr(runs, "activation_statistics", None)
-    assert torch.equal(run.statistics.mean[0], found.mean[0])
+    assert content_hash(run.statistics) == content_hash(found)
 
 
 def test_scores_and_threshold_are_the_librarys_and_kept(run, asked):
@@ -174,14 +175,17 @@ def test_features_are_the_encoders_and_kept(run, monkeypatch):
     assert np.array_equal(run.features("copy", VM[::-1]), found[::-1])
 
 
-def test_planted_images_are_seen_as_they_are(run):
+def test_planted_images_are_seen_as_they_are_and_once(run, monkeypatch):
     rows = run.prompts("vm", "unmemorized")
     assert [image.shape for image in run.planted_images(rows.head(2))] == [(64, 64, 3), (48, 48, 3)]
     assert [image.shape for image in run.planted_images(rows.head(2), size=(32, 32))] == [(32, 32, 3)] * 2
-    features = run.planted_features(rows)
+    with warnings.catch_warnings(action="error"):
+        features = run.planted_features(rows)
     assert np.isfinite(features[:2]).all()
     assert np.isnan(features[2:]).all()
     assert np.isnan(run.planted_features(rows.tail(2))).all()
+    monkeypatch.setattr(run.encoder("copy"), "encode", None)
+    assert np.array_equal(run.planted_features(rows), features, equal_nan=True)
     assert run.rows(VM[::-1])["caption"].tolist() == VM[::-1]
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nemolib.batching import check_prompts, progress_bar, shrinking
-from nemolib.layers import finite, scale_neurons, value_layers
+from nemolib.layers import finite, value_layers
 from nemolib.mitigation import DeactivatedNeurons, Mitigation
 from nemolib.neurons import NeuronSet
 from nemolib.seeding import sample_generators
@@ -25,15 +25,14 @@ def generate(
     prompts: Sequence[str],
     *,
     settings: GenerationSettings | None = None,
-    neurons: NeuronSet | Sequence[NeuronSet] | None = None,
-    factor: float = 0.0,
     mitigation: Mitigation | None = None,
     progress: bool = True,
 ) -> np.ndarray:
     """Return images of prompts, with the pipeline's own scheduler.
 
     Sample ``i`` of every prompt starts from the same latents, which depend on the seed and on ``i`` alone. So images
-    with and without deactivated neurons, or another mitigation, can be compared one by one, whatever the batch.
+    with and without deactivated neurons (`nemolib.DeactivatedNeurons`), or another mitigation, can be compared one by one,
+    whatever the batch.
 
     Source: App. B.3.
     Deviates: the authors' code draws the latents of a prompt from one generator for the whole batch.
@@ -43,39 +42,27 @@ def generate(
         prompts: The prompts, at least one.
         settings: Seed, samples, steps, guidance and batch size; None means those of the profile that the pipeline was
             loaded from, else those of the paper. The batch is smaller where memory is too small for it.
-        neurons: Neurons that are scaled: one set for all prompts, or one per prompt; None changes nothing.
-        factor: What their values are multiplied by; 0 deactivates.
-        mitigation: A mitigation of `nemolib.mitigation`, in place of neurons; None changes nothing.
+        mitigation: A mitigation of `nemolib.mitigation`; None changes nothing.
         progress: Whether to show a progress bar.
 
     Returns:
         Images [prompt, seed, height, width, 3], uint8.
 
     Raises:
-        ValueError: There are no prompts, one is empty, a neuron set does not fit or is missing, the mitigation cannot
-            handle the pipeline, or both neurons and a mitigation are given.
+        ValueError: There are no prompts, one is empty, or the mitigation cannot handle the pipeline.
     """
-    if neurons is not None and mitigation is not None:
-        raise ValueError(f"both neurons and a mitigation ({mitigation.name}) are given; give one of them")
     prompts, settings = check_prompts(prompts), settings or settings_of(pipe).generation
-    sets = [neurons] * len(prompts) if neurons is None or isinstance(neurons, NeuronSet) else list(neurons)
-    if len(sets) != len(prompts):
-        raise ValueError(f"{len(sets)} neuron sets were given for {len(prompts)} prompts; give one, or one per prompt")
-    jobs = [(*pair, sample) for pair in zip(prompts, sets, strict=True) for sample in range(settings.samples)]
+    jobs = [(prompt, sample) for prompt in prompts for sample in range(settings.samples)]
     size = settings.batch_size
     if size > settings.samples:
         # Whole prompts, so that what a mitigation computes for a prompt is computed once.
         size -= size % settings.samples
 
-    def draw(batch: Sequence[tuple[str, NeuronSet | None, int]]) -> np.ndarray:
-        chosen, scaled, samples = map(list, zip(*batch, strict=True))
-        if mitigation is not None:
-            prepared = mitigation.applied(pipe, chosen)
-        else:
-            prepared = nullcontext() if neurons is None else scale_neurons(pipe.unet, scaled, factor=factor)
-        with prepared as inputs:
+    def draw(batch: Sequence[tuple[str, int]]) -> np.ndarray:
+        chosen, samples = map(list, zip(*batch, strict=True))
+        with nullcontext({"prompt": chosen}) if mitigation is None else mitigation.applied(pipe, chosen) as inputs:
             made = pipe(
-                **(inputs or {"prompt": chosen}),
+                **inputs,
                 num_inference_steps=settings.steps,
                 guidance_scale=settings.guidance,
                 generator=sample_generators(settings.seed, samples),
@@ -117,10 +104,10 @@ def drawing(
             acting, key=lambda pair: pair[1].factor if isinstance(pair[1], DeactivatedNeurons) else pair[1]
         ):
             captions, items = zip(*part, strict=True)
-            chosen: dict[str, Any] = {"mitigation": alike}
             if isinstance(alike, float):
-                chosen = {"neurons": list(map(DeactivatedNeurons.neurons_of, items, captions)), "factor": alike}
-            images.extend(generate(pipe, captions, settings=settings, progress=False, **chosen))
+                neurons = map(DeactivatedNeurons.neurons_of, items, captions)
+                alike = DeactivatedNeurons(dict(zip(captions, neurons, strict=True)), alike)
+            images.extend(generate(pipe, captions, settings=settings, mitigation=alike, progress=False))
         return images
 
     return draw

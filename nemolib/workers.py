@@ -274,7 +274,7 @@ class _Work:
 
     name: str
     profile: Profile
-    identity: dict[str, str]
+    identity: str
     task: Task
     common: dict[str, Any]
     batch: Batch = ()
@@ -294,7 +294,14 @@ def _on_worker(work: _Work) -> list[tuple[str, Any]]:
             _LOADED.update(pipe=load_pipeline(work.profile, device=_device(work.profile)), profile=work.profile)
         if _LOADED.get("name") != work.name:
             pipe = _LOADED["pipe"]
-            _check_same(work.identity, _identity(pipe, work.task))
+            found = _identity(pipe, work.task)
+            if found != work.identity:
+                raise WorkersError(
+                    f"a worker has {found} instead of {work.identity}. Workers load the model of the profile as it is: do "
+                    "not change it here, give all machines the same files and versions, and set dtype in the profile where "
+                    "some have a GPU and others have none (auto: float16 with CUDA, else float32); restart workers after a "
+                    "change"
+                )
             _LOADED.update(function=work.task(pipe, **work.common), name=work.name)
         return _outcomes(_LOADED["function"], work.batch)
 
@@ -310,19 +317,8 @@ def _device(profile: Profile) -> str | None:
     return f"cuda:{name % torch.cuda.device_count()}"
 
 
-def _identity(pipe: StableDiffusionPipeline, task: Task) -> dict[str, str]:
+def _identity(pipe: StableDiffusionPipeline, task: Task) -> str:
     """Return what must be the same in two processes for one to compute for the other."""
-    model = f"{str(pipe.unet.dtype).removeprefix('torch.')}, {model_hash(pipe)[:16]}"
-    packages = {package: versions()[package] for package in COMPUTING}
-    return packages | {"model": model, "code": code_hash(task)[:16]}
-
-
-def _check_same(here: Mapping[str, str], there: Mapping[str, str]) -> None:
-    """Raise WorkersError if a worker would compute something else."""
-    other = [f"{name} {there[name]} instead of {value}" for name, value in here.items() if there[name] != value]
-    if other:
-        raise WorkersError(
-            f"a worker has another {'; '.join(other)}. Workers load the model of the profile as it is: do not change "
-            "its weights here, give all machines the same files and versions, and set dtype in the profile where some "
-            "have a GPU and others have none (auto: float16 with CUDA, else float32); restart workers after a change"
-        )
+    packages = ", ".join(f"{package} {versions()[package]}" for package in COMPUTING)
+    dtype = str(pipe.unet.dtype).removeprefix("torch.")
+    return f"model {dtype} {model_hash(pipe)[:16]}, code {code_hash(task)[:16]}, {packages}"

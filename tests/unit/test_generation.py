@@ -4,17 +4,18 @@ import numpy as np
 import pytest
 
 from nemolib.generation import drawing, generate
-from nemolib.mitigation import AttentionScaling, DeactivatedNeurons, RandomTokens
+from nemolib.mitigation import AttentionScaling, DeactivatedNeurons
 from nemolib.neurons import NeuronSet
 from nemolib.settings import GenerationSettings
 from tests.random_pipeline import WIDTHS
 
 SETTINGS = GenerationSettings(seed=2, samples=2, steps=2, batch_size=4)
 FULL, NONE = NeuronSet(tuple(tuple(range(width)) for width in WIDTHS)), NeuronSet.empty(7)
+MIXED = {"a": NONE, "b c": FULL}
 
 
-def made(pipe, prompts=("a", "b c"), settings=SETTINGS, **options):
-    return generate(pipe, prompts, settings=settings, progress=False, **options)
+def made(pipe, prompts=("a", "b c"), settings=SETTINGS, mitigation=None):
+    return generate(pipe, prompts, settings=settings, mitigation=mitigation, progress=False)
 
 
 def same(first, second):
@@ -42,18 +43,19 @@ def test_an_image_does_not_depend_on_its_batch_but_on_its_seed(random_pipe, imag
     assert not same(made(random_pipe, settings=dataclasses.replace(SETTINGS, seed=3)), images)
 
 
-def test_deactivated_neurons_change_the_image_and_the_model_stays(random_pipe, images):
-    assert not same(made(random_pipe, neurons=FULL), images)
-    assert np.array_equal(made(random_pipe), images)
-    assert same(made(random_pipe, neurons=FULL, factor=1.0), images)
-
-
 @pytest.mark.parametrize("guidance", [0.0, 7.0])
-def test_one_set_per_prompt(random_pipe, guidance):
+def test_each_prompt_has_its_neurons_and_the_model_stays(random_pipe, guidance):
     settings = dataclasses.replace(SETTINGS, guidance=guidance)
-    mixed = made(random_pipe, settings=settings, neurons=[NONE, FULL])
-    assert same(mixed[0], made(random_pipe, settings=settings)[0])
-    assert same(mixed[1], made(random_pipe, settings=settings, neurons=FULL)[1])
+    before, off = (
+        made(random_pipe, settings=settings),
+        made(random_pipe, settings=settings, mitigation=DeactivatedNeurons(FULL)),
+    )
+    assert not same(off, before)
+    mixed = made(random_pipe, settings=settings, mitigation=DeactivatedNeurons(MIXED))
+    assert same(mixed[0], before[0])
+    assert same(mixed[1], off[1])
+    assert same(made(random_pipe, settings=settings, mitigation=DeactivatedNeurons(FULL, 1.0)), before)
+    assert np.array_equal(made(random_pipe, settings=settings), before)
 
 
 def test_the_progress_bar_of_the_pipeline_is_as_before(random_pipe, capsys):
@@ -69,18 +71,14 @@ def test_the_progress_bar_of_the_pipeline_is_as_before(random_pipe, capsys):
 
 
 def test_impossible_requests(random_pipe):
-    for prompts, options, words in (
-        ([], {}, "the list of prompts is empty"),
-        (["a"], {"neurons": [FULL] * 3}, "3 neuron sets were given for 1 prompts"),
-        (["a"], {"neurons": NeuronSet.empty(2)}, "has 2 layers, the model has 7"),
-        (["a"], {"neurons": FULL, "mitigation": RandomTokens(1)}, r"both neurons and a mitigation \(1 random token\)"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            made(random_pipe, prompts, **options)
+    with pytest.raises(ValueError, match="the list of prompts is empty"):
+        made(random_pipe, [])
+    with pytest.raises(ValueError, match="has 2 layers, the model has 7"):
+        made(random_pipe, mitigation=DeactivatedNeurons(NeuronSet.empty(2)))
 
 
 def test_a_batch_of_mitigations_is_drawn_kind_by_kind(random_pipe, images, monkeypatch):
-    half, scaling = DeactivatedNeurons({"a": NONE, "b c": FULL}, 0.5), AttentionScaling()
+    half, scaling = DeactivatedNeurons(MIXED, 0.5), AttentionScaling()
     batch = [("a", half.of("a")), ("b c", half.of("b c")), ("a", scaling.of("a")), ("b c", scaling), ("b c", None)]
     calls = []
     monkeypatch.setattr(
@@ -88,7 +86,7 @@ def test_a_batch_of_mitigations_is_drawn_kind_by_kind(random_pipe, images, monke
     )
     found = drawing(random_pipe, settings=SETTINGS)(batch)
     assert calls == [("a", "b c"), ("a", "b c"), ("b c",)]
-    assert np.array_equal(found[:2], made(random_pipe, neurons=[NONE, FULL], factor=0.5))
+    assert np.array_equal(found[:2], made(random_pipe, mitigation=half))
     assert np.array_equal(found[2:4], made(random_pipe, mitigation=scaling))
     assert same(found[4], images[1])
     assert np.array_equal(drawing(random_pipe, settings=SETTINGS)([("a", None), ("b c", None)]), images)

@@ -151,7 +151,7 @@ def test_images_are_the_generated_ones_and_kept(run, asked):
     off = DeactivatedNeurons({VM[0]: NeuronSet.of([(0, 0), (3, 1)], layers=7), VM[1]: NeuronSet.empty(7)})
     active, without = run.images(captions), run.images(VM, off)
     assert np.abs(active.astype(int) - generate(run.pipe, captions, progress=False)).max() <= 1
-    direct = generate(run.pipe, VM[:1], neurons=off.neurons[VM[0]], progress=False)
+    direct = generate(run.pipe, VM[:1], mitigation=off, progress=False)
     assert np.abs(without[0].astype(int) - direct[0]).max() <= 1
     assert not np.array_equal(without[0], active[0])
     asked.clear()

@@ -1,6 +1,5 @@
 """What a user can get wrong: each gives one clear error that names it, and loses nothing."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -10,7 +9,6 @@ import pytest
 from nemolib.paths import write_atomic
 from nemolib.pipeline import PipelineError, load_pipeline
 from nemolib.prompts import PromptTableError, load_prompts
-from nemolib.settings import load_profile
 from nemolib.store import StoreError, read_table
 
 HEADER = b"caption,kind,group,copies,image\n"
@@ -101,18 +99,22 @@ def test_a_model_without_value_layers(blind_model_folder):
         load_pipeline(blind_model_folder)
 
 
-MODELS = {
-    "missing absolute folder": ("/no/such/folder", "no such folder"),
-    "missing folder of ours": ("data/nothing", "no such folder .*nothing.*profile .*tiny.* nor a hub id"),
-    "neither": ("tinny", "neither a profile .*tiny, tiny-full"),
-    "a file": ("README.md", "is a file; give the folder"),
+REQUESTS = {
+    "missing absolute folder": ({"source": "/no/such/folder"}, "no such folder"),
+    "missing folder of ours": ({"source": "data/nothing"}, "no such folder .*nothing.*profile .*tiny.* nor a hub id"),
+    "neither": ({"source": "tinny"}, "neither a profile .*tiny, tiny-full"),
+    "a file": ({"source": "README.md"}, "is a file; give the folder"),
+    "dtype": ({"dtype": "float8"}, "dtype 'float8' is unknown; allowed: auto, float32, float16, bfloat16"),
+    "device": ({"device": "gpu"}, "device 'gpu' is unknown; allowed: auto, cpu, cuda, mps"),
+    "missing device": ({"device": "cuda"}, "device 'cuda' is not available on this machine; use 'auto' or 'cpu'"),
 }
 
 
-@pytest.mark.parametrize(("model", "words"), MODELS.values(), ids=MODELS)
-def test_a_model_that_is_not_there(model, words):
+@pytest.mark.parametrize(("chosen", "words"), REQUESTS.values(), ids=REQUESTS)
+def test_a_model_type_or_device_that_is_not_there(random_model_folder, monkeypatch, chosen, words):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(PipelineError, match=words):
-        load_pipeline(model)
+        load_pipeline(**{"source": random_model_folder} | chosen)
 
 
 def test_a_hub_model_without_network(tmp_path, monkeypatch):
@@ -123,30 +125,12 @@ def test_a_hub_model_without_network(tmp_path, monkeypatch):
         load_pipeline("CompVis/stable-diffusion-v1-4")
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"dtype": "float8"}, "dtype 'float8' is unknown; allowed: auto, float32, float16, bfloat16"),
-        ({"device": "gpu"}, "device 'gpu' is unknown; allowed: auto, cpu, cuda, mps"),
-    ],
-)
-def test_a_bad_dtype_or_device(random_model_folder, change, words):
-    with pytest.raises(PipelineError, match=words):
-        load_pipeline(random_model_folder, **change)
-
-
-def test_a_device_that_this_machine_lacks(random_model_folder, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    profile = dataclasses.replace(load_profile("tiny"), model=str(random_model_folder), device="cuda")
-    with pytest.raises(PipelineError, match="device 'cuda' is not available on this machine; use 'auto' or 'cpu'"):
-        load_pipeline(profile)
-
-
 RESULTS = {
     "no end": (b"a,b\n1,2\n3", "was cut"),
     "short row": (b"a,b\n1,2\n3\n", "row 2: 1 fields instead of 2"),
     "long row": (b"a,b\n1,2,3\n", "row 1: 3 fields instead of 2"),
     "empty": (b"", "was cut"),
+    "missing column": (b"a,c\n1,2\n", "column 'b' is missing; there are a, c"),
 }
 
 
@@ -155,21 +139,25 @@ def test_a_cut_result_table(tmp_path, content, words):
     path = tmp_path / "scores.csv"
     path.write_bytes(content)
     with pytest.raises(StoreError, match=words) as error:
-        read_table(path)
+        read_table(path, columns=("a", "b"))
     assert str(path) in str(error.value)
 
 
-def test_an_interruption_leaves_the_old_file(tmp_path, monkeypatch):
+FULL = OSError(28, "No space left on device")
+WORDS = "No space left on device; the file that was there is unchanged; free some space"
+
+
+@pytest.mark.parametrize(("error", "words"), [(KeyboardInterrupt(), None), (FULL, WORDS)])
+def test_an_interruption_or_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, error, words):
     path = tmp_path / "x.txt"
     write_atomic(path, "old")
 
-    def interrupted(*_):
-        raise KeyboardInterrupt
+    def interrupted(descriptor):
+        raise error
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            write_atomic(path, "new")
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(type(error), match=words):
+        write_atomic(path, "new")
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["x.txt"]
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nemolib import paths, workers
 from nemolib.first_step import pairs_measure
-from nemolib.localization import Variant, localization_table, varying
+from nemolib.localization import localization_table
 from nemolib.mitigation import DeactivatedNeurons
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import load_pipeline
@@ -25,7 +25,7 @@ from nemolib.store import Store
 from nemolib.workers import FailedPrompts, WorkersError, map_prompts
 from tests.random_pipeline import random_pipeline
 from tests.random_world import SMALL, amplify, write_prompts
-from tests.worker_tasks import captions, lengths, unfit
+from tests.worker_tasks import captions, unfit
 
 pytestmark = pytest.mark.slow
 CAPTIONS = {
@@ -104,15 +104,6 @@ def images(run):
     return np.stack([run.images(CAPTIONS["memorized"], item) for item in (None, DeactivatedNeurons(sets))])
 
 
-def variants(run):
-    gate, profile = run.threshold, run.profile
-    chosen = [Variant("low", gate - 0.1, gate), Variant("own", gate, gate)]
-    common = {"detection": profile.detection, "similarity": profile.similarity, "search": profile.search}
-    common |= {"statistics": run.statistics, "variants": chosen, "gate": gate, "protocol": profile.protocol}
-    found = run.compute(varying, [(name, None) for name in CAPTIONS["memorized"]], label="searches", **common)
-    return pd.DataFrame([{key: item["neurons"] for key, item in row.items()} for row in found])
-
-
 def assert_same(ours, theirs):
     if isinstance(ours, pd.DataFrame):
         pd.testing.assert_frame_equal(ours, theirs, check_exact=True)
@@ -120,7 +111,7 @@ def assert_same(ours, theirs):
         assert np.array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("stage", [scores, localizations, images, variants])
+@pytest.mark.parametrize("stage", [scores, localizations, images])
 def test_two_processes_give_what_one_gives(stage, run, two, tmp_path, monkeypatch):
     together = stage(run)
     monkeypatch.setenv(workers.VARIABLE, "off")
@@ -202,14 +193,6 @@ def test_a_killed_worker_costs_time_alone(run, two, monkeypatch):
 def results(pipe, task=captions, batches=("ab", "c"), **common):
     jobs = [[(f"key of {item}", item) for item in batch] for batch in batches]
     return list(map_prompts(task, jobs, pipe=pipe, common=common))
-
-
-def test_a_batch_that_raises_is_computed_one_by_one(pipe, monkeypatch):
-    monkeypatch.delenv(workers.VARIABLE, raising=False)
-    jobs = [[(item, item) for item in batch] for batch in (["bad"], ["a", "bad"], ["ccc"])]
-    found = list(map_prompts(lengths, jobs, pipe=pipe, common={"add": 1}))
-    assert [outcome for outcome in found if outcome[0] != "bad"] == [("a", 2), ("ccc", 4)]
-    assert [outcome.message for key, outcome in found if key == "bad"] == ["ValueError: no such prompt"] * 2
 
 
 def test_a_changed_model_is_refused(profile, two):

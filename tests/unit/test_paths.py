@@ -4,16 +4,8 @@ import sys
 from nemolib import paths
 
 
-def test_root_is_the_checkout():
-    assert (paths.ROOT / "pyproject.toml").is_file()
-    assert paths.PROFILES == paths.ROOT / "nemolib" / "profiles"
-
-
-def test_the_folder_of_a_profile():
-    assert paths.build_dir("tiny") == paths.ROOT / "build" / "tiny"
-
-
 def test_relative_paths_start_at_the_root_and_absolute_ones_stay(tmp_path):
+    assert (paths.ROOT / "pyproject.toml").is_file()
     assert paths.resolve("data/tiny") == paths.DATA / "tiny"
     assert paths.resolve(tmp_path) == tmp_path
 

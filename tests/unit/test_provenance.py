@@ -1,9 +1,6 @@
 import copy
-import dataclasses
 import importlib
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
@@ -16,7 +13,7 @@ from torch import nn
 
 from nemolib import paths, provenance
 from nemolib.generation import generate
-from nemolib.provenance import code_hash, content_hash, model_hash, sidecar, versions
+from nemolib.provenance import code_hash, content_hash, model_hash, sidecar
 from nemolib.settings import GenerationSettings, load_profile
 
 PLAIN = st.recursive(
@@ -68,17 +65,6 @@ def test_what_counts(one, other, same):
 def test_what_cannot_be_hashed_is_an_error(value):
     with pytest.raises(TypeError, match="cannot hash a value of type"):
         content_hash(value)
-
-
-def test_the_hash_is_the_same_in_another_process():
-    profile = load_profile("tiny")
-    code = (
-        "from nemolib.settings import load_profile; from nemolib.provenance import content_hash;"
-        "print(content_hash(load_profile('tiny')))"
-    )
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert other.stdout.strip() == content_hash(profile)
-    assert content_hash(dataclasses.replace(profile, holdout_size=7)) != content_hash(profile)
 
 
 class Adapter(nn.Module):
@@ -280,13 +266,6 @@ def test_infrastructure_names_modules():
     assert all(not name or provenance._path(name).is_file() for name in provenance.INFRASTRUCTURE)
 
 
-def test_versions_leave_out_build_labels():
-    found = versions()
-    assert found["torch"] == torch.__version__.partition("+")[0]
-    assert found["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}")
-    assert not any("+" in version for version in found.values())
-
-
 def test_a_sidecar_says_what_went_in_and_is_the_same_twice():
     table = pd.DataFrame({"a": [1]})
     common = {"profile": load_profile("tiny"), "notebook": "06_figures", "code": "abc", "device": "cpu"}
@@ -295,4 +274,4 @@ def test_a_sidecar_says_what_went_in_and_is_the_same_twice():
     content = json.loads(first)
     assert content["inputs"] == {"table": content_hash(table), "tau": content_hash(0.4)}
     assert content["seeds"] == {"detection": 1, "generation": 2}
-    assert content["versions"] == versions()
+    assert content["versions"]["torch"] == torch.__version__.partition("+")[0]

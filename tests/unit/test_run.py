@@ -79,14 +79,10 @@ def test_a_task_is_asked_once_for_each_item_and_what_is_common(run, asked):
     assert first == [{"item": "a", "add": 1}, {"item": ["b", 1], "add": 1}, {"item": "a", "add": 1}]
     assert run.compute(echo, ["a"], label="echo", add=2)[0]["add"] == 2
     assert run.compute(echo, items[::-1], label="echo", add=1) == first[::-1]
-    assert asked == [[1, 1], [1]]
-
-
-def test_items_are_computed_together_as_asked(run, asked):
-    pairs = [(name, number) for name in "ab" for number in range(3)]
+    pairs = [(name, number) for name in "cd" for number in range(3)]
     run.compute(echo, pairs, label="echo", together=lambda item: item[0], add=1)
-    run.compute(echo, list("abcde"), label="echo", together=2, add=1)
-    assert asked == [[3, 3], [2, 2, 1]]
+    run.compute(echo, list("efghi"), label="echo", together=2, add=1)
+    assert asked == [[1, 1], [1], [3, 3], [2, 2, 1]]
 
 
 def test_another_model_has_other_results_and_one_that_cannot_be_told_has_none(run, asked):

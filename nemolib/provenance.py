@@ -55,9 +55,7 @@ _FEW = 4096
 
 _VERSIONED = frozenset({*COMPUTING, *sys.stdlib_module_names})
 
-_PLAIN = frozenset({type(None), bool, int, float, str, tuple})
-
-_SETTINGS = (type(None), bool, int, float, str, list, tuple, Mapping, Tensor)
+_PLAIN = (str, type(None), bool, int, float, tuple)
 
 _HASHES: weakref.WeakKeyDictionary[Any, tuple[bytes, str]] = weakref.WeakKeyDictionary()
 """For each pipeline how it looked at a glance when it was hashed last, and the hash."""
@@ -98,7 +96,7 @@ def _pieces(value: Any) -> Iterable[bytes | memoryview]:
         yield from (b"dataclass", type(value).__name__.encode())
         # The code of a task tells of a class of nemolib.
         if not type(value).__module__.startswith("nemolib."):
-            yield code_hash(type(value)).encode()
+            yield from map(str.encode, _unversioned_code(type(value)))
         # What has no part in equality, such as the size of a batch, has none in the content.
         compared = [field.name for field in dataclasses.fields(value) if field.compare]
         yield from _pieces({name: getattr(value, name) for name in compared})
@@ -136,10 +134,8 @@ def model_hash(pipe: Any) -> str:
         ValueError: Something in the pipeline changes results and cannot be described, such as a hook.
     """
     # What a pipeline itself holds is left from its last call, but for its parts.
-    parts = {name: part for name, part in vars(pipe).items() if not isinstance(part, _SETTINGS)}
-    casts = [
-        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) for device in ("cpu", "cuda", "mps")
-    ]
+    parts = {name: part for name, part in vars(pipe).items() if not isinstance(part, (*_PLAIN, list, Mapping, Tensor))}
+    casts = [torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda", "mps")]
     numerics = [casts, torch.get_default_dtype(), torch.get_float32_matmul_precision()]
     whole = [type(pipe), parts, numerics, [versions()[package] for package in COMPUTING]]
     state = _description(whole, glance=True)
@@ -154,9 +150,10 @@ def _description(value: Any, *, glance: bool) -> bytes:
     try:
         _Describer(stream, glance=glance).dump(value)
     except Exception as error:
+        reason = (str(error) or type(error).__name__).partition("\n")[0]
         raise ValueError(
-            "results cannot be kept, since nothing tells what the model does; take off hooks and what else changes it, "
-            f"or leave the context that does ({str(error).splitlines()[0]})"
+            f"results cannot be kept, since nothing tells what the model does ({reason}); take off hooks and what else "
+            "changes it, or leave the context that does"
         ) from error
     return stream.getvalue()
 
@@ -189,18 +186,14 @@ class _Describer(pickle.Pickler):
             return {key: value[key] for key in value if key not in _NO_PART}
         if isinstance(value, set | frozenset):
             return sorted(map(str, value))
-        if kind.__name__ in _SAME_ATTENTION:
+        if kind.__module__.startswith("diffusers.") and kind.__name__ in _SAME_ATTENTION:
             return "attention"
         if kind.__name__.startswith("FusedAttn"):
             raise ValueError("fused projections pass the value layers by; call pipe.unfuse_qkv_projections()")
         if hasattr(value, "get_vocab"):
-            settings = [
-                value.special_tokens_map,
-                value.added_tokens_encoder,
-                value.model_max_length,
-                value.padding_side,
-            ]
-            return [kind, settings, (id(value), len(value)) if self.glance else content_hash(dict(value.get_vocab()))]
+            tokens = (id(value), len(value)) if self.glance else content_hash(dict(value.get_vocab()))
+            special = [value.special_tokens_map, value.added_tokens_encoder]
+            return [kind, tokens, special, value.model_max_length, value.padding_side]
         if hasattr(value, "set_timesteps"):
             return [kind, value.config]
         return None
@@ -212,10 +205,8 @@ def _held(module: Mapping[str, Any]) -> dict[str, Any]:
     if type(module.get("_hf_hook")).__module__.startswith("accelerate."):
         # It moves weights to the device and back.
         left_out |= {"_hf_hook", "_old_forward", "forward"}
-    kept = ((key, value) for key, value in module.items() if key not in left_out)
-    return {
-        key: value for key, value in kept if value is not None and not (isinstance(value, dict | set) and not value)
-    }
+    held = ((key, value) for key, value in module.items() if key not in left_out)
+    return {key: value for key, value in held if not isinstance(value, dict | set | None) or value}
 
 
 def _glance(tensor: Tensor) -> list[Any]:
@@ -227,9 +218,11 @@ def _glance(tensor: Tensor) -> list[Any]:
     return [tensor.data_ptr(), changes, float(some.sum(dtype=torch.float32))]
 
 
-def _unversioned_code(root: Any) -> str:
-    """Return a hash of the code of a class or function; empty for one of `COMPUTING` or of Python."""
-    return "" if str(root.__module__).partition(".")[0] in _VERSIONED else code_hash(root)
+@functools.cache
+def _unversioned_code(root: Any) -> tuple[str, ...]:
+    """Return hashes of the code of a class and its bases, or of a function, but for those of `COMPUTING` and Python."""
+    kinds = root.__mro__ if isinstance(root, type) else (root,)
+    return tuple(code_hash(kind) for kind in kinds if str(kind.__module__).partition(".")[0] not in _VERSIONED)
 
 
 @functools.cache

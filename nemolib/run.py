@@ -538,15 +538,13 @@ def localize_many(
 
 
 def _finished(keys: Sequence[str], outcomes: Outcomes) -> list[Any]:
-    """Return the results of keys, once all have come; raise FailedPrompts if some are failures, each prompt's first."""
-    found = dict(outcomes)
-    failures: dict[str, Failure] = {}
-    for key in keys:
-        if isinstance(found[key], Failure):
-            failures.setdefault(found[key].caption, found[key])
+    """Return the results of keys, in their order, once all have come; raise FailedPrompts if some are failures."""
+    come = dict(outcomes)
+    found = [come[key] for key in keys]
+    failures = [outcome for outcome in found if isinstance(outcome, Failure)]
     if failures:
-        raise FailedPrompts(list(failures.values()))
-    return [found[key] for key in keys]
+        raise FailedPrompts(failures)
+    return found
 
 
 def _described(encoder: Encoder, drawn: Mapping[str, Any]) -> Outcomes:

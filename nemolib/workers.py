@@ -73,16 +73,19 @@ class Failure:
 
 
 class FailedPrompts(RuntimeError):
-    """Some prompts raised; all others are finished. The message has each caption with its error.
+    """Some prompts raised; all others are finished. The message has each caption with its first error.
 
     Attributes:
         failures: What failed (`Failure`), in the order of the prompts.
     """
 
     def __init__(self, failures: Sequence[Failure]) -> None:
-        self.failures = tuple(failures)
-        lines = [f"  {failure.caption!r}: {failure.message}" for failure in failures]
-        many = "1 prompt" if len(failures) == 1 else f"{len(failures)} prompts"
+        first: dict[str, Failure] = {}
+        for failure in failures:
+            first.setdefault(failure.caption, failure)
+        self.failures = tuple(first.values())
+        lines = [f"  {failure.caption!r}: {failure.message}" for failure in self.failures]
+        many = "1 prompt" if len(lines) == 1 else f"{len(lines)} prompts"
         super().__init__(
             f"{many} failed after all others were finished; what is kept in a store is not computed again\n"
             + "\n".join(lines)

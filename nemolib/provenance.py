@@ -137,7 +137,7 @@ def model_hash(pipe: Any) -> str:
     parts = {name: part for name, part in vars(pipe).items() if not isinstance(part, (*_PLAIN, list, Mapping, Tensor))}
     casts = [torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda", "mps")]
     numerics = [casts, torch.get_default_dtype(), torch.get_float32_matmul_precision()]
-    whole = [type(pipe), parts, numerics, [versions()[package] for package in COMPUTING]]
+    whole = [type(pipe), parts, numerics]
     state = _description(whole, glance=True)
     if _HASHES.get(pipe, (b"", ""))[0] != state:
         _HASHES[pipe] = (state, content_hash(_description(whole, glance=False)))
@@ -227,7 +227,9 @@ def _unversioned_code(root: Any) -> tuple[str, ...]:
 
 @functools.cache
 def code_hash(root: Callable[..., Any] | type | str) -> str:
-    """Return a hash of the code that determines results; comments, docstrings and layout do not count.
+    """Return a hash of the code that determines results, with the versions of `COMPUTING`.
+
+    Comments, docstrings and layout do not count.
 
     Args:
         root: A function or class of a module, with what it uses of its module; or the name of a module of nemolib, such
@@ -249,7 +251,7 @@ def code_hash(root: Callable[..., Any] | type | str) -> str:
             tree = _tree(_path(name).read_text(encoding="utf-8"))
             found[name] = ast.unparse(tree)
             waiting.extend(module for node in ast.walk(tree) for _, module in _imported(node))
-    return content_hash([own, found])
+    return content_hash([own, found, [versions()[package] for package in COMPUTING]])
 
 
 def _source_of(root: Callable[..., Any] | type) -> str:
@@ -301,9 +303,9 @@ def _defined(node: ast.stmt) -> Iterator[str]:
     """Yield the names that a statement at the top of a module defines."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         yield node.name
-    elif isinstance(node, ast.Assign | ast.AnnAssign):
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        yield from (part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name))
+    else:
+        names = (part for part in ast.walk(node) if isinstance(part, ast.Name))
+        yield from (part.id for part in names if isinstance(part.ctx, ast.Store))
 
 
 def _imported(node: ast.AST) -> Iterator[tuple[str, str]]:

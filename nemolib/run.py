@@ -32,7 +32,7 @@ from nemolib.layers import value_layer_hash
 from nemolib.localization import Localization, check_threshold, localization_table, localizing
 from nemolib.mitigation import Mitigation
 from nemolib.pipeline import load_pipeline
-from nemolib.provenance import code_hash, content_hash, model_hash, versions
+from nemolib.provenance import code_hash, content_hash, model_hash
 from nemolib.settings import load_profile, load_protocol, search_settings, settings_of
 from nemolib.store import Grid, Store, read_grid, read_table, write_grid, write_table
 from nemolib.workers import Batch, FailedPrompts, Failure, Outcomes, Task, map_prompts
@@ -43,6 +43,12 @@ if TYPE_CHECKING:
     from nemolib.settings import GenerationSettings, Profile, Protocol, SearchSettings
 
 Role = Literal["copy", "alignment", "quality", "clip_quality"]
+
+Together = int | Callable[[Any], Hashable]
+"""How many items make a batch, or what the items of a batch have in common."""
+
+Begun = tuple[list[str], Outcomes]
+"""The keys of items, in order, and what yields their outcomes as they come."""
 
 METRICS = ("sscd_orig", "sscd_orig_max", "sscd_gen", "d_sscd", "a_clip")
 """What `Run.measure` measures."""
@@ -108,7 +114,7 @@ class Run:
         items: Sequence[Any],
         *,
         label: str,
-        together: int | Callable[[Any], Hashable] = 1,
+        together: Together = 1,
         **common: Any,
     ) -> list[Any]:
         """Return what a task makes of each item; what the store has is not computed again.
@@ -127,14 +133,7 @@ class Run:
         """
         return _finished(*self._begun(task, items, label, together, common))
 
-    def _begun(
-        self,
-        task: Task,
-        items: Sequence[Any],
-        label: str,
-        together: int | Callable[[Any], Hashable],
-        common: dict[str, Any],
-    ) -> tuple[list[str], Outcomes]:
+    def _begun(self, task: Task, items: Sequence[Any], label: str, together: Together, common: dict[str, Any]) -> Begun:
         """Return the keys of items, and what yields their outcomes as they come; arguments as in `compute`."""
         base = content_hash([model_hash(self.pipe), code_hash(task), common])
         keys = [content_hash([base, item]) for item in items]
@@ -347,9 +346,7 @@ class Run:
         """
         return np.stack(_finished(*self._drawn(captions, mitigation, settings or self.profile.generation)))
 
-    def _drawn(
-        self, captions: Sequence[str], mitigation: Mitigation | None, settings: GenerationSettings
-    ) -> tuple[list[str], Outcomes]:
+    def _drawn(self, captions: Sequence[str], mitigation: Mitigation | None, settings: GenerationSettings) -> Begun:
         """Return the keys of the images of prompts, and what yields them as they come."""
         captions = check_prompts(captions)
         if mitigation is not None:
@@ -401,8 +398,8 @@ class Run:
             Features [prompt, seed, feature], float32.
         """
         settings, encoder = settings or self.profile.generation, self.encoder(role)
-        base = _eye(encoder)
-        keys = [content_hash([*base, key]) for key in self._drawn(captions, mitigation, settings)[0]]
+        base = content_hash([encoder.identity(), code_hash("encoders")])
+        keys = [content_hash([base, key]) for key in self._drawn(captions, mitigation, settings)[0]]
 
         def described(waiting: Batch) -> Outcomes:
             drawn, outcomes = self._drawn([caption for _, caption in waiting], mitigation, settings)
@@ -453,7 +450,7 @@ class Run:
         loaded = self.planted_images(rows[known]) or [np.zeros((64, 64, 3), dtype=np.uint8)]
         alike = len({image.shape for image in loaded}) == 1
         groups = [np.stack(loaded)] if alike else [image[None] for image in loaded]
-        key = content_hash([*_eye(encoder), loaded])
+        key = content_hash([encoder.identity(), code_hash("encoders"), loaded])
         found = self._once("planted", key, lambda: torch.cat([encoder.describe(group) for group in groups]).numpy())
         features = np.full((len(rows), found.shape[1]), np.nan)
         features[known] = found[: known.sum()]
@@ -555,11 +552,6 @@ def _described(encoder: Encoder, drawn: Mapping[str, Any]) -> Outcomes:
         images = np.stack(list(made.values()))
         found = encoder.describe(images.reshape(-1, *images.shape[2:])).unflatten(0, images.shape[:2])
         yield from zip(made, found.numpy(), strict=True)
-
-
-def _eye(encoder: Encoder) -> list[str]:
-    """Return what determines the features of an image beside the image."""
-    return [encoder.identity(), code_hash("encoders"), versions()["torch"], versions()["transformers"]]
 
 
 def has_image(rows: pd.DataFrame) -> np.ndarray:

@@ -160,17 +160,6 @@ def test_images_are_the_generated_ones_and_kept(run, asked):
         run.images(captions, off)
 
 
-def test_features_are_the_encoders_and_kept(run, monkeypatch):
-    found = run.features("copy", VM)
-    descriptor = CopyDescriptor.load(run.profile.encoders.copy)
-    made = run.images(VM)
-    direct = descriptor.describe(made.reshape(-1, *made.shape[2:])).unflatten(0, made.shape[:2])
-    assert np.allclose(found, direct, atol=1e-6)
-    monkeypatch.setattr(run.encoder("copy"), "encode", None)
-    monkeypatch.setattr(run, "images", None)
-    assert np.array_equal(run.features("copy", VM[::-1]), found[::-1])
-
-
 def test_planted_images_are_seen_as_they_are_and_once(run, monkeypatch):
     rows = run.prompts("vm", "unmemorized")
     assert [image.shape for image in run.planted_images(rows.head(2))] == [(64, 64, 3), (48, 48, 3)]
@@ -247,9 +236,7 @@ def test_saved_tables_need_no_model(monkeypatch):
     assert all(item.reason or item.exhibit.name == "published_run" for item in drawn)
 
 
-@pytest.fixture
-def unreadable(monkeypatch):
-    """Let the pipeline raise for a prompt."""
+def test_a_prompt_that_cannot_be_drawn_stops_no_features_of_others(run, monkeypatch):
     read = StableDiffusionPipeline.encode_prompt
 
     def encode(self, prompt, *arguments, **settings):
@@ -258,9 +245,6 @@ def unreadable(monkeypatch):
         return read(self, prompt, *arguments, **settings)
 
     monkeypatch.setattr(StableDiffusionPipeline, "encode_prompt", encode)
-
-
-def test_a_prompt_that_cannot_be_drawn_stops_no_features_of_others(run, unreadable, monkeypatch):
     monkeypatch.setattr(runs, "_TOGETHER", 1)
     with pytest.raises(FailedPrompts, match="1 prompt failed(.|\n)*'a bad one': ValueError: no word"):
         run.features("copy", [VM[1], "a bad one", VM[0]])
@@ -269,11 +253,11 @@ def test_a_prompt_that_cannot_be_drawn_stops_no_features_of_others(run, unreadab
 
 
 @pytest.mark.parametrize(("order", "expected"), [(1, "xx4xx4x2"), (-1, "xxxxx442")])
-def test_images_are_described_as_they_come_in_the_same_groups(run, monkeypatch, order, expected):
+def test_images_are_described_as_they_come_in_the_same_groups_and_once(run, monkeypatch, order, expected):
     monkeypatch.setattr(runs, "_TOGETHER", 4)
     captions, happened, compute = [*VM, *CLEAN], [], runs.map_prompts
     encoder, settings = run.encoder("copy"), dataclasses.replace(run.profile.generation, batch_size=1)
-    describe = encoder.describe
+    describe = CopyDescriptor.load(run.profile.encoders.copy).describe
 
     def drawn(task, parts, **others):
         for outcome in compute(task, parts[::order], **others):
@@ -287,3 +271,5 @@ def test_images_are_described_as_they_come_in_the_same_groups(run, monkeypatch, 
     made = run.images(captions, settings=settings)
     for part in (slice(0, 2), slice(2, 4), slice(4, 5)):
         assert np.array_equal(found[part], describe(np.concatenate(made[part])).unflatten(0, (-1, 2)))
+    assert np.array_equal(run.features("copy", captions[::-1], settings=settings), found[::-1])
+    assert "".join(happened) == expected

@@ -183,7 +183,7 @@ def test_one_cosine_by_hand_and_nothing_changes_before_the_first_neuron(run, set
     assert not any(module._forward_hooks for module in run.pipe.unet.modules())
     # How many sets are computed at once has no part in what a result is.
     small = replace(run.profile, generation=replace(run.profile.generation, batch_size=1))
-    with patch.object(run.pipe.unet, "forward", side_effect=AssertionError("computed again")):
+    with patch.object(type(run.pipe.unet), "forward", side_effect=AssertionError("computed again")):
         again = side_effects.block_similarity(Run(small, run.pipe, progress=False), UNMEMORIZED, sets)
     pd.testing.assert_frame_equal(again, similarity)
     for prompts, chosen in (([], sets), (UNMEMORIZED, sets[:1])):

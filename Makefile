@@ -24,7 +24,7 @@ export PROFILE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help env lab all notebooks figures data estimate published results-full test lint train student refresh lock clean
+.PHONY: help env lab all notebooks figures data estimate check-gpu published results-full test lint train student refresh lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -67,6 +67,9 @@ data: $(ENV) ## fetch what a profile needs and the repository does not hold (PRO
 
 estimate: $(ENV) ## what a profile costs on this machine: UNet evaluations and hours of each stage
 	$(PY) -m tools.estimate --profile "$(PROFILE)"
+
+check-gpu: $(ENV) ## what this machine's GPU does: speed, memory, the same results as a CPU (minutes, no download)
+	$(PY) -m tools.check_gpu
 
 published: $(ENV) ## draw a published run beside the paper: make published PROFILE=sd14 RUN=results.csv
 	@test -n "$(RUN)" || { echo "which results? make published PROFILE=sd14 RUN=results.csv" >&2; exit 1; }

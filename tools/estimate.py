@@ -12,23 +12,28 @@ few prompts, are not in it.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
 from accelerate.utils import find_executable_batch_size
 from torch.utils.benchmark import Timer
 
-from nemolib import paper
+from nemolib import paper, paths
 from nemolib.layers import STABLE_DIFFUSION_WIDTHS
 from nemolib.pipeline import is_hub_id, load_pipeline
 from nemolib.prompts import select
 from nemolib.selection import schedule
 from nemolib.settings import Profile, load_profile
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
 
 PAPER = {"vm": 112, "tm": 388, "unmemorized": 500, "holdout": 50_000, "threshold": 50_000, "quality": 10_000}
 """How many prompts of each kind the paper has."""
@@ -60,6 +65,10 @@ LAYER_SAMPLES = 2
 
 NATIVE_SIDE = 512
 """Side in pixels of the images of Stable Diffusion v1, and what one sample-evaluation stands for."""
+
+
+GPU_REPORT = paths.ROOT / "benchmarks" / "gpu.json"
+"""What `tools.check_gpu` measured on a card."""
 
 
 def detection_evaluations(profile: Profile) -> int:
@@ -190,7 +199,6 @@ def counts_of(profile: Profile) -> dict[str, int]:
     return found | ({} if profile.prompts.quality else {"quality": found["unmemorized"]})
 
 
-@torch.no_grad()
 def measured_speed(profile: Profile, *, seconds: float = 10.0) -> float:
     """Return how many UNet sample-evaluations a second this machine makes with a profile's pipeline.
 
@@ -199,19 +207,29 @@ def measured_speed(profile: Profile, *, seconds: float = 10.0) -> float:
         seconds: How long to measure, at least; one pass in any case, after one that warms up.
     """
     pipe = load_pipeline(replace(profile, model="random:sd14") if is_hub_id(profile.model) else profile)
-    config, like = pipe.unet.config, {"device": pipe.device, "dtype": pipe.unet.dtype}
     # On a CPU a pass of all seeds takes minutes, and no seed is faster than another. Memory may be too small for all.
     samples = 1 if pipe.device.type == "cpu" else profile.detection.samples
+    return find_executable_batch_size(lambda size: unet_speed(pipe, size, seconds=seconds), samples)()
 
-    @find_executable_batch_size(starting_batch_size=samples)
-    def speed(size: int) -> float:
-        latents = torch.ones((size, config.in_channels, config.sample_size, config.sample_size), **like)
-        texts = torch.ones((size, pipe.tokenizer.model_max_length, config.cross_attention_dim), **like)
-        names = {"unet": pipe.unet, "latents": latents, "texts": texts}
-        timer = Timer("unet(latents, 961, texts)", globals=names, num_threads=torch.get_num_threads())
-        return size / timer.blocked_autorange(min_run_time=seconds).median
 
-    return speed()
+def speed_of_a_card(profile: Profile) -> tuple[float, str] | None:
+    """Return the speed that `tools.check_gpu` measured, and on which card; None where a profile asks for none, or there is one."""
+    if profile.device not in ("auto", "cuda") or torch.cuda.is_available() or not GPU_REPORT.is_file():
+        return None
+    report = json.loads(GPU_REPORT.read_text(encoding="utf-8"))
+    speeds = {row["latents"]: row["value"] for row in report["rows"] if row["latents"]}
+    return speeds[max(size for size in speeds if size <= profile.detection.samples)], f"measured on {report['card']}"
+
+
+@torch.no_grad()
+def unet_speed(pipe: StableDiffusionPipeline, size: int, *, seconds: float) -> float:
+    """Return how many UNet sample-evaluations a second a pipeline makes with batches of ``size`` latents."""
+    config, like = pipe.unet.config, {"device": pipe.device, "dtype": pipe.unet.dtype}
+    latents = torch.ones((size, config.in_channels, config.sample_size, config.sample_size), **like)
+    texts = torch.ones((size, pipe.tokenizer.model_max_length, config.cross_attention_dim), **like)
+    names = {"unet": pipe.unet, "latents": latents, "texts": texts}
+    timer = Timer("unet(latents, 961, texts)", globals=names, num_threads=torch.get_num_threads())
+    return size / timer.blocked_autorange(min_run_time=seconds).median
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -223,12 +241,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         profile = load_profile(arguments.profile)
         parts = stages(profile, counts_of(profile))
-        speed = measured_speed(profile) if arguments.per_second is None else arguments.per_second
+        if arguments.per_second is not None:
+            speed, origin = arguments.per_second, "given"
+        else:
+            speed, origin = speed_of_a_card(profile) or (measured_speed(profile), "measured here")
         text = cost_table(parts, speed)
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    origin = "measured here" if arguments.per_second is None else "given"
     sys.stdout.write(f"Profile {profile.name}, {speed:.3g} UNet sample-evaluations a second ({origin}):\n\n{text}\n")
     return 0
 

@@ -1,0 +1,128 @@
+"""What `tools.check_gpu` measures on a card, with a narrow architecture and the tiny world on this CPU."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from nemolib.neurons import NeuronSet
+from nemolib.run import Run
+from nemolib.settings import load_profile
+from nemolib.store import Store
+from tests.narrow_architecture import save_narrow_architecture
+from tools import check_gpu, estimate
+
+SMALL = check_gpu.Sizes(latents=(1, 2), seconds=0.01, texts=8, prompts=2, images=1, crowd=6, compared=1)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = save_narrow_architecture(tmp_path_factory.mktemp("narrow"), side=48)
+    whole = check_gpu.full_size("cpu", "float32")
+    small = replace(
+        whole,
+        model=f"random:{folder}",
+        detection=replace(whole.detection, samples=2),
+        generation=replace(whole.generation, steps=2, side=64),
+    )
+    return Run(small, store=Store(tmp_path_factory.mktemp("store")), progress=False)
+
+
+def test_the_parts_of_the_experiment_are_measured(run):
+    rows = list(check_gpu.experiment(run, SMALL)) + list(check_gpu.speeds(run.pipe, SMALL))
+    assert len(rows) == 6
+    assert all(value > 0 and good for _, value, _, good in rows), rows
+
+
+def memory_for(pipe, latents):
+    """Return a limit under which the UNet takes that many latents at once."""
+
+    @contextmanager
+    def limit(device):
+        def full(module, inputs):
+            if len(inputs[0]) > latents:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+        handle = pipe.unet.register_forward_pre_hook(full)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    return limit
+
+
+def test_halving_is_seen_and_so_is_its_absence(run):
+    times, deviation = check_gpu.halving(run.pipe, SMALL, memory_for(run.pipe, 3))
+    assert times[1] == 1
+    assert times[3]
+    assert deviation[3]
+    times, _ = check_gpu.halving(run.pipe, replace(SMALL, crowd=5), memory_for(run.pipe, 100))
+    assert times[1] == 0
+    assert not times[3]
+
+
+def test_half_precision_agrees_with_single_precision():
+    """A CPU in half precision stands for the card."""
+    world = load_profile("tiny")
+    small = replace(
+        world,
+        threshold_prompts=20,
+        holdout_size=200,
+        detection=replace(world.detection, samples=3),
+        search=replace(world.search, theta_start=4.5, theta_step=0.5, theta_min=3.5, k_max=2),
+        generation=replace(world.generation, samples=1, steps=5),
+    )
+    found = list(check_gpu.agreement(small, "cpu", SMALL, check_gpu.TOLERANCES))
+    values = {name: (value, good) for name, value, _, good in found}
+    assert values["tiny world, float32: images"] == (0, True)
+    assert values["tiny world, float32: neurons"] == (1, True)
+    # The sets of so few seeds may differ in any number of neurons.
+    close = [f"tiny world, float16: {name}" for name in ("differences", "scores", "images")]
+    assert all(values[name][1] for name in close), values
+    assert values["tiny world, float16: scores"][0] > 0
+
+
+def test_what_deviates_is_seen():
+    maps, neurons = np.zeros((1, 2, 1, 4, 4)), {(0, *pair) for pair in NeuronSet(((1, 2, 3),))}
+    here = {"differences": maps, "scores": np.zeros(2), "neurons": neurons, "images": np.zeros((2, 8))}
+    allowed = check_gpu.TOLERANCES["float32"]
+    assert all(fits for _, fits in check_gpu._deviations(here, here, allowed).values())
+    changes = {"differences": maps + 0.2, "scores": np.full(2, 0.1), "neurons": set(), "images": np.full((2, 8), 9.0)}
+    for name, other in changes.items():
+        found = check_gpu._deviations(here, here | {name: other}, allowed)
+        assert [key for key, (_, fits) in found.items() if not fits] == [name]
+
+
+def test_a_part_that_fails_stops_no_other(capsys):
+    def broken():
+        yield ("first", 1.0, "s", True)
+        raise RuntimeError("no kernel image is available")
+
+    found = check_gpu.report([("broken", broken), ("sound", lambda: iter([("second", 2.0, "s", True)]))])
+    assert found["what"].tolist() == ["first", "broken", "second"]
+    assert found["good"].tolist() == [True, False, True]
+    assert "no kernel image" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a card")
+def test_without_a_card_one_sentence(capsys):
+    assert check_gpu.main([]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_estimate_takes_the_speed_of_a_card_that_was_checked(run, tmp_path, monkeypatch):
+    card = SimpleNamespace(name="NVIDIA T1", total_memory=2**34)
+    monkeypatch.setattr(check_gpu.torch.cuda, "get_device_properties", lambda device: card)
+    for module in (check_gpu, estimate):
+        monkeypatch.setattr(module, "GPU_REPORT", tmp_path / "gpu.json")
+    profile = load_profile("sd14")
+    assert estimate.speed_of_a_card(profile) is None
+    rows = [(f"evaluations a second, {size} latents", 10.0 * size, "1/s", True) for size in (1, 8, 16)]
+    parts = [("speed", lambda: iter([*rows, ("2 images", 3.0, "s", True)]))]
+    assert check_gpu.write_report(check_gpu.report(parts), seconds=1.0)
+    assert estimate.speed_of_a_card(profile) == (80.0, "measured on NVIDIA T1")
+    assert estimate.speed_of_a_card(replace(profile, device="cpu")) is None

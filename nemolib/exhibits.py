@@ -326,9 +326,13 @@ def _written(run: Run, name: str, contents: Mapping[str, bytes | str]) -> dict[s
     return files
 
 
+_ESCAPED = str.maketrans({"|": "\\|", "$": "\\$", "\n": " ", "\r": " "})
+"""What would end a cell of a Markdown table, or begin a formula."""
+
+
 def markdown(table: pd.DataFrame) -> str:
     """Return a table in Markdown; numbers stand as they are, so round before."""
-    shown = table.map(lambda value: "" if pd.isna(value) else str(value).replace("|", "\\|"))
+    shown = table.map(lambda value: "" if pd.isna(value) else str(value).translate(_ESCAPED))
     return shown.to_markdown(index=False, disable_numparse=True)
 
 

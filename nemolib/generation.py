@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from itertools import groupby
+from itertools import compress, groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -71,6 +71,12 @@ def generate(
                 width=settings.side,
             )
         finite(made.images, "image", chosen)
+        blackened = list(compress(chosen, getattr(made, "nsfw_content_detected", None) or ()))
+        if blackened:
+            raise ValueError(
+                f"the pipeline's safety checker blackened an image of prompt {blackened[0]!r}: that is no image of the "
+                "model, and no copy would be found in it; set pipe.safety_checker = None"
+            )
         return (made.images * 255).round().clip(0, 255).astype(np.uint8)
 
     images, before = [], getattr(pipe, "_progress_bar_config", {})

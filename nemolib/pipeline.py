@@ -107,11 +107,11 @@ def is_hub_id(model: str) -> bool:
 
 @torch.no_grad()
 def embed(pipe: StableDiffusionPipeline, prompts: Sequence[str], *, batch_size: int = 64) -> torch.Tensor:
-    """Return the text embeddings of prompts, as the pipeline computes them: padded and cut to the model's length.
+    """Return the text embeddings of prompts, as the pipeline itself computes them: learnt tokens, adapters and all.
 
     Args:
         pipe: the pipeline.
-        prompts: at least one prompt; the empty prompt is allowed (it is the unconditional one).
+        prompts: at least one prompt, cut to the model's length; the empty one is allowed (it is the unconditional one).
         batch_size: prompts per pass of the text encoder.
 
     Returns:
@@ -124,13 +124,12 @@ def embed(pipe: StableDiffusionPipeline, prompts: Sequence[str], *, batch_size: 
     check_pipeline(pipe)
     if isinstance(prompts, str) or not len(prompts) or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"expected a list of at least one prompt, each a text, got {prompts!r:.200}")
-    encoder, length = pipe.text_encoder, pipe.tokenizer.model_max_length
-    cut = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
     found = []
-    for start in range(0, len(prompts), batch_size):
-        tokens = pipe.tokenizer(list(prompts[start : start + batch_size]), **cut).to(encoder.device)
-        mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
-        found.append(encoder(tokens.input_ids, attention_mask=mask)[0].to(pipe.unet.dtype))
+    # Diffusers would tell of every text that is cut.
+    with quiet(bars=True):
+        for start in range(0, len(prompts), batch_size):
+            batch = list(prompts[start : start + batch_size])
+            found.append(pipe.encode_prompt(batch, pipe._execution_device, 1, False)[0].to(pipe.unet.dtype))
     return torch.cat(found)
 
 

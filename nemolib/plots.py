@@ -346,7 +346,8 @@ def image_grid(
 
 
 def _label(axes: Axes, text: str, place: tuple[float, float], **style: Any) -> None:
-    axes.annotate(text, place, xycoords="axes fraction", **{"fontsize": TICK_SIZE} | style)
+    """Write a text as it stands: a caption with two dollar signs holds no formula."""
+    axes.annotate(text, place, xycoords="axes fraction", parse_math=False, **{"fontsize": TICK_SIZE} | style)
 
 
 # Files

@@ -39,6 +39,7 @@ from nemolib.workers import Batch, FailedPrompts, Failure, Outcomes, Task, map_p
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
+    from PIL import Image
 
     from nemolib.settings import GenerationSettings, Profile, Protocol, SearchSettings
 
@@ -434,7 +435,7 @@ class Run:
         loaded = []
         for path in prompts.image_paths(rows, self.profile):
             with Image.open(path) as image:
-                whole = image.convert("RGB")
+                whole = _on_white(image)
             if size is not None and whole.size != size[::-1]:
                 whole = whole.resize(size[::-1], Image.Resampling.LANCZOS)
             loaded.append(np.asarray(whole))
@@ -552,6 +553,17 @@ def _described(encoder: Encoder, drawn: Mapping[str, Any]) -> Outcomes:
         images = np.stack(list(made.values()))
         found = encoder.describe(images.reshape(-1, *images.shape[2:])).unflatten(0, images.shape[:2])
         yield from zip(made, found.numpy(), strict=True)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Return an image as a browser shows it: RGB, 8 bits, what is transparent is white."""
+    from PIL import Image
+
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def has_image(rows: pd.DataFrame) -> np.ndarray:

@@ -23,6 +23,10 @@ from nemolib.paths import write_atomic
 from nemolib.provenance import content_hash
 
 
+TEXTS = ("caption", "prompt")
+"""Columns of a table that hold text, whatever it looks like."""
+
+
 class StoreError(ValueError):
     """A file of results that cannot be read; the message names the file, the place and what to do."""
 
@@ -124,11 +128,15 @@ def read_grid(path: Path) -> Grid:
 
 def write_table(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
     """Write a table as CSV, all of it or nothing, without its index; reading gives floats bit by bit."""
-    write_atomic(path, table.to_csv(index=False, lineterminator="\n"))
+    text = table.to_csv(index=False, lineterminator="\n")
+    if "\r" in text:
+        # The csv module of Python 3.11 leaves a text with one unquoted.
+        text = table.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    write_atomic(path, text)
 
 
 def read_table(path: str | os.PathLike[str], *, columns: tuple[str, ...] = ()) -> pd.DataFrame:
-    """Return a table that `write_table` wrote; only an empty field is missing, a caption "NA" stays text.
+    """Return a table that `write_table` wrote; only an empty field is missing, captions "NA", "007", "True" stay text.
 
     Args:
         path: The CSV file.
@@ -138,7 +146,7 @@ def read_table(path: str | os.PathLike[str], *, columns: tuple[str, ...] = ()) -
         FileNotFoundError: There is no such table.
         StoreError: The file was cut, a row has too few or too many fields, or a column is missing.
     """
-    text = Path(path).read_text(encoding="utf-8")
+    text = Path(path).read_bytes().decode()
     if not text.endswith("\n"):
         raise StoreError(f"{path}: the file was cut (its last line has no end); delete it and make it again")
     rows = csv.reader(io.StringIO(text))
@@ -146,7 +154,7 @@ def read_table(path: str | os.PathLike[str], *, columns: tuple[str, ...] = ()) -
     for number, row in enumerate(rows, start=1):
         if len(row) != width:
             raise StoreError(f"{path}, row {number}: {len(row)} fields instead of {width}; delete it and make it again")
-    table = pd.read_csv(io.StringIO(text), keep_default_na=False, na_values=[""])
+    table = pd.read_csv(io.StringIO(text), keep_default_na=False, na_values=[""], dtype=dict.fromkeys(TEXTS, str))
     for column in columns:
         if column not in table:
             raise StoreError(f"{path}: column {column!r} is missing; there are {', '.join(table.columns)}")

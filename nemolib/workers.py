@@ -176,13 +176,21 @@ def _choice(profile: Profile | None) -> str | int | None:
 def _connect(choice: str | int, stack: ExitStack) -> Client:
     """Return a client that is closed with the stack; with a number, of a new local cluster that ends with it."""
     try:
+        import dask
         import distributed
     except ImportError as error:
         raise WorkersError('Dask is not installed: pip install "nemolib[workers]" (or distributed)') from error
     if isinstance(choice, int):
+        # A site may demand encryption, for which processes on one machine have no certificates.
+        stack.enter_context(dask.config.set({"distributed.comm.require-encryption": False}))
         choice = stack.enter_context(_local(choice)).scheduler_address
     try:
         client = stack.enter_context(distributed.Client(choice, set_as_default=False, timeout=PATIENCE))
+    except (TypeError, RuntimeError) as error:
+        raise WorkersError(
+            f"{choice} ({VARIABLE}) and Dask's settings of encryption do not fit: a tls:// address needs certificates in "
+            f"distributed.comm.tls, and where require-encryption is set, tcp:// is refused ({error})"
+        ) from error
     except (OSError, ValueError, ImportError) as error:
         raise WorkersError(
             f"no Dask scheduler answers at {choice} ({VARIABLE}); start one with `dask scheduler` and workers with "

@@ -14,7 +14,8 @@ from nemolib import paths
 from tests.notebook_files import save_notebook
 
 TARGETS = [
-    "help", "env", "lab", "all", "notebooks", "figures", "data", "estimate", "published", "results-full", "test", "lint",
+    "help", "env", "lab", "all", "notebooks", "figures", "data", "estimate", "check-gpu",
+    "published", "results-full", "test", "lint",
     "train", "student", "refresh", "lock", "clean",
 ]  # fmt: skip
 

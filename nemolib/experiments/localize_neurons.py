@@ -104,7 +104,7 @@ def search(search_steps: pd.DataFrame, search_tests: pd.DataFrame) -> Figure:
         count.set(xlabel=r"threshold $\theta$ of the z-score", ylabel="neurons off", ylim=(0, None))
         left.set(xlabel="test (layers first, then neurons)", ylim=(0, None))
         count.invert_xaxis()
-        figure.suptitle(steps["prompt"].iloc[0], fontsize=plots.LABEL_SIZE)
+        figure.suptitle(steps["prompt"].iloc[0], fontsize=plots.LABEL_SIZE, parse_math=False)
         figure.legend(*tested.get_legend_handles_labels(), loc="outside lower right", ncols=2)
     return figure
 

@@ -119,7 +119,7 @@ def _detection(
     for place, (word, color) in enumerate((("memorized", COLOR), ("unmemorized", OTHER))):
         left, prompt, score = 0.05 + place * 2.78, scores.index[place], scores.iloc[place]
         caption = textwrap.shorten(f"{word}: “{prompt}”", 52, placeholder=" …”")
-        _text(figure, left, 2.86, caption, color=color)
+        _text(figure, left, 2.86, caption, color=color, parse_math=False)
         _picture(figure, images[place], left, 2.03, 0.78, color)
         for seed, image in enumerate(maps[place]):
             _picture(figure, image, left + 0.90 + seed * 0.43, 2.41, 0.40)

@@ -22,7 +22,6 @@ from safetensors.numpy import load, save
 from nemolib.paths import write_atomic
 from nemolib.provenance import content_hash
 
-
 TEXTS = ("caption", "prompt")
 """Columns of a table that hold text, whatever it looks like."""
 

@@ -195,6 +195,7 @@ def cross_attention_layers(unet: nn.Module, part: Literal["value", "key"]) -> tu
         raise ValueError(
             f"{type(unet).__name__} has no cross-attention {part} layers in its down and middle blocks "
             f"(modules '...attn2.to_{part[0]}'); a text-conditional UNet such as Stable Diffusion's is needed"
+            + ("; it is wrapped: use its .module" if hasattr(unet, "module") else "")
         )
     return found
 

@@ -266,6 +266,11 @@ def test_layers_behind_wrappers_are_found_and_act(random_pipe, other, wrap):
                 torch.testing.assert_close(found, plain, atol=10 * tolerance, rtol=tolerance)
 
 
+def test_a_model_inside_a_parallel_one_is_named(random_pipe):
+    with pytest.raises(ValueError, match=r"DataParallel has no cross-attention value layers.*use its \.module"):
+        value_layers(torch.nn.DataParallel(random_pipe.unet))
+
+
 def test_neurons_that_do_not_act_are_noticed_by_one_pass(other):
     passes = []
     other.unet.register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))

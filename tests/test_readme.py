@@ -81,3 +81,16 @@ def test_git_ignores_what_a_run_writes():
         ["git", "check-ignore", "--no-index", *written, *kept], cwd=paths.ROOT, capture_output=True, text=True
     )
     assert shown.stdout.split() == written
+
+
+def test_each_test_that_the_page_of_models_names_is_there():
+    page = (paths.ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    files = {
+        path.relative_to(paths.ROOT / "tests"): path.read_text(encoding="utf-8")
+        for path in paths.ROOT.glob("tests/**/*.py")
+    }
+    there = {name for text in files.values() for name in re.findall(r"^def (test_\w+)", text, re.MULTILINE)}
+    there |= {path.stem for path in files} | {str(path.with_suffix("")) for path in files} | {"faults/"}
+    named = re.findall(r"`((?:unit/|faults/)?test_\w+|faults/)`", page)
+    assert len(named) > 30
+    assert set(named) <= there

@@ -217,8 +217,13 @@ class TorchScriptEncoder(Encoder):
         except RuntimeError as error:
             raise EncoderError(f"{path} holds no TorchScript network; download it again ({error!s:.200})") from error
         if not known:
-            note_sha256(path, found)
-            told = f"{path} is used for the first time; its SHA-256 is {found} (noted in {_note(path).name})"
+            noted = f"noted in {_note(path).name}"
+            try:
+                note_sha256(path, found)
+            except OSError as error:
+                # A folder that many share may be read-only.
+                noted = f"not noted: {error}"
+            told = f"{path} is used for the first time; its SHA-256 is {found} ({noted})"
             remedy = "compare it with the source of the file, and state it in the profile as sha256"
             warnings.warn(f"{told}; {remedy}", FirstUse, stacklevel=2)
         return cls(model.eval(), found, chosen.name or cls.called, device)

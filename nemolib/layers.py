@@ -388,7 +388,9 @@ def check_neurons_act(unet: nn.Module) -> None:
 def placement(unet: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Return the device and the type in which a model takes its input; one whose weights are offloaded moves it itself."""
     weight = next(unet.parameters())
-    return torch.device("cpu") if weight.is_meta else weight.device, weight.dtype
+    # Weights of one byte are cast layer by layer to what diffusers calls the model's type.
+    dtype = weight.dtype if weight.dtype.itemsize > 1 else unet.dtype
+    return torch.device("cpu") if weight.is_meta else weight.device, dtype
 
 
 def _layers(unet: nn.Module, part: Part) -> tuple[Layer, ...]:

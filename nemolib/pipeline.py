@@ -214,8 +214,8 @@ def _from_pretrained(
         reason = f"{type(error).__name__}: {(str(error).strip() or 'no reason').splitlines()[0]}"
         if local:
             raise PipelineError(
-                f"model folder {location} could not be loaded; copy the model again, or say which variant of its files "
-                f"is there, such as load_pipeline(folder, variant='fp16') ({reason})"
+                f"model folder {location} could not be loaded; say which variant of its files is there, such as "
+                f"load_pipeline(folder, variant='fp16'), or copy the model again ({reason})"
             ) from error
         raise PipelineError(
             f"model {location!r} could not be loaded from the hub: no network, no such model, or no access; check the "

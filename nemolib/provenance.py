@@ -55,6 +55,8 @@ _FEW = 4096
 
 _VERSIONED = frozenset({*COMPUTING, *sys.stdlib_module_names})
 
+_SETTINGS = (str, bool, int, float, tuple, torch.dtype, torch.device)
+
 _PLAIN = (str, type(None), bool, int, float, tuple)
 
 _HASHES: weakref.WeakKeyDictionary[Any, tuple[bytes, str]] = weakref.WeakKeyDictionary()
@@ -180,6 +182,12 @@ class _Describer(pickle.Pickler):
         if isinstance(value, type | types.FunctionType):
             code = _unversioned_code(value)
             return [value.__qualname__, code] if code else None
+        if kind.__module__.startswith("diffusers.hooks"):
+            # A registry of hooks, such as those that cast layers: each with its settings.
+            hooks = getattr(value, "hooks", {"": value}).values()
+            return [
+                [type(hook), [str(item) for item in vars(hook).values() if type(item) in _SETTINGS]] for hook in hooks
+            ]
         if kind is dict and "_forward_hooks" in value:
             return _held(value)
         if isinstance(value, dict) and _NO_PART & value.keys():
@@ -201,7 +209,7 @@ class _Describer(pickle.Pickler):
 
 def _held(module: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a module holds, without what is empty or has no part in a result."""
-    left_out = _NO_PART
+    left_out = _NO_PART | ({"forward"} if "_diffusers_hook" in module else set())
     if type(module.get("_hf_hook")).__module__.startswith("accelerate."):
         # It moves weights to the device and back.
         left_out |= {"_hf_hook", "_old_forward", "forward"}

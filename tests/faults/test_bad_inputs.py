@@ -79,8 +79,11 @@ FOLDERS = {
     "another pipeline": (_other_kind, "_class_name is 'FluxPipeline'; expected 'StableDiffusionPipeline'"),
     "no unet": (lambda folder: shutil.rmtree(folder / "unet"), "unet has no safetensors file"),
     "pickled weights": (_unsafe, "unet has no safetensors file; other formats are not read"),
-    "cut weights": (_cut, "could not be loaded; copy the model again"),
-    "no configuration": (_without("unet/config.json"), "could not be loaded; copy the model again"),
+    "cut weights": (_cut, "could not be loaded; say which variant.*, or copy the model again"),
+    "no configuration": (
+        _without("unet/config.json"),
+        "could not be loaded; say which variant.*, or copy the model again",
+    ),
 }
 
 

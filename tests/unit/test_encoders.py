@@ -191,6 +191,15 @@ def test_the_first_use_of_a_file_is_told_and_noted(sscd, tmp_path):
         Sscd.load(unstated)
 
 
+def test_weights_in_a_folder_that_is_read_only_are_used(sscd, tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(encoders, "write_atomic", refuse)
+    with pytest.warns(FirstUse, match=r"not noted: \[Errno 13\] Permission denied.*state it in the profile"):
+        assert Sscd.load(dataclasses.replace(sscd, sha256=None)).sha256 == sscd.sha256
+
+
 @pytest.mark.parametrize("stated", [True, False])
 def test_another_file_is_refused(sscd, tmp_path, stated):
     path = tmp_path / "sscd.pt"

@@ -266,6 +266,16 @@ def test_layers_behind_wrappers_are_found_and_act(random_pipe, other, wrap):
                 torch.testing.assert_close(found, plain, atol=10 * tolerance, rtol=tolerance)
 
 
+def test_weights_that_are_cast_layer_by_layer(other):
+    other.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert next(other.unet.parameters()).dtype.itemsize == 1
+    assert all(layer.dtype == torch.float32 and layer.isfinite().all() for layer in values(other))
+    plain = noise(other)
+    with deactivate(other, FIRST):
+        assert not torch.equal(noise(other), plain)
+    assert torch.equal(noise(other), plain)
+
+
 def test_a_model_inside_a_parallel_one_is_named(random_pipe):
     with pytest.raises(ValueError, match=r"DataParallel has no cross-attention value layers.*use its \.module"):
         value_layers(torch.nn.DataParallel(random_pipe.unet))

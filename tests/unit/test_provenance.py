@@ -91,6 +91,7 @@ CHANGES = {
     "FreeU": lambda pipe: pipe.enable_freeu(0.9, 0.2, 1.5, 1.6),
     "a token": lambda pipe: pipe.tokenizer.add_tokens("<cat>"),
     "a hook": lambda pipe: pipe.vae.register_forward_pre_hook(named_hook),
+    "layers that are cast": lambda pipe: pipe.unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32),
     "another pipeline": lambda pipe: setattr(pipe, "__class__", StableDiffusionImg2ImgPipeline),
 }
 

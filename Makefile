@@ -41,7 +41,7 @@ $(ENV): requirements.lock pyproject.toml
 	@touch $@
 
 lab: $(ENV) ## open JupyterLab on the notebooks
-	$(VENV)/bin/jupyter lab notebooks
+	JUPYTER_PATH="$(abspath $(VENV))/share/jupyter$${JUPYTER_PATH:+:$$JUPYTER_PATH}" $(VENV)/bin/jupyter lab notebooks
 
 all: notebooks figures ## run every notebook, make every figure and table
 

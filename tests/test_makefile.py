@@ -72,6 +72,14 @@ def test_the_default_lists_every_target_with_a_line(checkout):
     assert re.findall(r"^  make ([\w-]+) +\S.*$", shown.stdout, re.MULTILINE) == TARGETS
 
 
+def test_the_lab_prefers_the_kernel_of_the_environment(checkout):
+    shown = make(checkout, "-n", "lab").stdout
+    assert (
+        f'JUPYTER_PATH="{checkout.resolve()}/.venv/share/jupyter${{JUPYTER_PATH:+:$JUPYTER_PATH}}" .venv/bin/jupyter lab'
+        in shown
+    )
+
+
 def test_make_all_runs_the_notebooks_in_order(checkout):
     assert planned(checkout, "all") == planned(checkout, "figures") == list(NAMES)
     assert planned(checkout, "build/tiny/03_neurons.ipynb") == ["01_threshold", "03_neurons"]

@@ -49,6 +49,8 @@ DEATHS = 3
 PATIENCE = "20s"
 """How long a scheduler is waited for."""
 
+_THREADS = {"OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"}
+
 Batch = Sequence[tuple[str, Any]]
 """Items that are computed together, each with its key. An item is a caption, or a tuple that begins with one."""
 
@@ -183,6 +185,9 @@ def _connect(choice: str | int, stack: ExitStack) -> Client:
     if isinstance(choice, int):
         # A site may demand encryption, for which processes on one machine have no certificates.
         stack.enter_context(dask.config.set({"distributed.comm.require-encryption": False}))
+        # Dask puts what it gives to workers into this process too, and leaves it there.
+        for name in _THREADS - os.environ.keys():
+            stack.callback(os.environ.pop, name, None)
         choice = stack.enter_context(_local(choice)).scheduler_address
     try:
         client = stack.enter_context(distributed.Client(choice, set_as_default=False, timeout=PATIENCE))
@@ -206,14 +211,13 @@ def _local(number: int) -> Any:
     import dask
     from distributed import LocalCluster
 
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     settings = {
         # No prompt waits in a worker while another one is computed there, or it would be blamed if the worker dies.
         "distributed.scheduler.worker-saturation": 1.0,
         "distributed.scheduler.allowed-failures": DEATHS,
         # Dask would set MALLOC_TRIM_THRESHOLD_ too: then glibc maps and unmaps memory for every large tensor, and a
         # CPU is a third slower.
-        "distributed.nanny.pre-spawn-environ": threads,
+        "distributed.nanny.pre-spawn-environ": dict.fromkeys(_THREADS, "1"),
     }
     # Without a limit of memory: Dask's own would end a worker that loads a large model.
     limits = {"n_workers": number, "threads_per_worker": 1, "memory_limit": 0}

@@ -126,14 +126,17 @@ def test_encryption_that_does_not_fit_is_named(monkeypatch, choice, required):
         pass
 
 
-def test_local_workers_need_no_encryption(monkeypatch):
+def test_local_workers_need_no_encryption_and_leave_no_trace(monkeypatch):
     import dask
     import distributed  # brings Dask's settings with it
 
     assert distributed.__version__
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
     monkeypatch.setenv(workers.VARIABLE, "local:1")
     with (
         dask.config.set({"distributed.comm.require-encryption": True}),
         workers.cluster(load_profile("tiny")) as client,
     ):
         assert client.submit(os.getpid).result(timeout=60) != os.getpid()
+        assert client.submit(os.getenv, "MKL_NUM_THREADS").result(timeout=60) == "1"
+    assert "MKL_NUM_THREADS" not in os.environ

@@ -110,9 +110,12 @@ def experiment(run: Run, sizes: Sizes) -> Iterator[Row]:
     with _clock() as seconds:
         statistics = activation_statistics(run.pipe, texts, progress=False)
     yield f"activation statistics of {sizes.texts} texts", seconds(), "s", True
-    captions = texts[: sizes.prompts]
+
+    def search(run: Run) -> list[Localization]:
+        return run.search(texts[: sizes.prompts], statistics=statistics, threshold=run.threshold)
+
     with _clock() as seconds:
-        found = run.search(captions, statistics=statistics, threshold=run.threshold)
+        found = search(run)
     used = sum(sum(item.evaluations.values()) for item in found)
     yield (
         f"search of {sizes.prompts} prompts",
@@ -124,18 +127,15 @@ def experiment(run: Run, sizes: Sizes) -> Iterator[Row]:
         images = run.images(texts[: sizes.images])
     yield f"{sizes.images} images of {images.shape[2]} pixels", seconds(), "s", len(images) == sizes.images
     with _clock() as seconds:
-        there = _on_two_workers(run, lambda run: run.search(captions, statistics=statistics, threshold=run.threshold))
-    yield "the same search by two processes, with their start", seconds(), "s", _alike(found, there)
+        there = _on_two_workers(run, search)
+    alike = [item.neurons for item in found] == [item.neurons for item in there]
+    yield "the same search by two processes, with their start", seconds(), "s", alike
 
 
 def _on_two_workers(run: Run, work: Callable[[Run], Any]) -> Any:
     """Return what two processes on this machine compute, with a store of their own."""
     with patch.dict(os.environ, {workers.VARIABLE: "local:2"}), TemporaryDirectory() as folder:
         return work(Run(run.profile, run.pipe, store=Store(Path(folder)), progress=False))
-
-
-def _alike(some: Sequence[Localization], others: Sequence[Localization]) -> bool:
-    return [item.neurons for item in some] == [item.neurons for item in others]
 
 
 def halving(pipe: StableDiffusionPipeline, sizes: Sizes, limit: Callable[[torch.device], Any]) -> Iterator[Row]:

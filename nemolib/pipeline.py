@@ -129,7 +129,13 @@ def embed(pipe: StableDiffusionPipeline, prompts: Sequence[str], *, batch_size: 
     with quiet(bars=True):
         for start in range(0, len(prompts), batch_size):
             batch = list(prompts[start : start + batch_size])
-            found.append(pipe.encode_prompt(batch, pipe._execution_device, 1, False)[0].to(pipe.unet.dtype))
+            try:
+                embedded, _ = pipe.encode_prompt(batch, pipe._execution_device, 1, False)
+            except NotImplementedError as error:
+                raise PipelineError(
+                    f"the text encoder cannot be used where its weights are offloaded; leave it on a device ({error})"
+                ) from error
+            found.append(embedded.to(pipe.unet.dtype))
     return torch.cat(found)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from nemolib import exhibits, plots, workers
 from nemolib.batching import check_prompts
 from nemolib.generation import generate
-from nemolib.pipeline import embed
+from nemolib.pipeline import PipelineError, embed
 from nemolib.run import Run
 from nemolib.settings import GenerationSettings, load_profile
 from nemolib.store import Grid, read_table, write_table
@@ -107,6 +107,17 @@ def test_text_goes_through_the_pipelines_own_encoder(random_model_folder):
     assert torch.equal(ours, theirs)
     once = pipe.tokenizer("a <thing>", padding="max_length", return_tensors="pt").input_ids
     assert not torch.equal(ours, pipe.text_encoder(once)[0])
+
+
+def test_a_text_encoder_that_is_offloaded_is_named(random_model_folder):
+    """Diffusers itself fails then, without a word of why."""
+    from accelerate import cpu_offload
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(random_model_folder, safety_checker=None)
+    cpu_offload(pipe.text_encoder, execution_device=torch.device("cpu"))
+    with pytest.raises(PipelineError, match="text encoder cannot be used where its weights are offloaded"):
+        embed(pipe, ["a fox"])
 
 
 @pytest.mark.parametrize(

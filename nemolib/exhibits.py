@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -57,9 +57,12 @@ class Claim:
         text: What is claimed or compared, in words.
         ours: What was found here, as text with its numbers.
         paper: What the paper reports; empty if nothing is known.
-        holds: Whether it holds; None: there is nothing to compare.
-        rule: What decides, or why the numbers may differ.
+        holds: Whether it holds; None: there is nothing to compare, or too little to decide.
+        rule: What decides, stated before, or why the numbers may differ.
         must: Whether it holds for any model if the computation is right: a notebook fails where it does not.
+        n: How many prompts (or what else) it rests on. A claim of the paper that has a rule and n counts in the table of
+            claims (`claim_table`).
+        interval: Of what was found: 95 %, unless it says what else.
     """
 
     text: str
@@ -68,15 +71,22 @@ class Claim:
     holds: bool | None = None
     rule: str = ""
     must: bool = False
+    n: str = ""
+    interval: str = ""
 
     @property
     def verdict(self) -> str:
-        """``holds``, ``does not hold``, or ``beside``: there is nothing to decide."""
-        return "beside" if self.holds is None else "holds" if self.holds else "does not hold"
+        """``holds``, ``does not hold``, ``not decided``, or nothing where there is nothing to decide."""
+        if self.holds is None:
+            return "not decided" if self.n else ""
+        return "holds" if self.holds else "does not hold"
 
     def __str__(self) -> str:
         """Return it as a sentence, with the paper's number and the verdict where there are any."""
-        parts = [f"{self.text}: {self.ours}"] + [f"paper: {self.paper}"] * bool(self.paper)
+        ours = f"{self.ours} (95 %: {self.interval})" if self.interval else self.ours
+        parts = (
+            [f"{self.text}: {ours}"] + [f"paper: {self.paper}"] * bool(self.paper) + [f"n = {self.n}"] * bool(self.n)
+        )
         if self.holds is not None:
             parts.append(f"**{self.verdict}** ({self.rule})" if self.rule else f"**{self.verdict}**")
         return "; ".join(parts)
@@ -108,6 +118,51 @@ def must(
     bound = f"{low:.4g}" if low == high else " and ".join(ends)
     rule = f"must be {bound}; {reason}" if reason else f"must be {bound}"
     return Claim(text, f"{float(value):.3g}", holds=bool(low <= value <= high), rule=rule, must=True)
+
+
+def effect(
+    text: str,
+    value: float,
+    of: str,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    ours: str,
+    paper: str,
+    n: str,
+    interval: str = "",
+) -> Claim:
+    """Return a claim of the paper, decided by the size of an effect: a number and one bound, fixed before it is known.
+
+    Args:
+        text: The claim in words.
+        value: The effect that was found; a missing number (NaN) decides nothing.
+        of: What the number is, as in "share of the similarity that stays".
+        at_least: The smallest value with which it holds; or instead
+        at_most: the largest.
+        ours: The numbers that it was made of.
+        paper: What the paper reports.
+        n: As of `Claim`; so is interval.
+    """
+    low, high = (-math.inf if at_least is None else at_least), (math.inf if at_most is None else at_most)
+    rule = f"{of}: at most {high:g}" if at_least is None else f"{of}: at least {low:g}"
+    holds = None if math.isnan(value) else bool(low <= value <= high)
+    return Claim(
+        text, f"{value:.2f} ({ours})" if holds is not None else ours, paper, holds, rule, n=n, interval=interval
+    )
+
+
+def share_interval(hits: Any) -> str:
+    """Return the 95 % interval (Wilson) of the share of prompts that fulfil something, as text."""
+    from scipy.stats import binomtest
+
+    return "{:.2f} to {:.2f}".format(*binomtest(int(np.sum(hits)), len(hits)).proportion_ci(method="wilson"))
+
+
+def median_interval(values: Any) -> str:
+    """Return the 95 % bootstrap interval of a median over prompts, as text; nothing if no value is known."""
+    known = pd.Series(values).dropna()
+    return "" if known.empty else "{:.2f} to {:.2f}".format(*metrics.bootstrap_interval(known))
 
 
 def rounding(dtype: Any, *, at_least: float = 1e-4) -> float:
@@ -260,20 +315,6 @@ class Rendered:
         """The claims that are for readers; those that must hold are for `check`."""
         return [claim for claim in self.claims if not claim.must]
 
-    @property
-    def verdict(self) -> str:
-        """Whether what is compared with the paper ``agrees``, ``differs``, or nothing is compared (``beside``)."""
-        compared = [claim.holds for claim in self.said if claim.paper and claim.holds is not None]
-        return "beside" if not compared else "agrees" if all(compared) else "differs"
-
-
-VERDICTS = {
-    "agrees": "agrees with the paper",
-    "differs": "differs from the paper",
-    "beside": "no value of the paper to compare with",
-}
-"""What the verdicts of exhibits mean."""
-
 
 def render(item: Exhibit, run: Run, *, load: Load | None = None, write: bool = True) -> Rendered:
     """Draw an exhibit and write its files to ``figures/<profile>/``, or return why it cannot be drawn.
@@ -366,10 +407,41 @@ def show(run: Run, name: str) -> None:
     if drawn.content is None:
         display(Markdown(f"*{drawn.exhibit.heading}* is not shown: {drawn.reason}."))
         return
-    display(drawn.content)
+    as_table(drawn.content) if isinstance(drawn.content, pd.DataFrame) else display(drawn.content)
     item, said = drawn.exhibit, "\n".join(f"- {claim}" for claim in drawn.said)
     parts = (f"**{item.heading}.** {item.caption}", said, f"*Drawn by {item.place}.*")
     display(Markdown("\n\n".join(filter(None, parts))))
+
+
+def as_table(table: pd.DataFrame, **names: str) -> None:
+    """Show a table in a notebook: no index, text on the left, numbers with three digits, nothing where a value is missing.
+
+    Args:
+        table: The table.
+        names: Columns that are shown, in this order, and what readers call them; without any all, as they are.
+    """
+    from IPython.display import display
+
+    chosen = rounded(table[list(names)].rename(columns=names) if names else table)
+    display({"text/html": html(chosen), "text/plain": chosen.to_string(index=False)}, raw=True)
+
+
+def rounded(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table as text: numbers with three significant digits, nothing where a value is missing."""
+
+    def text(value: Any) -> str:
+        if pd.isna(value):
+            return ""
+        return f"{value:,.3g}" if isinstance(value, float) and abs(value) < 1000 else f"{value}"
+
+    return table.map(text)
+
+
+def html(table: pd.DataFrame, name: str = "shown") -> str:
+    """Return a table of texts in HTML, of the class ``name``; nothing in it is read as HTML or as a formula."""
+    classes = [name, "tex2jax_ignore", "mathjax_ignore"]
+    text = table.to_html(index=False, border=0, classes=classes, justify="left")
+    return text.replace("<td>", '<td style="text-align: left; vertical-align: top">')
 
 
 def check(run: Run, *modules: str, extra: Sequence[Claim] = ()) -> pd.DataFrame:
@@ -398,17 +470,34 @@ def check(run: Run, *modules: str, extra: Sequence[Claim] = ()) -> pd.DataFrame:
     failed = [f"{claim.text}: {claim.ours}, {claim.rule}" for claim in found if claim.must and claim.holds is False]
     if failed:
         raise ClaimError("; ".join(failed))
-    return _claim_rows([("", claim) for claim in found]).drop(columns="exhibit")
+    return claim_rows(found)[["claim", "ours", "paper", "verdict", "rule"]]
 
 
-def _claim_rows(said: Iterable[tuple[str, Claim]]) -> pd.DataFrame:
-    rows = [(name, item.text, item.ours, item.paper, item.verdict, item.rule) for name, item in said]
-    return pd.DataFrame(rows, columns=["exhibit", "claim", "ours", "paper", "verdict", "rule"])
+def claim_rows(found: Iterable[Claim]) -> pd.DataFrame:
+    """Return claims as a table: columns claim, paper, ours, n, interval, verdict, rule."""
+    rows = [(item.text, item.paper, item.ours, item.n, item.interval, item.verdict, item.rule) for item in found]
+    return pd.DataFrame(rows, columns=["claim", "paper", "ours", "n", "interval", "verdict", "rule"])
 
 
 def claim_table(page: Sequence[Rendered]) -> pd.DataFrame:
-    """Return what the exhibits of a page claim beside the paper: columns exhibit, claim, ours, paper, verdict, rule."""
-    return _claim_rows((item.exhibit.label or item.exhibit.heading, claim) for item in page for claim in item.said)
+    """Return each claim of the paper that has a rule, once, in the paper's order: columns as of `claim_rows`.
+
+    What notebook 06 draws of runs that were computed elsewhere does not count.
+    """
+    counted = {
+        claim.text: replace(claim, paper=f"{item.exhibit.label}: {claim.paper}" if item.exhibit.label else claim.paper)
+        for item in reversed(page)
+        for claim in reversed(item.said)
+        if claim.n and item.exhibit.notebook != "06_figures"
+    }
+    return claim_rows(reversed(counted.values()))
+
+
+def summary(table: pd.DataFrame) -> str:
+    """Return how many of a table of claims hold, in words."""
+    counts = table["verdict"].value_counts()
+    others = ", ".join(f"{counts[name]} {name}" for name in ("does not hold", "not decided") if name in counts)
+    return f"{counts.get('holds', 0)} of {len(table)} claims of the paper hold here" + f" ({others})" * bool(others)
 
 
 def missing_table(page: Sequence[Rendered]) -> pd.DataFrame:
@@ -433,14 +522,16 @@ td, th {{ padding: 0.2rem 0.7rem; text-align: left; border-bottom: 1px solid #dd
 
 
 def write_page(page: Sequence[Rendered], run: Run) -> dict[str, Path]:
-    """Write ``index.md`` and the same text as ``index.html`` beside the files of the exhibits.
+    """Write the table of claims (``claims.csv``, ``.md``, ``.html``), and the page ``index.md`` and ``.html`` that it opens.
 
     Raises:
         ValueError: No exhibit was drawn.
     """
     from markdown_it import MarkdownIt
 
-    title = f"Figures and tables: profile {run.profile.name}"
+    title, table = f"Figures and tables: profile {run.profile.name}", claim_table(page)
+    contents = {"csv": table.to_csv(index=False, lineterminator="\n"), "md": markdown(table) + "\n"}
+    _written(run, "claims", contents | {"html": html(table, "claims") + "\n"})
     text = "\n\n".join([f"# {title}", *_sections(page, run.profile.name)]) + "\n"
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     return _written(run, "index", {"md": text, "html": _PAGE.format(title=title, body=body)})
@@ -451,9 +542,9 @@ def _sections(page: Sequence[Rendered], profile: str) -> Iterator[str]:
     drawn = [item for item in page if item.content is not None]
     if not drawn:
         raise ValueError("no exhibit was drawn; run the other notebooks first (make notebooks)")
-    counted = Counter(item.verdict for item in drawn)
-    verdicts = "; ".join(f"{counted[name]}: {text}" for name, text in VERDICTS.items() if counted[name])
-    yield f"{len(drawn)} figures and tables ({verdicts}), made by notebook 06_figures from the tables of the others."
+    claims, missing = claim_table(page), missing_table(page)
+    yield f"{len(drawn)} figures and tables, made by notebook 06_figures from the tables of the others. {summary(claims)}:"
+    yield markdown(claims)
     for item in drawn:
         heading, notebook = item.exhibit.heading, item.exhibit.notebook
         yield f"## {heading}"
@@ -461,9 +552,8 @@ def _sections(page: Sequence[Rendered], profile: str) -> Iterator[str]:
         yield item.exhibit.caption
         command = f"make build/{profile}/{notebook}.ipynb PROFILE={profile} && make figures PROFILE={profile}"
         where = f"Drawn by {item.exhibit.place}, computed by `{command}`"
-        yield "\n".join(f"- {fact}" for fact in (*item.said, VERDICTS[item.verdict].capitalize(), where))
-        yield " · ".join(f"[{suffix}]({path.name})" for suffix, path in item.files.items())
-    ends = {"What holds, what does not, why": claim_table(page), "What is not here, and why": missing_table(page)}
-    for heading, table in ends.items():
-        if len(table):
-            yield f"## {heading}\n\n{markdown(table)}"
+        yield "\n".join(f"- {fact}" for fact in (*item.said, where))
+        # The table itself is shown.
+        yield " · ".join(f"[{suffix}]({path.name})" for suffix, path in item.files.items() if suffix != "md")
+    if len(missing):
+        yield f"## What is not here, and why\n\n{markdown(missing)}"

@@ -15,7 +15,7 @@ import pandas as pd
 
 from nemolib import metrics, mitigation, paper, plots
 from nemolib.batching import progress_bar
-from nemolib.exhibits import Claim, exhibit, must
+from nemolib.exhibits import KINDS, Claim, effect, exhibit, median_interval, must
 from nemolib.layers import value_activations, widths
 from nemolib.localization import by_prompt, memorized, shared_neurons
 from nemolib.mitigation import AttentionScaling, DeactivatedNeurons, EmbeddingAdjustment, Mitigation, RandomTokens
@@ -208,49 +208,73 @@ def fair(values: pd.DataFrame, settings: Mapping[str, Sequence[Mitigation | None
 
 
 class Rule(NamedTuple):
-    """What a table of the paper says, in which it holds.
+    """What a table of the paper says, with the size of the effect that decides it; the paper's own table fulfils it.
 
     Attributes:
         text: What it says.
         column: The numbers that are compared.
-        settings: The settings whose numbers they are, in the order in which `holds` takes them.
-        holds: Whether it holds for these numbers.
-        rule: The same in words.
-        kinds: The kinds of prompts of which it is said.
+        settings: The settings whose numbers they are, in the order in which `effect` takes them.
+        effect: Returns the size of the effect from these numbers.
+        of: What that is, in words.
+        bound: The bound on it: ``at_most`` or ``at_least``.
+        kinds: The kinds of prompts of which it is said: it has to hold for each.
     """
 
     text: str
     column: str
     settings: Sequence[str]
-    holds: Callable[..., bool]
-    rule: str
+    effect: Callable[..., float]
+    of: str
+    bound: Mapping[str, float]
     kinds: Sequence[str] = ("vm",)
 
 
 def read_rules(table: pd.DataFrame, rules: Sequence[Rule]) -> Iterator[Claim]:
     """Yield for each rule whether it holds in our table, a table of `medians`; undecided where a number is missing.
 
-    A claim that does not hold is no error: it is a result about another model.
+    Of several kinds the one that is farthest from fulfilling the rule decides. The interval is that of the median of the
+    setting that the rule is about, its second one.
     """
-    for kind, part in table.groupby("kind", sort=False):
-        for item in [item for item in rules if kind in item.kinds]:
-            rows = part.set_index("setting").reindex(item.settings)
-            ours, theirs = rows[item.column], rows[f"{item.column}_paper"]
-            named = [f"{short(name)} = {listed([value])}" for name, value in ours.items()]
-            held = None if ours.isna().any() else bool(item.holds(*ours))
-            yield Claim(
-                f"{kind.upper()}: {item.text}",
-                ", ".join(named),
-                listed(theirs),
-                held,
-                f"{NAMES[item.column]}: {item.rule}",
-            )
+    for item in rules:
+        parts = {
+            kind: part.set_index("setting").reindex(item.settings)
+            for kind, part in table.groupby("kind")
+            if kind in item.kinds
+        }
+        if not parts:
+            continue
+        ours, theirs = (
+            {kind: part[name] for kind, part in parts.items()} for name in (item.column, f"{item.column}_paper")
+        )
+        sizes = [np.nan if values.isna().any() else item.effect(*values) for values in ours.values()]
+        worst = np.max if "at_most" in item.bound else np.min
+        about = {kind: part.iloc[1] for kind, part in parts.items()}
+        ends = {kind: [row[f"{item.column}_{end}"] for end in ("low", "high")] for kind, row in about.items()}
+        yield effect(
+            item.text,
+            float(worst(sizes)),
+            item.of,
+            **item.bound,
+            ours=_by_kind(
+                {
+                    kind: [f"{short(name)} {listed([value])}" for name, value in row.items()]
+                    for kind, row in ours.items()
+                }
+            ),
+            paper=_by_kind({kind: [listed(row)] for kind, row in theirs.items()}),
+            n=_by_kind({kind: [f"{row['prompts']:g}"] for kind, row in about.items()}),
+            interval=_by_kind(
+                {
+                    kind: [short(row.name), " to ".join(listed([end]) for end in ends[kind])]
+                    for kind, row in about.items()
+                }
+            ),
+        )
 
 
-def claim_rows(claims: Iterable[Claim]) -> pd.DataFrame:
-    """Return claims as a table: columns claim, rule, paper, ours, verdict."""
-    rows = [(claim.text, claim.rule, claim.paper, claim.ours, claim.verdict) for claim in claims]
-    return pd.DataFrame(rows, columns=["claim", "rule", "paper", "ours", "verdict"])
+def _by_kind(texts: Mapping[str, Sequence[str]]) -> str:
+    """Return texts of kinds of prompts as one."""
+    return "; ".join(f"{KINDS[kind]} {', '.join(parts)}" for kind, parts in texts.items())
 
 
 def short(setting: str) -> str:
@@ -263,19 +287,24 @@ def listed(numbers: Iterable[float]) -> str:
     return ", ".join("–" if np.isnan(number) else f"{round(number, 2):g}" for number in numbers)
 
 
+LEFT, GONE = "share of the copy similarity (SSCD_Orig) that stays", "what {}, as a share of what {} removes"
+"""Effects that several rules have."""
+
 RULES = (
-    Rule("NeMo removes copies", "sscd_orig", (NONE, NEMO), lambda none, nemo: nemo < none / 2, "less than half stays"),
+    Rule("NeMo removes copies of VM prompts", "sscd_orig", (NONE, NEMO), lambda none, nemo: nemo / none, LEFT,
+         {"at_most": 0.5}),
     Rule("random neurons change nothing", "sscd_orig", (NONE, RANDOM, NEMO),
-         lambda none, random, nemo: none - random <= 0.1 * (none - nemo),
-         "random neurons remove at most a tenth of what NeMo does"),
-    Rule("NeMo removes copies as well as the best baseline", "sscd_orig", (NONE, NEMO, *BASELINES),
-         lambda none, nemo, *baselines: none - nemo >= 0.9 * (none - min(baselines)),
-         "NeMo removes at least nine tenths of what the best of the others does, the one with the lowest number"),
-    Rule("one random token is not enough", "sscd_orig", (NONE, ONE_TOKEN), lambda none, token: token > none / 2,
-         "more than half stays"),
-    Rule("images become diverse", "d_sscd", (NONE, NEMO), lambda none, nemo: nemo < none / 2, "less than half stays"),
-    Rule("the alignment with the prompt stays", "a_clip", (NONE, NEMO), lambda none, nemo: nemo >= 0.9 * none,
-         "at least nine tenths stay"),
+         lambda none, random, nemo: (none - random) / (none - nemo), GONE.format("random neurons remove", "NeMo"),
+         {"at_most": 0.1}),
+    Rule("NeMo removes copies as well as the best of the other mitigations", "sscd_orig", (NONE, NEMO, *BASELINES),
+         lambda none, nemo, *others: (none - nemo) / (none - min(others)), GONE.format("NeMo removes", "the best of them"),
+         {"at_least": 0.9}),
+    Rule("one random token is not enough", "sscd_orig", (NONE, ONE_TOKEN), lambda none, token: token / none, LEFT,
+         {"at_least": 0.5}),
+    Rule("images of a VM prompt become diverse", "d_sscd", (NONE, NEMO), lambda none, nemo: nemo / none,
+         "share of the similarity of two images (D_SSCD) that stays", {"at_most": 0.5}),
+    Rule("the alignment with the prompt stays", "a_clip", (NONE, NEMO), lambda none, nemo: nemo / none,
+         "share of A_CLIP that stays", {"at_least": 0.9}),
 )  # fmt: skip
 """What the paper's Table 1 says about VM prompts."""
 
@@ -295,15 +324,6 @@ def read_table_1(table_1: pd.DataFrame) -> Iterator[Claim]:
 def table_1(table_1: pd.DataFrame) -> pd.DataFrame:
     """Return Table 1 as it is shown."""
     return shown_table(table_1)
-
-
-@exhibit(
-    "", "what the paper's Table 1 says about VM prompts",
-    "Each rule holds in the paper's table. Numbers are those that the rule compares, the paper's in the same order.",
-)  # fmt: skip
-def table_1_claims(table_1: pd.DataFrame) -> pd.DataFrame:
-    """Return the claims of Table 1 as a table."""
-    return claim_rows(read_table_1(table_1))
 
 
 AS_FIGURE = (
@@ -390,37 +410,35 @@ def single_neuron_grids(run: Run, found: pd.DataFrame) -> dict[str, Grid]:
     return dict.fromkeys(SINGLE, NO_IMAGES) | dict(zip(SINGLE, grids, strict=False))
 
 
-def _reader(place: int) -> Callable[[pd.DataFrame], Iterator[Claim]]:
-    """Return what yields whether one of the most shared neurons is responsible alone; nothing if fewer are shared."""
-
-    def read(single_neurons: pd.DataFrame) -> Iterator[Claim]:
-        for (layer, neuron), part in list(single_neurons.groupby(["layer", "neuron"], sort=False))[place : place + 1]:
-            before, single, every = part[["copy_before", "copy_single", "copy_all"]].median()
-            yield Claim(
-                "copy similarity of prompts that share a neuron, without this neuron alone",
-                f"{before:.2f}, without neuron {neuron} of value layer {layer} {single:.2f}, without all neurons of the prompt "
-                f"{every:.2f} (medians of {len(part)} prompts)",
-                "one neuron off, and prompts that share it give new images (images, no numbers)",
-                None if np.isnan([before, single]).any() else bool(single < before / 2),
-                "less than half stays; if more does, a copy here hangs on several neurons together",
-            )
-
-    return read
+def read_10(single_neurons: pd.DataFrame) -> Iterator[Claim]:
+    """Yield whether a shared neuron is responsible alone, for all three of them together."""
+    before, single, every = single_neurons[["copy_before", "copy_single", "copy_all"]].median()
+    shared = single_neurons[["layer", "neuron"]].drop_duplicates()
+    yield effect(
+        "one neuron that prompts share is responsible for all of them",
+        single / before,
+        LEFT,
+        at_most=0.5,
+        ours=f"all neurons active {before:.2f}, without a shared neuron {single:.2f}, without all of the prompt's {every:.2f}",
+        paper="one neuron off, and prompts that share it give new images (images, no numbers)",
+        n=f"{len(shared)} neurons, {single_neurons['prompt'].nunique()} prompts",
+        interval=f"without a shared neuron {median_interval(single_neurons['copy_single'])}",
+    )
 
 
-@exhibit("Figure 10", "the most shared neuron", _ALONE, read=_reader(0))
+@exhibit("Figure 10", "the most shared neuron", _ALONE, read=read_10)
 def figure_10(figure_10: Grid) -> Figure:
     """Return Fig. 10."""
     return _without_one(figure_10)
 
 
-@exhibit("Figure 11", "the second most shared neuron", _ALONE, read=_reader(1))
+@exhibit("Figure 11", "the second most shared neuron", _ALONE)
 def figure_11(figure_11: Grid) -> Figure:
     """Return Fig. 11."""
     return _without_one(figure_11)
 
 
-@exhibit("Figure 12", "the third most shared neuron", _ALONE, read=_reader(2))
+@exhibit("Figure 12", "the third most shared neuron", _ALONE)
 def figure_12(figure_12: Grid) -> Figure:
     """Return Fig. 12."""
     return _without_one(figure_12)
@@ -524,9 +542,8 @@ def read_unharmed(unmemorized_images: pd.DataFrame) -> Iterator[Claim]:
         "A_CLIP of unmemorized prompts",
         f"{before:.2f}; {one:.2f} without the {middle['neurons_one']:g} neurons of one memorized prompt, {every:.2f} without the "
         f"{middle['neurons_all']:g} of all (medians)",
-        "image quality hardly changes while neurons are few (Fig. 5a; heights of the curves are not known)",
-        bool(before - one <= 0.1 * before),
-        "the alignment loses at most a tenth without the neurons of one memorized prompt",
+        holds=bool(one >= 0.9 * before),
+        rule="the alignment loses at most a tenth without the neurons of one memorized prompt",
     )
     yield Claim(
         "D_SSCD of unmemorized prompts: before, without one set, without all",

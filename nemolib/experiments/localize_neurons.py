@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING
@@ -11,7 +12,19 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from nemolib import paper, paths, plots
-from nemolib.exhibits import KINDS, Claim, each_kind, exhibit, median_mad, must, of_kinds, rounding
+from nemolib.exhibits import (
+    KINDS,
+    Claim,
+    each_kind,
+    effect,
+    exhibit,
+    median_interval,
+    median_mad,
+    must,
+    of_kinds,
+    rounding,
+    share_interval,
+)
 from nemolib.first_step import ALGORITHMS, first_step
 from nemolib.holdout import z_scores
 from nemolib.layers import value_activations
@@ -158,15 +171,19 @@ def counts_table(found: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["kind", "prompts", "reached", "without_neurons", "initial", "neurons"])
 
 
+UNMEMORIZED = "unmemorized.without_neurons", "prompts.unmemorized"
+"""What the paper reports of unmemorized prompts."""
+
+
 def read_counts(neuron_counts: pd.DataFrame) -> Iterator[Claim]:
     """Yield whether unmemorized prompts have no neurons."""
     clean = neuron_counts[neuron_counts["kind"] == "unmemorized"]
     if len(clean):
         without, prompts = clean.iloc[0][["without_neurons", "prompts"]]
-        ours, share = f"{without} of {prompts} ({without / prompts:.0%})", without / prompts
-        theirs = f"{paper.reported('unmemorized.without_neurons')} of {paper.reported('prompts.unmemorized')}"
-        rule = "at least 80 % have none; it depends on where the threshold lies"
-        yield Claim("unmemorized prompts without neurons", ours, theirs, bool(share >= 0.8), rule)
+        ours, theirs = (f"{part} of {of}" for part, of in ((without, prompts), map(paper.reported, UNMEMORIZED)))
+        ends = share_interval(np.arange(prompts) < without)
+        size = {"at_least": 0.8, "ours": ours, "paper": theirs, "n": f"{prompts} prompts", "interval": ends}
+        yield effect("most unmemorized prompts have no neurons", without / prompts, "share without neurons", **size)
 
 
 @exhibit("Sec. 4, Table 4", "neurons found, by kind of prompt",
@@ -204,11 +221,15 @@ def read_4a(localization: pd.DataFrame) -> Iterator[Claim]:
     counts = {kind: part["neuron_count"] for kind, part in parts.items()}
     ours = each_kind(lambda kind: median_mad(counts[kind], digits=1))
     theirs = each_kind(lambda kind: paper.reported(f"neurons.{kind}"))
-    rule = "compared: VM prompts need no more than TM prompts (medians); how many depends on the model"
-    yield Claim("neurons per prompt", ours, theirs, bool(counts["vm"].median() <= counts["tm"].median()), rule)
-    ours = each_kind(lambda kind: f"{counts[kind].between(1, 5).mean():.0%}")
+    ratio, n = counts["vm"].median() / counts["tm"].median(), each_kind(lambda kind: len(counts[kind]))
+    ends = each_kind(lambda kind: median_interval(counts[kind]))
+    size = {"at_most": 0.5, "ours": ours, "paper": theirs, "n": n, "interval": ends}
+    yield effect("VM prompts have fewer neurons than TM prompts", ratio, "median of VM divided by that of TM", **size)
+    few = {kind: part.between(1, 5) for kind, part in counts.items()}
+    ours = each_kind(lambda kind: f"{few[kind].mean():.0%}")
     theirs = each_kind(lambda kind: f"{paper.reported(f'neurons.{kind}.share_up_to_5').value:.0%}")
-    yield Claim("prompts with at most 5 neurons", ours, theirs)
+    size = {"at_least": 0.5, "ours": ours, "paper": theirs, "n": n, "interval": f"VM {share_interval(few['vm'])}"}
+    yield effect("a few neurons are enough for a VM prompt", few["vm"].mean(), "share with 1 to 5 neurons", **size)
     ours = each_kind(lambda kind: f"{(counts[kind] == 1).sum()} of {len(counts[kind])}")
     theirs = f"VM {paper.reported('neurons.vm.single')} of {paper.reported('prompts.vm')}"
     yield Claim("prompts with a single neuron", ours, theirs)
@@ -223,13 +244,12 @@ def figure_4a(localization: pd.DataFrame) -> Figure:
 def read_7(localization: pd.DataFrame) -> Iterator[Claim]:
     """Yield how many neurons the initial selection has, and refinement leaves."""
     parts = of_kinds(localization, "localization", *MEMORIZED)
-    fewer = all(part["neuron_count"].median() < part["initial_count"].median() for part in parts.values())
     initial, refined = (each_kind(lambda kind, name=name: median_mad(parts[kind][name], digits=1)) for name in STAGES)
     yield Claim(
         "neurons, initial selection", initial, each_kind(lambda kind: paper.reported(f"neurons.{kind}.initial"))
     )
     theirs = each_kind(lambda kind: paper.reported(f"neurons.{kind}"))
-    yield Claim("neurons, after refinement", refined, theirs, fewer, "compared: refinement leaves fewer")
+    yield Claim("neurons, after refinement", refined, theirs)
 
 
 @exhibit("Figure 7", "neurons of the initial selection and after refinement",
@@ -250,10 +270,10 @@ def read_4b(localization: pd.DataFrame) -> Iterator[Claim]:
     of_kinds(localization[localization["neuron_count"] > 0], "localization (prompts with neurons)", *MEMORIZED)
     means = layer_means(localization)
     first = means[[1, 2]].sum(axis=1) / means.sum(axis=1)
-    ours, holds = each_kind(lambda kind: f"{first[kind]:.0%}"), bool(first["vm"] >= first["tm"])
-    theirs = "VM mostly in the first layers, TM deeper; heights of the bars are not known"
-    rule = "compared: share of the first down block, VM at least TM"
-    yield Claim("share of the neurons in value layers 1 and 2", ours, theirs, holds, rule)
+    ours, n = each_kind(lambda kind: f"{first[kind]:.0%}"), each_kind(localization["kind"].value_counts().get)
+    theirs = "VM mostly in the first layers; heights of the bars are not known"
+    size = {"at_least": 0.5, "ours": ours, "paper": theirs, "n": n}
+    yield effect("neurons of VM prompts lie in the first layers", first["vm"], "share in value layers 1 and 2", **size)
 
 
 @exhibit("Figure 4b", "memorization neurons per value layer",
@@ -319,9 +339,14 @@ def read_table_2(search_cost: pd.DataFrame) -> Iterator[Claim]:
     means = search_cost.set_index(["algorithm", "kind"])[["seconds", "seconds_paper"]]
     shares = (means.loc["A4"] / means.loc["total"]).map("{:.0%}".format)
     ours, theirs = (each_kind(shares[name].get) for name in means)
-    holds = bool((means.loc["A4", "seconds"] > 0.5 * means.loc["total", "seconds"]).all())
-    rule = "compared: it takes more than half; seconds are those of this machine"
-    yield Claim("share of the refinement (A4) in the seconds", ours, f"{theirs} (derived from Table 2)", holds, rule)
+    size = {
+        "at_least": 0.5,
+        "ours": ours,
+        "paper": f"{theirs} (derived)",
+        "n": each_kind(search_cost.groupby("kind")["prompts"].first().get),
+    }
+    least = (means.loc["A4", "seconds"] / means.loc["total", "seconds"]).min()
+    yield effect("refinement takes most of the time", least, "share of Alg. 4 in the seconds", **size)
 
 
 @exhibit("Table 2", "what the search costs",
@@ -358,11 +383,12 @@ def read_shared(neuron_overlap: pd.DataFrame) -> Iterator[Claim]:
     family = neuron_overlap["common_words"] >= 2
     if family.any() and not family.all():
         inside, others = (neuron_overlap.loc[chosen, "overlap"].mean() for chosen in (family, ~family))
-        ours = f"{inside:.0%} and {others:.0%} (means over pairs)"
+        ours = f"pairs with two common words share {inside:.0%} of their neurons, others {others:.0%}"
         share = paper.reported("shared.vm_share").value
         theirs = f"two neurons of value layer 1 belong to {share:.0%} of the VM prompts"
-        text = "neurons shared by captions with two common words, and by others"
-        yield Claim(text, ours, theirs, bool(inside > others), "compared: families share more")
+        size = {"at_least": 1.5, "ours": ours, "paper": theirs, "n": f"{family.sum()} and {(~family).sum()} pairs"}
+        of = "mean overlap of pairs with two common words, divided by that of others"
+        yield effect("similar captions share neurons", inside / others if others else math.inf, of, **size)
 
 
 @exhibit("Figures 10-12 (as a table)", "neurons that several prompts share",
@@ -430,9 +456,7 @@ def read_3(figure_3: Grid, deactivation: pd.DataFrame) -> Iterator[Claim]:
     chosen = deactivation.set_index("prompt").loc[list(figure_3.rows)]
     counts, (before, after) = chosen["neuron_count"], chosen[["copy_before", "copy_after"]].median()
     ours = f"{before:.2f} to {after:.2f} with {counts.min()} to {counts.max()} neurons off"
-    rule = "it falls to less than half; the number of neurons depends on the model's size and training"
-    theirs = "1 to 4 neurons in the boxes of the figure"
-    yield Claim("similarity of these prompts to the planted image", ours, theirs, bool(after < 0.5 * before), rule)
+    yield Claim("similarity of these prompts to the planted image", ours, "1 to 4 neurons in the boxes of the figure")
 
 
 @exhibit("Figure 3", "images with and without the neurons of their prompt",

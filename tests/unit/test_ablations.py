@@ -17,7 +17,7 @@ from nemolib.pipeline import load_pipeline
 from nemolib.run import Run
 from nemolib.settings import Profile
 from tests.random_world import SMALL, amplify, write_encoders, write_prompts
-from tests.unit.test_deactivate_neurons import as_ours, assert_all_hold, put
+from tests.unit.test_deactivate_neurons import as_ours, assert_all_hold, put, turn
 
 VM, TM = ["a tree", "the sea"], ["old map", "red owl card"]
 LADDER = {"my dog": 4, "my cat": 4, "my hat": 1, "my cup": 1}
@@ -33,34 +33,20 @@ LEVELS = pd.DataFrame(
 PAPERS = as_ours(ablations.reported(LEVELS))
 
 RULES_TURN = {
-    "a higher threshold gives fewer neurons": (HIGH, 7, 99), "every threshold removes copies": (HIGH, 0.8),
-    "guidance in detection gives no more neurons": (GUIDANCE, 99, 99), "a quarter of it is not": ("factor 0.25", 0.1),
-    "refinement leaves less than half of the neurons": (NO_REFINEMENT, 1, 1), "negative factors do what 0 does": (OWN, 0.03),
-    "refinement does not bring copies back": (OWN, 0.06), "without top-k there are more neurons": (NO_TOP_K, 1, 1),
-    "without top-k images change less": (NO_TOP_K, 0.9, -1), "half of the activation is enough for a copy": ("factor 0.5", 0.1),
+    "a higher threshold gives fewer neurons": (HIGH, 9), "every threshold removes copies of VM prompts": (HIGH, 0.8),
+    "guidance in detection gives fewer neurons": (GUIDANCE, 4), "a quarter of it is not": ("factor 0.25", 0.5),
+    "refinement leaves less than half of the neurons": (NO_REFINEMENT, 7), "negative factors do what 0 does": (OWN, 0.2),
+    "refinement does not bring copies back": (OWN, 0.2), "without top-k there are more neurons": (NO_TOP_K, 4),
+    "without top-k images change less": (NO_TOP_K, 0.1), "half of the activation is enough for a copy": ("factor 0.5", 0.1),
 }  # fmt: skip
-"""For each rule a setting, and the value that turns it in the kept table for VM and for TM prompts."""
-
-CANDIDATES = "neurons of the initial selection, thresholds from low to high"
+"""For each rule a setting, and the value of VM prompts that turns it in the paper's table."""
 
 TURNS = [
-    *(
-        (
-            name,
-            "table_4",
-            put(value, rule.column, kind, setting=RULES_TURN[rule.text][0]),
-            f"{kind.upper()}: {rule.text}",
-        )
-        for name, rules in (("table_4", ablations.rules(LEVELS)), ("figure_5b", ablations.factor_rules(LEVELS)))
-        for rule in rules
-        for kind, value in zip(rule.kinds, RULES_TURN[rule.text][1:], strict=True)
-    ),
-    *(
-        ("figure_14", "threshold_map", put(999, "initial_neurons", kind, initial="mean + 1 sd"), f"{kind.upper()}: {CANDIDATES}")
-        for kind in ("vm", "tm")
-    ),
-    ("figure_15", "threshold_map", put(0.8, "sscd_orig", initial="mean"), "VM, SSCD_Orig of all pairs, lowest and highest"),
-]  # fmt: skip
+    turn(name, "table_4", put(value, rule.column, setting=setting), rule.text, PAPERS)
+    for name, rules in (("table_4", ablations.rules(LEVELS)), ("figure_5b", ablations.factor_rules(LEVELS)))
+    for rule in rules
+    for setting, value in [RULES_TURN[rule.text]]
+]
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +142,7 @@ def test_right_searches_and_what_is_not_right(run, found, levels):
 
 def test_every_claim_holds_in_the_papers_table_and_none_without_numbers():
     assert_all_hold([*ablations.read_table_4(PAPERS, LEVELS), *ablations.read_5b(PAPERS, LEVELS)])
-    assert ablations.table_4_claims(PAPERS, LEVELS).loc[0, "paper"] == "10.5, 6, 4, 3"
+    assert next(ablations.read_table_4(PAPERS, LEVELS)).paper == "VM 10.5, 3; TM 32, 7"
     missing = put(np.nan, "sscd_orig", setting="factor 0.25")(PAPERS)
     assert [claim.holds for claim in ablations.read_5b(missing, LEVELS)] == [True, None, True]
 

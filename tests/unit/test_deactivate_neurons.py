@@ -166,7 +166,9 @@ def put(value, column, kind="vm", **where):
 
 def as_ours(reported):
     """Return a table of the paper's numbers as if they were ours."""
-    return reported.join(reported[["neurons", *METRICS]].add_suffix("_paper"))
+    numbers = reported[["neurons", *METRICS]]
+    beside = [numbers.add_suffix(f"_{end}") for end in ("paper", "low", "high")]
+    return pd.concat([reported.assign(prompts=9), *beside], axis=1)
 
 
 PAPERS = as_ours(paper.table("table_1"))
@@ -176,14 +178,20 @@ def assert_all_hold(claims):
     """Assert that rules hold in the paper's table and name the numbers that they compare."""
     for claim in claims:
         assert claim.holds, claim.text
-        assert [part.split(" = ")[1] for part in claim.ours.split(", ")] == claim.paper.split(", ")
+        assert re.findall(r"[-.\d]+(?=[,;)])", claim.ours.split(" (", 1)[1]) == re.findall(r"[-.\d]+", claim.paper)
+
+
+def turn(exhibit, source, change, text, papers):
+    """Return a turn (`tests.unit.test_exhibits.turns`) of a claim that holds in the paper's table."""
+    return exhibit, source, lambda table: papers, lambda table: change(papers), text
 
 
 def test_every_rule_holds_in_the_papers_table_and_names_its_numbers():
     said = list(deactivate.read_table_1(PAPERS))
     assert_all_hold(said)
-    assert said[1].ours == "untouched = 0.83, random = 0.8, NeMo = 0.09"
-    assert deactivate.table_1_claims(PAPERS)["claim"].tolist() == [f"VM: {rule.text}" for rule in deactivate.RULES]
+    assert said[1].ours == "0.04 (VM untouched 0.83, random 0.8, NeMo 0.09)"
+    assert (said[1].n, said[1].interval) == ("VM 9", "VM random, 0.8 to 0.8")
+    assert said[1].rule == "what random neurons remove, as a share of what NeMo removes: at most 0.1"
 
 
 @pytest.mark.parametrize(
@@ -195,7 +203,7 @@ def test_every_rule_holds_in_the_papers_table_and_names_its_numbers():
     ],
 )
 def test_nemo_is_measured_against_the_best_baseline_if_all_numbers_are_known(change, holds):
-    (claim,) = [claim for claim in deactivate.read_table_1(change(PAPERS)) if "best baseline" in claim.text]
+    (claim,) = [claim for claim in deactivate.read_table_1(change(PAPERS)) if "the best of" in claim.text]
     assert claim.holds is holds
 
 
@@ -284,15 +292,15 @@ def test_sets_of_equally_many_images_without_common_latents(run):
 
 
 TURNS = [
-    ("table_1", "table_1", put(0.8, "sscd_orig", setting=NEMO), "VM: NeMo removes copies"),
-    ("table_1", "table_1", put(0.4, "sscd_orig", setting=RANDOM), "VM: random neurons change nothing"),
-    ("table_1", "table_1", put(0.0, "sscd_orig", setting=NEMO), "VM: NeMo removes copies as well as the best baseline"),
-    ("table_1", "table_1", put(0.1, "sscd_orig", setting=ONE_TOKEN), "VM: one random token is not enough"),
-    ("table_1", "table_1", put(0.1, "d_sscd", setting=NEMO), "VM: images become diverse"),
-    ("table_1", "table_1", put(0.9, "a_clip", setting=NEMO), "VM: the alignment with the prompt stays"),
     *(
-        (name, "single_neurons", lambda table: table.assign(copy_single=0.1), "copy similarity of prompts that share a neuron, without this neuron alone")
-        for name in deactivate.SINGLE
+        turn("table_1", "table_1", put(value, column, setting=setting), rule.text, PAPERS)
+        for rule, (value, column, setting) in zip(deactivate.RULES, [
+            (0.8, "sscd_orig", NEMO), (0.4, "sscd_orig", RANDOM), (0.3, "sscd_orig", NEMO), (0.1, "sscd_orig", ONE_TOKEN),
+            (0.9, "d_sscd", NEMO), (0.1, "a_clip", NEMO),
+        ], strict=True)
     ),
-    ("unmemorized_unharmed", "unmemorized_images", lambda table: table.assign(a_clip_one=0.1), "A_CLIP of unmemorized prompts"),
+    ("figure_10", "single_neurons", lambda table: table.assign(copy_before=0.9, copy_single=0.1),
+     lambda table: table.assign(copy_before=0.9, copy_single=0.8), "one neuron that prompts share is responsible for all of them"),
+    ("unmemorized_unharmed", "unmemorized_images", lambda table: table.assign(a_clip_before=0.3, a_clip_one=0.3),
+     lambda table: table.assign(a_clip_before=0.3, a_clip_one=0.1), "A_CLIP of unmemorized prompts"),
 ]  # fmt: skip

@@ -211,17 +211,27 @@ def test_the_table_beside_a_model(run, tmp_path):
     assert search.plain_table(other)["value"].tolist() == [0.5]
 
 
-def swap_kinds(table):
-    return table.assign(kind=table["kind"].replace({"vm": "tm", "tm": "vm"}))
+def counts(vm, tm):
+    return lambda table: table.assign(neuron_count=np.where(table["kind"] == "vm", vm, tm))
+
+
+def in_layer(layer):
+    return lambda table: table.assign(neurons=NeuronSet.of([(layer, 1)], layers=7).to_json())
+
+
+def overlaps(family):
+    return lambda table: table.assign(overlap=np.where(table["common_words"] >= 2, family, 0.1))
 
 
 TURNS = [
-    ("neuron_counts", "neuron_counts", lambda table: table.assign(without_neurons=1), "unmemorized prompts without neurons"),
-    ("figure_4a", "localization", swap_kinds, "neurons per prompt"),
-    ("figure_4b", "localization", swap_kinds, "share of the neurons in value layers 1 and 2"),
-    ("figure_7", "localization", lambda table: table.assign(neuron_count=table["initial_count"]), "neurons, after refinement"),
-    ("table_2", "search_cost", lambda table: table.assign(seconds=1.0 + 9.0 * (table["algorithm"] == "total")), "share of the refinement (A4) in the seconds"),
-    ("shared_neurons", "neuron_overlap", lambda table: table.assign(overlap=1.0 / (1 + table["common_words"])), "neurons shared by captions with two common words, and by others"),
-    ("figure_3", "deactivation", lambda table: table.assign(copy_after=table["copy_before"]), "similarity of these prompts to the planted image"),
-    ("scores_before_after", "deactivation", lambda table: table.assign(score_after=1.0), "memorization score (medians)"),
+    ("neuron_counts", "neuron_counts", lambda table: table.assign(without_neurons=table["prompts"]),
+     lambda table: table.assign(without_neurons=1), "most unmemorized prompts have no neurons"),
+    ("figure_4a", "localization", counts(2, 9), counts(9, 9), "VM prompts have fewer neurons than TM prompts"),
+    ("figure_4a", "localization", counts(5, 9), counts(6, 9), "a few neurons are enough for a VM prompt"),
+    ("figure_4b", "localization", in_layer(1), in_layer(2), "neurons of VM prompts lie in the first layers"),
+    ("table_2", "search_cost", lambda table: table.assign(seconds=1.0),
+     lambda table: table.assign(seconds=1.0 + 9.0 * (table["algorithm"] == "total")), "refinement takes most of the time"),
+    ("shared_neurons", "neuron_overlap", overlaps(0.2), overlaps(0.1), "similar captions share neurons"),
+    ("scores_before_after", "deactivation", lambda table: table.assign(score_after=-1.0),
+     lambda table: table.assign(score_after=1.0), "memorization score (medians)"),
 ]  # fmt: skip

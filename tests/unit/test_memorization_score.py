@@ -17,21 +17,16 @@ from tests.random_world import SMALL, amplify, write_encoders, write_prompts
 VM, CLEAN = ["red fox card", "red owl card"], ["a tree", "the sea", "my dog"]
 
 
-def upside_down(*columns):
-    """Return a change that turns the order of values around."""
-    return lambda table: table.assign(**{column: -table[column] for column in columns})
-
-
-def normal_activations(table):
-    return table.assign(largest_z=table["largest_z"].mask(table["kind"] == "vm", 0.0))
+def activations(vm):
+    """Return a change: the largest z-scores of VM prompts, where those of all others are 3."""
+    return lambda table: table.assign(largest_z=np.where(table["kind"] == "vm", vm, 3.0))
 
 
 TURNS = [
-    ("figure_2a", "scores", upside_down("score"), "memorization score (median ± MAD)"),
-    ("figure_2b", "z_by_neuron", normal_activations, "largest |z| in value layer 1"),
-    ("z_by_layer", "z_by_prompt", normal_activations, "largest |z| of a prompt in a layer (median)"),
-    ("detection_table", "detection", lambda table: table.assign(auroc=0.5), "AUROC of the score, and its TPR@1%FPR"),
-]
+    ("figure_2b", "z_by_neuron", activations(9.0), activations(3.0), "VM prompts have unusual activations in value layer 1"),
+    ("detection_table", "detection", lambda table: table.assign(auroc=0.95), lambda table: table.assign(auroc=0.5),
+     "one denoising step tells memorized prompts from others"),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -103,7 +103,11 @@ def test_what_notebook_02_did_not_save_is_named():
         overview.compared(*COMPARED(given | {"scores": given["scores"].assign(kind="vm")}))
 
 
+def apart(other):
+    """Return a change of the scores: those of unmemorized prompts, where those of all others are high."""
+    return lambda table: table.assign(score=np.where(table["kind"] == "unmemorized", other, 0.95))
+
+
 TURNS = [
-    ("figure_1", "search_steps", lambda table: table.assign(threshold=0.99), "most similar seeds of the prompt and of an unmemorized one"),
-    ("figure_1", "overview", lambda table: table.assign(refined=table["initial"]), "its candidates, and those that stay"),
-]  # fmt: skip
+    ("figure_1", "scores", apart(0.0), apart(0.95), "most similar seeds of the prompt and of an unmemorized one"),
+]

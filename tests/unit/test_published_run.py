@@ -109,8 +109,8 @@ def counts(**medians):
     return lambda table: table.assign(**dict.fromkeys(("initial_count", "neuron_count"), table["kind"].map(medians)))
 
 
-def swap_kinds(table):
-    return table.assign(kind=table["kind"].replace({"vm": "tm", "tm": "vm"}))
+def in_layer(layer):
+    return lambda table: table.assign(neurons=NeuronSet.of([(layer, 1)], layers=7).to_json())
 
 
 def with_the_papers_neurons(table):
@@ -121,8 +121,8 @@ def with_the_papers_neurons(table):
 
 
 TURNS = [
-    ("published_figure_4a", "published_run", counts(vm=4, tm=21), "neurons per prompt"),
-    ("published_figure_4b", "published_run", swap_kinds, "share of the neurons in value layers 1 and 2"),
+    ("published_figure_4a", "published_run", counts(vm=4, tm=21), "VM prompts have fewer neurons than TM prompts"),
+    ("published_figure_4b", "published_run", in_layer(0), in_layer(5), "neurons of VM prompts lie in the first layers"),
     ("published_figure_7", "published_run", counts(vm=26, tm=674), "neurons, initial selection"),
     (
         "published_shared_neurons",

@@ -14,8 +14,17 @@ NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("[0-9]*.ipynb"))
 
 LONGEST_CELL = 8
 
-KNOWN_TAGS = {"parameters", "setup", "solution", "exercise", "nbval-check-output", "nbval-skip", "definition"}
+KNOWN_TAGS = {
+    "parameters", "setup", "saving", "checking", "hide-input", "exercise", "solution", "definition",
+    "nbval-check-output", "nbval-skip",
+}  # fmt: skip
 """``setup``: the one longer cell of imports; ``definition``: a definition that is the lesson itself."""
+
+LABELS = ["Question.", "Goals.", "Minutes.", "You should know."]
+"""What the first cell says, in this order."""
+
+HEADINGS = ["Method", "Check", "What we saw", "Exercises", "Solutions"]
+"""Sections that every notebook has, in this order; others may stand between them."""
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
@@ -85,11 +94,58 @@ def plain_python(source):
     return "\n".join(line for line in source.splitlines() if not line.lstrip().startswith(("%", "!")))
 
 
-def test_at_least_three_exercises_have_solutions(notebook):
-    exercises = set(re.findall(r"\bExercise (\d+)", text(notebook)))
+def test_the_first_cell_says_what_to_expect(path, notebook):
+    first = notebook.cells[0].source
+    assert re.findall(r"^\*\*(.*?)\*\*", first, re.MULTILINE) == LABELS
+    neighbours = [NOTEBOOKS[place] for place in range(len(NOTEBOOKS)) if abs(place - NOTEBOOKS.index(path)) == 1]
+    linked = re.findall(r"\]\(([^)#]+)", first.split("**")[0])
+    assert {*linked} == {"../docs/notation.md", *(other.name for other in neighbours)}
+
+
+def test_links_lead_somewhere(notebook):
+    headings = {heading.replace(" ", "-") for heading in re.findall(r"^#+ (.*)", text(notebook), re.MULTILINE)}
+    for file, place in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text(notebook)):
+        assert file or place in headings, place
+        assert (paths.NOTEBOOKS / file).exists(), file
+
+
+def test_it_has_the_sections_of_all(notebook):
+    found = re.findall(r"^## (.*)", text(notebook), re.MULTILINE)
+    assert [heading for heading in found if heading in HEADINGS] == HEADINGS
+    for cell in notebook.cells:
+        if cell.source.startswith(("## Solutions", "## Appendix")):
+            assert cell.metadata["jp-MarkdownHeadingCollapsed"] is True
+
+
+def test_what_is_no_lesson_is_folded(notebook):
+    for cell in code_cells(notebook):
+        hidden = cell.metadata.get("jupyter", {}).get("source_hidden", False)
+        assert hidden == ("hide-input" in tags(cell)), cell.source
+        assert hidden or not tags(cell) & {"saving", "checking"}
+        is_text = re.search(r"^Markdown\($", cell.source, re.MULTILINE)
+        assert hidden or not is_text or "solution" in tags(cell), cell.source
+
+
+def test_each_figure_is_read(notebook):
+    cells = [cell for cell in notebook.cells if cell.cell_type == "markdown" or "saving" not in tags(cell)]
+    for cell, following in zip(cells, cells[1:], strict=False):
+        if any("image/png" in output.get("data", {}) for output in cell.get("outputs", [])):
+            assert "**You should see**" in following.source, cell.source
+
+
+def test_exercises_have_time_hint_answer_check_and_solution(path, notebook):
+    exercises = [i for i, cell in enumerate(notebook.cells) if cell.source.startswith("### Exercise ")]
     assert len(exercises) >= 3
-    solutions = [cell for cell in notebook.cells if "solution" in tags(cell)]
-    assert sum(cell.cell_type == "code" for cell in solutions) >= len(exercises)
+    solutions = "\n".join(cell.source for cell in notebook.cells if "solution" in tags(cell))
+    for number, place in enumerate(exercises, start=1):
+        question, answer = notebook.cells[place : place + 2]
+        name = f"{path.name[:2]}.{number}"
+        assert re.match(rf"### Exercise {re.escape(name)} · .*\? \(\d+ min\)\n", question.source), question.source[:80]
+        assert "<details><summary>Hint</summary>\n\n" in question.source
+        assert tags(question) == tags(answer) == {"exercise"}
+        assert answer.source.startswith("answer = None  # ")
+        assert answer.source.endswith(f'exercises.check("{name}", answer, run)')
+        assert f'assert exercises.check("{name}", answer, run)' in solutions
 
 
 def test_solutions_stand_at_the_end(notebook):

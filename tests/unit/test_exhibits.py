@@ -38,6 +38,11 @@ def kept(name):
     if name == "holdout_pairs":
         values = np.random.default_rng(0).uniform(0.2, 0.5, 40 * 45)
         return pd.DataFrame({"prompt": np.repeat(np.arange(40), 45), "similarity": values})
+    if name == "unet_blocks":
+        columns = ["part", "block", "depth", "layer", "neurons", "features"]
+        return pd.DataFrame(
+            [("down", "down_blocks.0", 0, 1, 32, 16), ("up", "up_blocks.0", 0, 0, 0, 0)], columns=columns
+        )
     if name == "published_run":
         found = kept("localization")
         return found[found["kind"].isin(["vm", "tm"])]

@@ -7,9 +7,12 @@ import pytest
 
 from nemolib import paths
 from nemolib.experiments import holdout_threshold as holdout
+from nemolib.first_step import noise_differences
 from nemolib.holdout import memorization_threshold
+from nemolib.layers import widths
 from nemolib.run import Run
 from nemolib.settings import PAPER, RELEASED, Profile
+from nemolib.similarity import memorization_score
 from tests.random_world import SMALL, write_prompts
 
 
@@ -68,3 +71,36 @@ def test_the_four_thresholds_and_what_other_holdout_sets_give(run):
     assert table.loc[0, ["low", "high"]].tolist() == pytest.approx(np.quantile(draws, [0.025, 0.975]).tolist())
     given = replace(run.profile, thresholds={"value": 0.25})
     assert (holdout.thresholds(Run(given, run.pipe, store=run.store, progress=False))["tau"] == 0.25).all()
+
+
+def test_the_blocks_of_the_unet_and_their_value_layers(run):
+    table = holdout.unet_blocks(run)
+    down, up = run.pipe.unet.down_blocks, run.pipe.unet.up_blocks
+    assert table["block"].nunique() == len(down) + 1 + len(up)
+    depths = table.drop_duplicates("block")["depth"].tolist()
+    assert depths == [*range(len(down)), len(down), *reversed(range(len(up)))]
+    found = table[table["layer"] > 0]
+    assert found["layer"].tolist() == list(range(1, len(found) + 1))
+    assert found.loc[found["part"] != "up", "neurons"].tolist() == list(widths(run.pipe.unet))
+    assert (found["features"] == run.pipe.unet.config.cross_attention_dim).all()
+    drawn = [text.get_text() for text in holdout.unet_drawing(table).axes[0].texts]
+    assert {"1", str(len(widths(run.pipe.unet))), "down", "mid", "up"} <= set(drawn)
+
+
+def test_how_alike_images_are():
+    images = np.random.default_rng(0).integers(0, 255, (3, 4, 4, 3))
+    assert holdout.seed_correlation(images[[0, 0]]) == pytest.approx(1)
+    by_hand = [np.corrcoef(images[a].ravel(), images[b].ravel())[0, 1] for a, b in ((0, 1), (0, 2), (1, 2))]
+    assert holdout.seed_correlation(images) == pytest.approx(np.mean(by_hand))
+    assert np.isnan(holdout.seed_correlation(images[:1]))
+
+
+def test_answers_of_the_exercises(run):
+    answers = {name: right(run) for name, right in holdout.EXERCISES.items()}
+    scores = run.holdout_scores()
+    maps = noise_differences(run.pipe, "a u", protocol="paper")
+    assert answers["01.1"] == memorization_score(maps, settings=run.profile.similarity, protocol="paper")
+    # Three seeds: the pair of the first two, then all.
+    assert answers["01.2"] == [scores[:, 0].mean(), *[scores.max(axis=1).mean()] * 3]
+    assert answers["01.3"] == pytest.approx([0.1587, (scores.max(axis=1) > run.threshold).mean()], abs=1e-4)
+    assert [answers["01.4"](factor) for factor in (1, 2, 4)] == [False, True, False]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +11,7 @@ import pandas as pd
 
 from nemolib import metrics, paper, plots
 from nemolib.exhibits import KINDS, Claim, each_kind, effect, exhibit, median_mad, of_kinds
-from nemolib.first_step import NORMS, noise_differences, pairs_measure
+from nemolib.first_step import NORMS, guidance_norms, noise_differences, pairs_measure
 from nemolib.holdout import z_scores
 from nemolib.layers import value_activations
 from nemolib.pipeline import embed
@@ -30,17 +31,37 @@ TESTED = ("vm", "tm", "ladder", "unmemorized")
 """Kinds of prompts that are tested, in the order of the tables."""
 
 SCORES = {
-    "score_paper": ("SSIM (paper)", "#000000", "-"),
-    "score_released": ("MS-SSIM (released)", "#CC79A7", "-."),
-    "wen": ("Wen et al., one step", "#56B4E9", "--"),
+    "score_paper": ("SSIM (paper)", "#000000", "o-"),
+    "score_released": ("MS-SSIM (released)", "#CC79A7", "D-."),
+    "wen": ("Wen et al., one step", "#56B4E9", "s--"),
 }
-"""Label, colour and line of the scores that are compared as detectors."""
+"""Label, colour, and marker and line of the scores that are compared as detectors."""
 
 COPIES = {"copy_similarity": "sscd_orig", "copy_max": "sscd_orig_max", "seed_similarity": "d_sscd"}
 """Columns of `copies`, and what `nemolib.run.Run.measure` calls them."""
 
 RUNGS = {"copy_similarity": "copy similarity", "score": "memorization score"}
 """What grows along the duplication ladder."""
+
+EXERCISES = {
+    "02.1": lambda run: metrics.tpr_at_fpr(*_halves(run, "score")),
+    "02.2": lambda run: metrics.auroc(*_halves(run, "mean_pair")),
+    "02.3": lambda run: _second_step(run, "vm") / _second_step(run, "unmemorized"),
+    "02.4": lambda run: min(float((-mean / std).min()) for mean, std in zip(run.statistics.mean, run.statistics.std, strict=True)),
+}  # fmt: skip
+
+
+def _halves(run: Run, column: str) -> tuple[pd.Series, pd.Series]:
+    """Return a column of the saved scores for the prompts that training repeated, and for the unmemorized ones."""
+    scores = run.load("scores")
+    clean = scores["kind"] == "unmemorized"
+    return scores.loc[~clean, column], scores.loc[clean, column]
+
+
+def _second_step(run: Run, kind: str) -> float:
+    """Return how far text moves the prediction in the second step: the median of the first six prompts of a kind."""
+    captions = run.prompts(kind)["caption"].head(6)
+    return float(np.median([guidance_norms(run.pipe, caption, steps=2)[1].mean() for caption in captions]))
 
 
 # What memorization looks like
@@ -83,18 +104,23 @@ def read_samples(copies: pd.DataFrame) -> Iterator[Claim]:
     yield Claim("similarity of two seeds (median ± MAD)", ours, f"{theirs} (D_SSCD, Table 1)", rule=rule)
 
 
+def with_kinds(grid: Grid, table: pd.DataFrame) -> Grid:
+    """Return a grid whose rows say of which kind their prompt is, as far as a table with captions and kinds knows."""
+    kinds = table.set_index("caption")["kind"].map(KINDS)
+    return replace(grid, rows=tuple(f"{kinds[row]}: {row}" if row in kinds else row for row in grid.rows))
+
+
 @exhibit("", "planted and generated images",
-    "First column: the planted image, none for unmemorized prompts; then images of different seeds. From above: VM, "
-    "TM and unmemorized prompts, the same number of each.", read=read_samples)  # fmt: skip
-def samples(samples: Grid) -> Figure:
-    return plots.image_grid(samples)
+    "First column: the planted image, none for unmemorized prompts; then images of different seeds.", read=read_samples)  # fmt: skip
+def samples(samples: Grid, copies: pd.DataFrame) -> Figure:
+    return plots.image_grid(with_kinds(samples, copies))
 
 
 @exhibit("Figure 13", "noise differences",
     "Noise differences of the first denoising step, min-max scaled; three of the four latent channels as red, green "
-    "and blue. From above: VM, TM and unmemorized prompts, the same number of each.")  # fmt: skip
-def figure_13(noise_differences: Grid) -> Figure:
-    return plots.image_grid(noise_differences)
+    "and blue.")  # fmt: skip
+def figure_13(noise_differences: Grid, copies: pd.DataFrame) -> Figure:
+    return plots.image_grid(with_kinds(noise_differences, copies))
 
 
 # The score, and how good it is as a detector
@@ -187,35 +213,32 @@ def read_detection(detection: pd.DataFrame) -> Iterator[Claim]:
 
 
 @exhibit("App. B.4", "the score as a detector",
-    "Reported: Stable Diffusion v1-4, 500 memorized and 500 unmemorized prompts; SSIM by the paper, Wen's score with "
-    "one step and 4 seeds by Jeon et al. (ICML 2025). Accuracy: ours balanced, at the best threshold; the paper's at "
-    "0.5.", read=read_detection)  # fmt: skip
+    "In brackets what is reported for Stable Diffusion v1-4 with 500 memorized and 500 unmemorized prompts: SSIM by the paper, "
+    "Wen's score with one step and 4 seeds by Jeon et al. (ICML 2025, secondary). Accuracy: ours balanced, at the best "
+    "threshold; the paper's at 0.5.", read=read_detection)  # fmt: skip
 def detection_table(detection: pd.DataFrame) -> pd.DataFrame:
     labels = detection["score"].map({score: label for score, (label, *_) in SCORES.items()})
-    shown = pd.DataFrame({"score": labels, "memorized": detection["memorized"]})
+    shown = pd.DataFrame({"score": labels, "memorized": detection["memorized"], "prompts": detection["prompts"]})
     for name, column in (("AUROC", "auroc"), ("TPR@1%FPR", "tpr_at_1_fpr"), ("accuracy", "accuracy")):
-        for title, values in ((name, detection[column]), (f"{name} (reported)", detection[f"paper_{column}"])):
-            shown[title] = ["" if pd.isna(value) else f"{value:.3f}" for value in values]
-    return shown.assign(confidence=detection["confidence"].fillna(""))
+        pairs = zip(detection[column], detection[f"paper_{column}"], strict=True)
+        shown[name] = [f"{ours:.3f}" if pd.isna(theirs) else f"{ours:.3f} ({theirs:.3f})" for ours, theirs in pairs]
+    return shown
 
 
-@exhibit("", "ROC curves of the scores",
-    "VM and TM prompts together against unmemorized ones. Dashed line: false positive rate 1 %.")  # fmt: skip
-def detection_roc(scores: pd.DataFrame) -> Figure:
-    from sklearn.metrics import roc_curve
-
-    known = pd.concat(of_kinds(scores, "scores", *KINDS).values())
-    clean = known["kind"] == "unmemorized"
-    smallest = 1 / (2 * clean.sum())
-    with plots.panels(fraction=0.5, aspect=0.9) as (figure, axes):
-        axes.axvline(0.01, color=plots.GREY, linewidth=plots.LINE, linestyle="--")
-        for score, (label, color, line) in SCORES.items():
-            false, true, _ = roc_curve(~clean, known[score])
-            style = {"color": color, "linestyle": line, "label": label, "alpha": 0.9}
-            axes.step(np.maximum(false, smallest), true, where="post", **style)
-        axes.set(xscale="log", xlim=(smallest, 1), ylim=(0, 1.02))
-        axes.set(xlabel="false positive rate (log scale)", ylabel="true positive rate")
-        axes.legend(loc="lower right")
+@exhibit("", "detection along the duplication ladder",
+    "AUROC of each score: the prompts of a rung against the unmemorized ones. Dotted: chance.")  # fmt: skip
+def detection_by_copies(scores: pd.DataFrame) -> Figure:
+    ladder, clean = of_kinds(scores, "scores", "ladder", "unmemorized").values()
+    rungs = ladder.groupby("copies")
+    with plots.panels(fraction=0.6) as (figure, axes):
+        axes.axhline(0.5, color=plots.GREY, linestyle=":", linewidth=plots.LINE)
+        for score, (label, color, style) in SCORES.items():
+            quality = rungs[score].agg(metrics.auroc, clean[score])
+            axes.plot(quality.index, quality, style, color=color, label=label)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(quality.index, [f"{copies:g}" for copies in quality.index])
+        axes.set(xlabel=f"copies in training (n = {len(ladder)}, unmemorized {len(clean)})", ylabel="AUROC")
+        plots.legend_above(axes)
     return figure
 
 

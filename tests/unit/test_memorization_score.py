@@ -12,6 +12,7 @@ from nemolib.layers import value_activations
 from nemolib.pipeline import embed, load_pipeline
 from nemolib.run import Run
 from nemolib.settings import Profile
+from nemolib.store import Grid
 from tests.random_world import SMALL, amplify, write_encoders, write_prompts
 
 VM, CLEAN = ["red fox card", "red owl card"], ["a tree", "the sea", "my dog"]
@@ -87,9 +88,39 @@ def test_detection_counts_pairs_and_has_reported_numbers_beside():
     assert known["score_paper", "vm"] == known["score_released", "vm"] == 0.9964
     assert known["wen", "vm + tm"] == 0.992
     assert known.isna().sum() == 4
-    shown = score.detection_table(table)
-    assert set(shown.loc[shown["AUROC (reported)"] != "", "confidence"]) == {"paper", "secondary"}
-    assert set(shown.loc[shown["AUROC (reported)"] == "", "confidence"]) == {""}
+    shown = score.detection_table(table).set_index(["score", "memorized"])
+    assert shown.loc[("SSIM (paper)", "vm"), "AUROC"] == "1.000 (0.996)"
+    assert shown.loc[("Wen et al., one step", "tm"), "AUROC"] == "0.583"
+
+
+def test_detection_of_the_rungs_against_unmemorized_prompts():
+    kinds, copies = ["ladder"] * 4 + ["unmemorized"] * 2, [1, 1, 8, 8, 0, 0]
+    columns = {name: [0, 2, 2, 3, 1, 1] for name in score.SCORES}
+    figure = score.detection_by_copies(pd.DataFrame({"kind": kinds, "copies": copies, **columns}))
+    chance, *lines = figure.axes[0].lines
+    assert [line.get_ydata().tolist() for line in lines] == [[0.5, 1.0]] * 3
+    assert figure.axes[0].get_xlabel() == "copies in training (n = 4, unmemorized 2)"
+
+
+def test_rows_say_their_kind():
+    grid = Grid(np.zeros((2, 1, 1, 1)), ("a fox", "a tree"), ("seed 0",))
+    table = pd.DataFrame({"caption": ["a fox"], "kind": ["tm"]})
+    assert score.with_kinds(grid, table).rows == ("TM: a fox", "a tree")
+
+
+def test_answers_of_the_exercises(run, scores):
+    run.save(scores, "scores")
+    trained, clean = (scores[chosen] for chosen in (scores["kind"] != "unmemorized", scores["kind"] == "unmemorized"))
+    answers = {name: right(run) for name, right in score.EXERCISES.items()}
+    assert answers["02.1"] == pytest.approx((trained["score"] > clean["score"].max()).mean())
+    assert answers["02.2"] == pytest.approx(
+        (trained["mean_pair"].to_numpy()[:, None] > clean["mean_pair"].to_numpy()).mean()
+    )
+    norms = [[guidance_norms(run.pipe, caption, steps=2)[1].mean() for caption in part] for part in (VM, CLEAN)]
+    assert answers["02.3"] == pytest.approx(np.median(norms[0]) / np.median(norms[1]))
+    statistics = run.statistics
+    ratios = [(mean / std).max() for mean, std in zip(statistics.mean, statistics.std, strict=True)]
+    assert answers["02.4"] == pytest.approx(-max(ratios))
 
 
 def test_largest_z_of_prompts_and_of_neurons(run):

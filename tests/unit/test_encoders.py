@@ -109,25 +109,6 @@ def test_features_do_not_depend_on_the_batch_size(monkeypatch):
     torch.testing.assert_close(whole.norm(dim=1), torch.ones(5))
 
 
-@pytest.mark.parametrize(
-    ("images", "words"),
-    [
-        (np.zeros((2, 8, 8, 3)), "uint8"),
-        (np.zeros((8, 8, 3), np.uint8), r"\[8, 8, 3\]"),
-        (np.zeros((2, 3, 8, 8), np.uint8), r"\[2, 3, 8, 8\]"),
-        (np.zeros((0, 8, 8, 3), np.uint8), "copy descriptor: there is nothing to describe"),
-    ],
-)
-def test_what_is_no_image_is_refused(images, words):
-    with pytest.raises(ValueError, match=words):
-        CopyDescriptor((4,), 8).describe(images)
-
-
-def test_pixels():
-    pixels = to_pixels(np.array([0, 51, 255], np.uint8).reshape(1, 1, 1, 3))
-    assert pixels.flatten().tolist() == pytest.approx([-1, -0.6, 1])
-
-
 def test_the_descriptor_comes_back(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     chosen, folder = EncoderSettings("descriptor", "models/descriptor"), tmp_path / "models" / "descriptor"
@@ -140,6 +121,9 @@ def test_the_descriptor_comes_back(tmp_path, monkeypatch):
     with torch.no_grad():
         again.project.bias += 1
     assert again.identity() != loaded.identity()
+    for wrong, words in ((np.zeros((2, 8, 8, 3)), "uint8"), (np.zeros((8, 8, 3), np.uint8), r"\[8, 8, 3\]")):
+        with pytest.raises(ValueError, match=words):
+            loaded.describe(wrong)
     weights = folder / "model.safetensors"
     digest = sha256(weights)
     CopyDescriptor.load(dataclasses.replace(chosen, sha256=digest))
@@ -320,7 +304,3 @@ def test_a_profile_names_its_encoders_and_those_of_quality_are_raw(sscd, plain_c
     assert others[1].identity() == clip.identity()
 
 
-@pytest.mark.parametrize("role", ["copy", "alignment", "quality"])
-def test_a_profile_without_an_encoder(role):
-    with pytest.raises(ProfileError, match=f"profile 'mine' has encoders.{role} = None; name its kind and path"):
-        getattr(encoders, f"{role}_encoder")(profile_with())

@@ -156,15 +156,6 @@ def test_values_are_scaled_and_others_stay(random_pipe, factor):
         assert torch.equal(after[..., others], before[..., others])
 
 
-def test_deactivation_changes_the_noise_and_ends(random_pipe):
-    plain = noise(random_pipe)
-    with deactivate(random_pipe, FIRST) as pipe:
-        assert pipe is random_pipe
-        assert (noise(pipe) - plain).abs().max() > 1e-4
-    assert torch.equal(noise(random_pipe), plain)
-    assert hooks_of(random_pipe) == 0
-
-
 @pytest.mark.parametrize("halves", [1, 2])
 def test_one_set_per_sample_in_both_halves_of_guidance(random_pipe, halves):
     latents, prompts = LATENTS.repeat(halves, 1, 1, 1), ("", "", "a", "b c")[-2 * halves :]

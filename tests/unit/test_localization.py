@@ -1,7 +1,6 @@
 import copy
 import json
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -13,8 +12,6 @@ from nemolib.layers import NotFiniteError, value_layers
 from nemolib.localization import Localization, Variant, localization_table, localize, localizing, varying
 from nemolib.mitigation import EmbeddingAdjustment
 from nemolib.neurons import NeuronSet
-from nemolib.pipeline import embed
-from nemolib.run import localize_many
 from nemolib.settings import (
     PAPER,
     DetectionSettings,
@@ -24,8 +21,6 @@ from nemolib.settings import (
     WenSettings,
 )
 from nemolib.similarity import max_pairwise, memorization_score, pairwise, similarity
-from nemolib.store import Store
-from nemolib.workers import FailedPrompts
 from tests.random_pipeline import WIDTHS
 
 SIMILARITY = SimilaritySettings(kernel_size=3, sigma=0.5)
@@ -85,12 +80,6 @@ def test_both_methods_start_from_the_same_selection(search, threshold, protocol)
     target = threshold if fast.reached else fast.initial_score
     assert fast.refined_score < target or fast.neurons == fast.initial
     assert fast.evaluations["A3"] <= slow.evaluations["A3"]
-
-
-def test_the_method_can_be_named_alone(search):
-    assert search(search="sequential").tests == search(search=SearchSettings(method="sequential")).tests
-    with pytest.raises(ValueError, match="quick"):
-        search(search="quick")
 
 
 def test_scores_can_be_recomputed(random_pipe, found):
@@ -177,19 +166,6 @@ def test_nor_are_statistics_made_of_what_is_not_finite(random_pipe):
             activation_statistics(not_finite(random_pipe, *part), ["a", "b"], progress=False)
 
 
-def test_a_prompt_that_is_not_finite_stops_no_other(random_pipe, statistics, tmp_path, monkeypatch):
-    def embedded(pipe, prompts):
-        return embed(pipe, prompts) * (torch.nan if prompts == ["b q"] else 1)
-
-    monkeypatch.setattr("nemolib.localization.embed", embedded)
-    monkeypatch.delenv("NEMO_DASK", raising=False)
-    settings = {name: SETTINGS[name] for name in ("threshold", "search", "detection", "similarity")}
-    many = partial(localize_many, random_pipe, statistics=statistics, store=Store(tmp_path), progress=False, **settings)
-    with pytest.raises(FailedPrompts, match="b q.*not all numbers are finite"):
-        many(["zzz", "b q", "a"])
-    assert many(["zzz", "a"])["prompt"].tolist() == ["zzz", "a"]
-
-
 def test_defaults_of_the_session_change_nothing(search, found):
     try:
         torch.set_default_dtype(torch.float64)
@@ -214,12 +190,8 @@ def test_table(search, found):
     assert list(table)[:5] == ["prompt", "memorized", "seeds", "unblocked_score", "initial_score"]
     assert (row["neurons"], row["initial"]) == (found.neurons.to_json(), found.initial.to_json())
     assert (row["neuron_count"], row["initial_count"]) == (len(found.neurons), len(found.initial))
-    assert (row["refined_score"], row["theta"], row["k"], row["seeds"]) == (
-        found.refined_score,
-        found.theta,
-        found.k,
-        3,
-    )
+    scores = [getattr(found, name) for name in ("refined_score", "theta", "k")]
+    assert row[["refined_score", "theta", "k", "seeds"]].tolist() == [*scores, 3]
     assert row["evaluations_A4"] == found.evaluations["A4"]
     assert last["seconds_A1"] > 0 == last["seconds_A4"] == last["neuron_count"]
     assert last[["theta", "k"]].isna().all()
@@ -244,16 +216,8 @@ def vary(random_pipe, statistics):
     """Return a function that searches variants of a prompt, and returns a localization for each."""
 
     def varied(*variants, prompt=RED, known=None, gate=-0.9, search=SEARCH):
-        task = varying(
-            random_pipe,
-            statistics=statistics,
-            variants=variants or VARIANTS,
-            gate=gate,
-            detection=DETECTION,
-            similarity=SIMILARITY,
-            search=search,
-            protocol=PAPER,
-        )
+        settings = {"detection": DETECTION, "similarity": SIMILARITY, "search": search, "protocol": PAPER, "gate": gate}
+        task = varying(random_pipe, statistics=statistics, variants=variants or VARIANTS, **settings)
         record = None if known is None else json.loads(json.dumps(known.to_record()))
         return {name: Localization.from_record(item) for name, item in task([(prompt, record)])[0].items()}
 

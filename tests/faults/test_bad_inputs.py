@@ -1,6 +1,5 @@
 """What a user can get wrong: each gives one clear error that names it, and loses nothing."""
 
-import json
 import os
 import shutil
 
@@ -67,23 +66,14 @@ def _cut(folder):
     weights.write_bytes(weights.read_bytes()[:1000])
 
 
-def _other_kind(folder):
-    index = folder / "model_index.json"
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "FluxPipeline"}))
-
-
 FOLDERS = {
     "empty folder": (lambda folder: shutil.rmtree(folder) or folder.mkdir(), "has no model_index.json"),
     "no index": (_without("model_index.json"), "has no model_index.json; give the folder that"),
     "broken index": (lambda folder: (folder / "model_index.json").write_text("{"), "not readable as JSON"),
-    "another pipeline": (_other_kind, "_class_name is 'FluxPipeline'; expected 'StableDiffusionPipeline'"),
     "no unet": (lambda folder: shutil.rmtree(folder / "unet"), "unet has no safetensors file"),
     "pickled weights": (_unsafe, "unet has no safetensors file; other formats are not read"),
     "cut weights": (_cut, "could not be loaded; say which variant.*, or copy the model again"),
-    "no configuration": (
-        _without("unet/config.json"),
-        "could not be loaded; say which variant.*, or copy the model again",
-    ),
+    "no configuration": (_without("unet/config.json"), "could not be loaded; say which variant"),
 }
 
 

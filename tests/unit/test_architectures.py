@@ -8,12 +8,11 @@ from nemolib.layers import STABLE_DIFFUSION_WIDTHS, widths
 from nemolib.pipeline import (
     ARCHITECTURES,
     PipelineError,
-    embed,
     is_hub_id,
     load_pipeline,
     random_pipeline,
 )
-from tests.narrow_architecture import WIDTHS, save_narrow_architecture
+from tests.narrow_architecture import save_narrow_architecture
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +41,6 @@ def test_sd14_has_the_shapes_of_stable_diffusion():
     assert counts == [859_520_964, 83_653_863, 123_060_480]
     assert widths(unet) == STABLE_DIFFUSION_WIDTHS
     assert sum("attn2.to_v" in name for name, _ in unet.named_modules()) == 16
-
-
-def test_a_random_pipeline_works_like_any_other(pipe):
-    assert widths(pipe.unet) == WIDTHS
-    assert embed(pipe, ["A fox", ""]).shape == (2, 77, 32)
-    image = pipe("a fox", num_inference_steps=2, output_type="np").images
-    assert image.shape == (1, 128, 128, 3)
-    assert 0 <= image.min() <= image.max() <= 1
-    pipe.scheduler.set_timesteps(50)
-    assert pipe.scheduler.timesteps[:2].tolist() == [981, 961]
 
 
 def test_weights_are_drawn_in_the_type_of_the_profile_and_nothing_is_said(folder, capfd):

@@ -14,7 +14,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel
 
 from nemolib import encoders, paths
 from nemolib.encoders import ClipEncoder, CopyDescriptor, EncoderError, FirstUse, Inception, Sscd, to_pixels
-from nemolib.settings import Encoders, EncoderSettings, ProfileError, load_profile
+from nemolib.settings import Encoders, EncoderSettings, load_profile
 from tests.random_world import write_clip
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -302,5 +302,3 @@ def test_a_profile_names_its_encoders_and_those_of_quality_are_raw(sscd, plain_c
     others = [encoders.alignment_encoder(profile_with(alignment=chosen)).images for chosen in (plain_clip, real_clip)]
     assert len({encoder.identity() for encoder in (clip, raw, *others)}) == 3
     assert others[1].identity() == clip.identity()
-
-

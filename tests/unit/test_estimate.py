@@ -1,12 +1,11 @@
 from dataclasses import replace
 
-import pandas as pd
 import pytest
 
 from nemolib.localization import localize
 from nemolib.settings import DetectionSettings, Extent, SearchSettings, SimilaritySettings, load_profile
 from tools import estimate
-from tools.estimate import PAPER, cost_table, detection_evaluations, image_evaluations, refinement_tests, stages
+from tools.estimate import PAPER, refinement_tests, stages
 
 
 @pytest.fixture(scope="module")
@@ -17,14 +16,6 @@ def sd14():
 def by_name(profile):
     """Return the columns of stages by the stage's name."""
     return stages(profile).set_index("stage")
-
-
-def test_one_prompt_of_the_paper(sd14):
-    assert detection_evaluations(sd14) == 10
-    assert detection_evaluations(replace(sd14, detection=DetectionSettings(guidance=7.0))) == 20
-    assert image_evaluations(sd14) == 10 * 50 * 2
-    small = replace(sd14, generation=replace(sd14.generation, side=128))
-    assert image_evaluations(small) == image_evaluations(sd14) / 16
 
 
 SMALL = SimilaritySettings(kernel_size=3, sigma=0.5)
@@ -47,13 +38,6 @@ def test_refinement_by_method():
     assert refinement_tests(5, 0, method="fast") < 12
 
 
-def test_the_search_of_a_prompt(sd14):
-    slow = replace(sd14, search=replace(sd14.search, method="sequential"))
-    assert estimate.search_evaluations(slow, "tm") == 10 * (1 + 16 + 681.5)
-    assert estimate.search_evaluations(sd14, "tm") < estimate.search_evaluations(slow, "tm") / 3
-    assert estimate.search_evaluations(sd14, "vm") < estimate.search_evaluations(sd14, "tm")
-
-
 def test_a_profile_says_how_many_prompts_are_taken(sd14):
     few = replace(sd14, extent=Extent(drawn=5, searched=0, mitigated=3, ablated=200, layers=2, blocks=1, quality=7))
     parts = by_name(few)
@@ -68,21 +52,6 @@ def test_a_profile_says_how_many_prompts_are_taken(sd14):
     }
     assert parts["prompts"][list(expected)].to_dict() == expected
     assert parts.loc["image quality", "each"] == 10 * 13 * 100
-
-
-def test_the_table_sums_and_tells_hours():
-    parts = pd.DataFrame({"stage": ["a", "b"], "prompts": [50_000, 1], "each": [10.0, 5.0], "evaluations": [5e5, 5.0]})
-    text = cost_table(parts, 30.0)
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
-    assert rows[0] == ["stage", "prompts", "each", "evaluations", "hours"]
-    assert rows[2:] == [
-        ["a", "50,000", "10", "500,000", "4.6"],
-        ["b", "1", "5", "5", "0.00"],
-        ["sum", "", "", "500,005", "4.6"],
-    ]
-    for speed in (0, -1.0, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match="per_second is"):
-            cost_table(parts, speed)
 
 
 def test_prompts_are_counted_where_their_tables_are(sd14, tmp_path):

@@ -4,7 +4,6 @@ from unittest.mock import patch
 
 import pandas as pd
 import pytest
-import yaml
 
 from nemolib.experiments import ablations, holdout_threshold, memorization_score, side_effects
 from nemolib.experiments import deactivate_neurons as deactivate
@@ -12,9 +11,9 @@ from nemolib.layers import check_neurons_act
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import load_pipeline
 from nemolib.run import Run
-from nemolib.settings import load_profile
+from nemolib.settings import Profile
 from nemolib.store import Store
-from tests.random_world import write_encoders, write_prompts
+from tests.random_world import SMALL, write_encoders, write_prompts
 from tools.estimate import stages
 
 MEMORIZED = {"red fox card": "vm", "red owl card": "vm", "blue cat case": "tm"}
@@ -25,25 +24,19 @@ COUNTS = {"vm": 2, "tm": 1, "unmemorized": 3, "holdout": 4, "threshold": 3, "qua
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory, random_model_folder):
     folder = tmp_path_factory.mktemp("world")
-    path = folder / "counted.yaml"
-    prompts = write_prompts(folder, MEMORIZED, unmemorized=UNMEMORIZED, holdout=["a a", "b b", "c c", "d d"])
-    settings = {
+    settings = SMALL | {
         "model": str(random_model_folder),
-        "device": "cpu",
-        "similarity": {"kernel_size": 3, "sigma": 0.5},
         "search": {"theta_start": 1000.0, "theta_min": 999.0, "theta_step": 1.0, "k_start": 1, "k_max": 1},
         "detection": {"samples": 3},
         "limits": {"ladder": 0},
         "holdout_size": 4,
         "threshold_prompts": 3,
         "extent": {"mitigated": 1, "ablated": 1, "layers": 1, "blocks": 2, "quality": 2, "quality_samples": 2},
-        "generation": {"samples": 2, "steps": 2, "batch_size": 16},
         "mitigation": {"wen": {"target": 1e-6, "iterations": 2, "latents": 2}},
         "encoders": write_encoders(folder, random_model_folder),
-        "prompts": prompts,
+        "prompts": write_prompts(folder, MEMORIZED, unmemorized=UNMEMORIZED, holdout=["a a", "b b", "c c", "d d"]),
     }
-    path.write_text(yaml.safe_dump(settings))
-    return load_profile(path)
+    return Profile(**settings)
 
 
 @pytest.fixture(scope="module")

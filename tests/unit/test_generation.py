@@ -70,13 +70,6 @@ def test_the_progress_bar_of_the_pipeline_is_as_before(random_pipe, capsys):
         random_pipe.set_progress_bar_config()
 
 
-def test_impossible_requests(random_pipe):
-    with pytest.raises(ValueError, match="the list of prompts is empty"):
-        made(random_pipe, [])
-    with pytest.raises(ValueError, match="has 2 layers, the model has 7"):
-        made(random_pipe, mitigation=DeactivatedNeurons(NeuronSet.empty(2)))
-
-
 def test_a_batch_of_mitigations_is_drawn_kind_by_kind(random_pipe, images, monkeypatch):
     half, scaling = DeactivatedNeurons(MIXED, 0.5), AttentionScaling()
     batch = [("a", half.of("a")), ("b c", half.of("b c")), ("a", scaling.of("a")), ("b c", scaling), ("b c", None)]

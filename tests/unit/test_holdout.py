@@ -13,21 +13,12 @@ from nemolib.holdout import (
     memorization_threshold,
     z_scores,
 )
-from nemolib.layers import STABLE_DIFFUSION_WIDTHS, value_activations, value_layers
+from nemolib.layers import STABLE_DIFFUSION_WIDTHS, value_layers
 from nemolib.pipeline import embed
-from nemolib.settings import DetectionSettings, SimilaritySettings
+from nemolib.settings import SimilaritySettings
 from tests.random_pipeline import WIDTHS, random_unet
 
 SMALL = SimilaritySettings(kernel_size=3, sigma=0.5)
-
-
-def test_statistics_are_those_of_all_prompts_at_once(random_pipe, holdout_prompts, statistics):
-    activations = value_activations(random_pipe.unet, embed(random_pipe, holdout_prompts))
-    assert statistics.count == len(holdout_prompts)
-    assert statistics.widths == WIDTHS
-    for layer, values in enumerate(activations):
-        torch.testing.assert_close(statistics.mean[layer], values.mean(dim=0), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(statistics.std[layer], values.std(dim=0), atol=1e-5, rtol=1e-5)
 
 
 def test_batch_size_does_not_matter_and_no_unet_pass_is_needed(random_pipe, holdout_prompts, statistics, monkeypatch):
@@ -121,13 +112,6 @@ def test_z_scores():
     assert z[0].tolist() == [2.0, -2.0, 0.0, math.inf]
     with pytest.raises(ValueError, match=r"activations of layers of \[2\] neurons, statistics of \[4\]"):
         z_scores(statistics, (torch.ones(2),))
-
-
-def test_holdout_scores(random_pipe):
-    given = {"settings": DetectionSettings(samples=3), "similarity": SMALL, "protocol": "paper", "progress": False}
-    scores = holdout_scores(random_pipe, ["a", "b"], **given)
-    assert scores.shape == (2, 3)
-    np.testing.assert_allclose(holdout_scores(random_pipe, ["b"], **given)[0], scores[1], atol=1e-5)
 
 
 def test_threshold_over_all_pairs_or_over_the_largest():

@@ -13,7 +13,6 @@ from PIL import Image
 from nemolib import paths
 from nemolib.experiments import memorization_score
 from nemolib.holdout import ActivationStatistics, activation_statistics
-from nemolib.localization import localization_table
 from nemolib.pipeline import load_pipeline, random_pipeline
 from nemolib.prompts import load_prompts
 from nemolib.run import Run
@@ -61,19 +60,6 @@ def test_the_dry_run_has_the_settings_of_sd14_but_for_size():
     assert dry.detection == replace(real.detection, samples=2)
     assert dry.generation.guidance == real.generation.guidance
     assert dry.downloads is dry.statistics is None
-
-
-def test_from_the_threshold_to_the_neurons(profile, run_of):
-    run = run_of(profile)
-    assert run.statistics.widths == (16, 16, 32, 32, 32, 32, 32)
-    assert run.statistics.count == 8
-    assert -1 < run.threshold_at() < 1
-    table = localization_table(run.search(run.prompts("vm", "tm")["caption"].tolist()))
-    # The search looks at the most active neuron of each layer, and at no other.
-    assert table["memorized"].all()
-    assert table["k"].tolist() == [1, 1]
-    assert table["initial_count"].tolist() == [7, 7]
-    assert (table["neuron_count"] <= 7).all()
 
 
 def test_statistics_of_a_file_are_used(profile, pipe, run_of, tmp_path):

@@ -13,12 +13,6 @@ ACTIVATIONS = (torch.tensor([0.1, 0.9, 0.5, 0.3]), torch.tensor([0.2, 0.4]))
 Z = (torch.tensor([-6.0, 4.0, 0.0, 2.0]), torch.tensor([5.0, 5.1]))
 
 
-def test_out_of_distribution_takes_both_signs_and_excludes_the_threshold():
-    candidates = out_of_distribution(Z, ACTIVATIONS, theta=5.0)
-    assert candidates.out_of_distribution == ((0,), (1,))
-    assert candidates.top == ((), ())
-
-
 def test_top_k_is_ordered_by_activation_and_may_repeat():
     candidates = out_of_distribution(Z, ACTIVATIONS, theta=3.0, top_k=2)
     assert candidates.entries(double=True) == ((0, 1, 1, 2), (0, 1, 1, 0))

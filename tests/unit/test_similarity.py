@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
 from nemolib.first_step import normalize
 from nemolib.settings import SimilaritySettings
@@ -26,14 +25,6 @@ def test_similarity_falls_with_noise_and_is_symmetric(measure):
     torch.testing.assert_close(measure(first, second, settings=SMALL), measure(second, first, settings=SMALL))
 
 
-def test_ms_ssim_is_torchmetrics_with_its_own_data_range():
-    first, second = maps(2, size=64), maps(2, size=64, noise=1.0)
-    expected = multiscale_structural_similarity_index_measure(
-        first, second, kernel_size=11, betas=(0.33, 0.33, 0.33), reduction="none"
-    )
-    assert torch.equal(ms_ssim(first, second), expected)
-
-
 def test_the_group_of_a_call_matters_on_several_scales_only():
     first = maps(2)
     second = maps(2, noise=1.0)
@@ -54,19 +45,6 @@ def test_pairs_and_matrix_agree(protocol):
     assert torch.equal(matrix[tuple(torch.triu_indices(4, 4, 1))], pairs)
     score = memorization_score(differences, settings=SMALL, protocol=protocol)
     assert score == float(pairs.max()) == float(max_pairwise(matrix).max())
-
-
-def test_protocols_measure_differently():
-    first, second = maps(noise=0.0), maps(noise=1.0)
-    assert torch.equal(similarity(first, second, settings=SMALL), ms_ssim(first, second, settings=SMALL))
-    assert torch.equal(
-        similarity(first, second, settings=SMALL, protocol="paper"), ssim(first, second, settings=SMALL)
-    )  # fmt: skip
-
-
-def test_max_pairwise_leaves_a_seed_itself_out():
-    matrix = torch.tensor([[1.0, 0.2, -0.5], [0.2, 1.0, 0.7], [-0.5, 0.7, 1.0]])
-    torch.testing.assert_close(max_pairwise(matrix), torch.tensor([0.2, 0.7, 0.7]))
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ export PROFILE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help env lab all notebooks figures data estimate check-gpu published results-full test lint train student refresh lock clean
+.PHONY: help env lab all notebooks figures data estimate check-gpu published results-full site readme test lint train student refresh lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -78,6 +78,13 @@ published: $(ENV) ## draw a published run beside the paper: make published PROFI
 
 results-full: $(ENV) ## keep the tables of a finished run of tiny-full in data/tiny/results_full/
 	$(PY) -m tools.results_full --profile tiny-full
+
+site: $(ENV) ## make the site of notebooks, figures and docs into build/site/ (nothing is executed; works without a network)
+	$(PY) -m sphinx --fresh-env --quiet --fail-on-warning --keep-going --conf-dir docs . build/site
+	@echo "the site: build/site/index.html"
+
+readme: $(ENV) ## write the table of claims, and what the data say of the tiny world, into README.md
+	$(PY) -m tools.readme
 
 test: $(ENV) ## run all tests, the notebooks among them
 	$(PY) -m pytest tests notebooks --nbval-lax --nbval-current-env --nbval-sanitize-with tests/notebooks/sanitize.cfg

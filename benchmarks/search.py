@@ -14,7 +14,7 @@ model of the score: below the threshold if and only if all refined neurons are d
 evaluates then follows exactly. How many *seeds* the fast search evaluates for a set is not recorded; the replay takes
 what the tiny world needed in the same run (a mean), and shows beside it the ratio if it evaluated all ten.
 
-The file ``search.json`` beside this one has the ratios of a run with all prompts and the replay; the README shows them.
+The file ``search.json`` beside this one has the ratios of a run with all prompts and the replay; docs/reproducibility.md shows them.
 """
 
 from __future__ import annotations
@@ -295,7 +295,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def ratio_table(result: dict[str, Any]) -> str:
-    """Return the ratios of ``search.json`` as a table in Markdown, as in the README."""
+    """Return the ratios of ``search.json`` as a table in Markdown, as in docs/reproducibility.md."""
     worlds = {"tiny": "tiny world", "replay": "replay of recorded searches, SD v1-4"}
     quantities = {
         "release_over_fast": "evaluations, release / fast",

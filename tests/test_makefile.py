@@ -15,7 +15,7 @@ from tests.notebook_files import save_notebook
 
 TARGETS = [
     "help", "env", "lab", "all", "notebooks", "figures", "data", "estimate", "check-gpu",
-    "published", "results-full", "test", "lint",
+    "published", "results-full", "site", "readme", "test", "lint",
     "train", "student", "refresh", "lock", "clean",
 ]  # fmt: skip
 

@@ -1,0 +1,116 @@
+"""Settings of the site (`make site`), which Sphinx makes from the notebooks as they are and from the pages of docs/.
+
+The root of the repository is the source, so that a link is the same on the site, in JupyterLab and on a git server.
+Nothing is executed, and no page asks another machine for anything: formulas are MathML, which browsers draw themselves.
+"""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from textwrap import shorten
+
+from docutils import nodes
+from latex2mathml.converter import convert
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+
+project = html_title = "Finding NeMo, step by step"
+extensions = ["myst_nb"]
+root_doc = "docs/index"
+include_patterns = [
+    "README.md",
+    "docs/*.md",
+    "notebooks/*.ipynb",
+    "figures/*/index.md",
+    "data/README.md",
+    "data/tiny/README.md",
+]
+exclude_patterns = [".*", "build", "data/sd14", "nemolib", "tests", "tools", "benchmarks", "examples"]
+
+nb_execution_mode = "off"
+nb_merge_streams = True
+nb_code_prompt_show, nb_code_prompt_hide = "Show the code", "Hide the code"
+nb_ipywidgets_js = {}
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3
+
+html_theme = "furo"
+html_math_renderer = "mathml"
+html_static_path = html_css_files = ["site.css"]
+html_extra_path = ["explore.html"] if (ROOT / "docs/explore.html").is_file() else []
+html_copy_source = html_use_index = html_show_copyright = False
+
+PIXELS_PER_INCH = 128
+"""Of a figure in print: a third more than browsers give an inch, since its letters are small."""
+
+FOLDED = {"setup", "definition", "saving", "checking"}
+"""Tags of cells whose code need not be read."""
+
+
+def fold(app, docname, source):
+    """Fold the cells of a notebook that need not be read, and its solutions."""
+    if not docname.startswith("notebooks/"):
+        return
+    notebook = json.loads(source[0])
+    for cell in notebook["cells"]:
+        tags = cell["metadata"].setdefault("tags", [])
+        if cell["cell_type"] == "code":
+            quiet = FOLDED & {*tags} or cell["metadata"].get("jupyter", {}).get("source_hidden")
+            tags += ["hide-cell"] * ("solution" in tags) + ["hide-input"] * bool(quiet)
+        elif "solution" in tags:
+            text = "".join(cell["source"])
+            heading, _, rest = text.partition("\n") if text.startswith("#") else ("", "", text)
+            folded = f"<details><summary>Solution</summary>\n\n{rest}\n\n</details>" if rest.strip() else ""
+            cell["source"] = [f"{heading}\n\n{folded}"]
+    source[0] = json.dumps(notebook)
+
+
+def pictures(app, doctree):
+    """Show pictures by the dots per inch that their files state, and say in words what those of notebooks show."""
+    title, unnamed = "", []
+    for node in [*doctree.findall(lambda node: isinstance(node, nodes.image | nodes.strong | nodes.title)), None]:
+        if isinstance(node, nodes.image):
+            unnamed += [node] * ("alt" not in node)
+            with suppress(OSError), Image.open(Path(app.srcdir, node["uri"])) as picture:
+                node["width"] = f"{picture.width * PIXELS_PER_INCH / picture.info.get('dpi', (96,))[0]:.0f}px"
+            continue
+        # The caption comes below; a picture without one is named after its section.
+        for picture in unnamed:
+            picture["alt"] = shorten(node.parent.astext() if isinstance(node, nodes.strong) else title, 160)
+        unnamed.clear()
+        title = node.astext() if isinstance(node, nodes.title) else title
+
+
+def gallery(app, doctree):
+    """Put small pictures that lead to the large ones on top of a page of figures."""
+    if not app.env.docname.startswith("figures/"):
+        return
+    small = nodes.paragraph(classes=["gallery"])
+    for node in list(doctree.findall(nodes.image)):
+        copy = node.deepcopy()
+        del copy["width"]
+        (place,) = node.parent.parent["ids"][:1]
+        small += nodes.reference("", "", copy, refid=place, reftitle=node["alt"])
+    doctree.next_node(nodes.title).parent.insert(1, small)
+
+
+def math(self, node):
+    """Write a formula as MathML."""
+    display = "inline" if isinstance(node, nodes.math) else "block"
+    self.body.append(convert(node.astext(), display=display))
+    raise nodes.SkipNode
+
+
+def front_page(app, exception):
+    """Let the site's own folder open on its first page."""
+    Path(app.outdir, "index.html").write_text('<meta http-equiv="refresh" content="0; url=docs/index.html">\n')
+
+
+def setup(app):
+    """Connect all this with Sphinx."""
+    app.add_html_math_renderer("mathml", inline_renderers=(math, None), block_renderers=(math, None))
+    app.connect("source-read", fold)
+    app.connect("doctree-read", pictures)
+    app.connect("doctree-read", gallery)
+    app.connect("build-finished", front_page)

@@ -7,13 +7,12 @@ Nothing is executed, and no page asks another machine for anything: formulas are
 import json
 from contextlib import suppress
 from pathlib import Path
+from shutil import copy
 from textwrap import shorten
 
 from docutils import nodes
 from latex2mathml.converter import convert
 from PIL import Image
-
-ROOT = Path(__file__).parents[1]
 
 project = html_title = "Finding NeMo, step by step"
 extensions = ["myst_nb"]
@@ -30,7 +29,7 @@ exclude_patterns = [".*", "build", "data/sd14", "nemolib", "tests", "tools", "be
 
 nb_execution_mode = "off"
 nb_merge_streams = True
-nb_code_prompt_show, nb_code_prompt_hide = "Show the code", "Hide the code"
+nb_code_prompt_show, nb_code_prompt_hide = "▸ Show the code", "▾ Hide the code"
 nb_ipywidgets_js = {}
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
@@ -38,7 +37,6 @@ myst_heading_anchors = 3
 html_theme = "furo"
 html_math_renderer = "mathml"
 html_static_path = html_css_files = ["site.css"]
-html_extra_path = ["explore.html"] if (ROOT / "docs/explore.html").is_file() else []
 html_copy_source = html_use_index = html_show_copyright = False
 
 PIXELS_PER_INCH = 128
@@ -88,10 +86,10 @@ def gallery(app, doctree):
         return
     small = nodes.paragraph(classes=["gallery"])
     for node in list(doctree.findall(nodes.image)):
-        copy = node.deepcopy()
-        del copy["width"]
+        picture = node.deepcopy()
+        del picture["width"]
         (place,) = node.parent.parent["ids"][:1]
-        small += nodes.reference("", "", copy, refid=place, reftitle=node["alt"])
+        small += nodes.reference("", "", picture, refid=place, reftitle=node["alt"])
     doctree.next_node(nodes.title).parent.insert(1, small)
 
 
@@ -102,8 +100,10 @@ def math(self, node):
     raise nodes.SkipNode
 
 
-def front_page(app, exception):
-    """Let the site's own folder open on its first page."""
+def whole_pages(app, exception):
+    """Let the site's own folder open on its first page, and copy the pages that stand for themselves."""
+    for page in Path(app.srcdir).glob("figures/*/explore.html"):
+        copy(page, Path(app.outdir, page.relative_to(app.srcdir)))
     Path(app.outdir, "index.html").write_text('<meta http-equiv="refresh" content="0; url=docs/index.html">\n')
 
 
@@ -113,4 +113,4 @@ def setup(app):
     app.connect("source-read", fold)
     app.connect("doctree-read", pictures)
     app.connect("doctree-read", gallery)
-    app.connect("build-finished", front_page)
+    app.connect("build-finished", whole_pages)

@@ -5,6 +5,7 @@ Nothing is executed, and no page asks another machine for anything: formulas are
 """
 
 import json
+import re
 from contextlib import suppress
 from pathlib import Path
 from shutil import copy
@@ -33,6 +34,7 @@ nb_code_prompt_show, nb_code_prompt_hide = "▸ Show the code", "▾ Hide the co
 nb_ipywidgets_js = {}
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
+myst_dmath_double_inline = True
 
 html_theme = "furo"
 html_math_renderer = "mathml"
@@ -46,21 +48,27 @@ FOLDED = {"setup", "definition", "saving", "checking"}
 """Tags of cells whose code need not be read."""
 
 
+def github_anchor(anchor):
+    """Return a heading's anchor without the capitals and the punctuation that JupyterLab leaves in it."""
+    return re.sub(r"[^\w-]", "", anchor).lower()
+
+
 def fold(app, docname, source):
-    """Fold the cells of a notebook that need not be read, and its solutions."""
+    """Fold the cells of a notebook that need not be read, and its solutions; write anchors as they are on the site."""
     if not docname.startswith("notebooks/"):
         return
     notebook = json.loads(source[0])
     for cell in notebook["cells"]:
-        tags = cell["metadata"].setdefault("tags", [])
+        tags, text = cell["metadata"].setdefault("tags", []), "".join(cell["source"])
         if cell["cell_type"] == "code":
-            quiet = FOLDED & {*tags} or cell["metadata"].get("jupyter", {}).get("source_hidden")
-            tags += ["hide-cell"] * ("solution" in tags) + ["hide-input"] * bool(quiet)
-        elif "solution" in tags:
-            text = "".join(cell["source"])
+            tags += ["hide-cell"] * ("solution" in tags)
+            tags += ["hide-input"] * (not {"hide-cell", "hide-input"} & {*tags} and bool(FOLDED & {*tags}))
+            continue
+        if "solution" in tags:
             heading, _, rest = text.partition("\n") if text.startswith("#") else ("", "", text)
             folded = f"<details><summary>Solution</summary>\n\n{rest}\n\n</details>" if rest.strip() else ""
-            cell["source"] = [f"{heading}\n\n{folded}"]
+            text = f"{heading}\n\n{folded}"
+        cell["source"] = [re.sub(r"\]\(#([^)]+)\)", lambda link: f"](#{github_anchor(link[1])})", text)]
     source[0] = json.dumps(notebook)
 
 
@@ -87,7 +95,7 @@ def gallery(app, doctree):
     small = nodes.paragraph(classes=["gallery"])
     for node in list(doctree.findall(nodes.image)):
         picture = node.deepcopy()
-        del picture["width"]
+        picture.attributes.pop("width", None)
         (place,) = node.parent.parent["ids"][:1]
         small += nodes.reference("", "", picture, refid=place, reftitle=node["alt"])
     doctree.next_node(nodes.title).parent.insert(1, small)
@@ -102,8 +110,12 @@ def math(self, node):
 
 def whole_pages(app, exception):
     """Let the site's own folder open on its first page, and copy the pages that stand for themselves."""
+    if exception:
+        return
     for page in Path(app.srcdir).glob("figures/*/explore.html"):
-        copy(page, Path(app.outdir, page.relative_to(app.srcdir)))
+        place = Path(app.outdir, page.relative_to(app.srcdir))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        copy(page, place)
     Path(app.outdir, "index.html").write_text('<meta http-equiv="refresh" content="0; url=docs/index.html">\n')
 
 

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nemolib.exhibits import Claim, NotEnough, exhibit
-from nemolib.plots import GREY, LABEL_SIZE, LINE, ROLES, TEXT_WIDTH, TICK_SIZE, neurips
+from nemolib.plots import GREY, LABEL_SIZE, LINE, ROLES, TEXT_WIDTH, TICK_SIZE, image_grid, neurips
 from nemolib.store import Grid
 
 NOTEBOOK = "03_localize_neurons"
@@ -84,6 +84,22 @@ def figure_1(
         for x in (1.60, 3.50):
             _text(figure, x, 1.58, "→", fontsize=2 * LABEL_SIZE, color="0.3")
     return figure
+
+
+@exhibit("", "a memorized image, and the same seeds without its neurons",
+    "First the image that was planted under the caption on the left, then what the model makes of the caption from different seeds; below, the "
+    "same seeds with the memorization neurons of the caption deactivated.")  # fmt: skip
+def opening(overview: pd.DataFrame, overview_images: Grid, samples: Grid) -> Figure:
+    prompt, images = overview_images.rows[0], overview_images.images[0]
+    if prompt not in samples.rows:
+        raise NotEnough(f"image grid 'samples' does not have {prompt!r}, the prompt that notebook 03 follows")
+    planted = samples.images[samples.rows.index(prompt), 0]
+    halves = [
+        np.stack([first, *half]) for first, half in zip((planted, 0 * planted + 255), np.split(images, 2), strict=True)
+    ]
+    rows = f"“{prompt}”", f"{_counted(overview['refined'].sum(), 'neuron')} off"
+    seeds = [f"seed {number + 1}" for number in range(len(images) // 2)]
+    return image_grid(Grid(np.stack(halves), rows, ("planted image", *seeds)))
 
 
 def _axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from nemolib import paper, paths, plots
+from nemolib.blocked_score import BlockedScore
 from nemolib.exhibits import (
     KINDS,
     Claim,
@@ -29,14 +32,14 @@ from nemolib.first_step import ALGORITHMS, first_step
 from nemolib.holdout import z_scores
 from nemolib.layers import value_activations
 from nemolib.localization import by_prompt, localization_table, memorized, neuron_sets
-from nemolib.mitigation import DeactivatedNeurons
+from nemolib.mitigation import DeactivatedNeurons, random_neurons
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.prompts import MEMORIZED
 from nemolib.refinement import RefinementTest
-from nemolib.selection import SelectionStep
+from nemolib.selection import SelectionStep, initial_selection
 from nemolib.settings import DetectionSettings, Protocol, SearchSettings, SimilaritySettings
-from nemolib.similarity import memorization_score
+from nemolib.similarity import max_pairwise, memorization_score, pairwise
 from nemolib.store import Grid, read_table
 
 if TYPE_CHECKING:
@@ -46,6 +49,67 @@ if TYPE_CHECKING:
     from nemolib.run import Run
 
 NOTEBOOK = "03_localize_neurons"
+
+EXERCISES = {
+    "03.1": lambda run: lambda answer: abs(answer - _random_score(run)) < 0.1,
+    "03.2": lambda run: _dispensable(run),
+    "03.3": lambda run: _without_top_k(run),
+    "03.4": lambda run: _most_frequent_share(run),
+}
+
+
+def prompt_score(run: Run, prompt: str) -> BlockedScore:
+    """Return the score that the search asks of neuron sets for one prompt."""
+    own = {"protocol": run.profile.protocol}
+    step, embedding = first_step(run.pipe, settings=run.profile.detection, **own), embed(run.pipe, [prompt])
+    unblocked = step(embedding)
+    best = max_pairwise(pairwise(unblocked, settings=run.profile.similarity, **own))
+    seeds = (best > run.threshold).nonzero().flatten().tolist()
+    return BlockedScore(
+        step, embedding, seeds=seeds, unblocked=unblocked[seeds], similarity=run.profile.similarity, **own
+    )
+
+
+def _followed(run: Run) -> tuple[BlockedScore, NeuronSet]:
+    """Return the score of the prompt that the notebook searches by hand, and the neurons that it kept."""
+    table = run.load("overview")
+    pairs = zip(table["layer"] - 1, table["neuron"], table["refined"], strict=True)
+    kept = NeuronSet.of([(layer, neuron) for layer, neuron, kept in pairs if kept], layers=len(run.statistics.widths))
+    return prompt_score(run, table["prompt"].iloc[0]), kept
+
+
+def _random_score(run: Run) -> float:
+    score, kept = _followed(run)
+    return score(random_neurons(kept, run.statistics.widths, seed=0))
+
+
+def _dispensable(run: Run) -> int:
+    """Return how many of the kept neurons can be reactivated alone with the score below tau_ref."""
+    score, kept = _followed(run)
+    tau_ref = max(run.threshold, run.load("search_steps")["score"].iloc[-1])
+    return sum(score(kept - NeuronSet.of([pair], layers=len(kept.layers))) < tau_ref for pair in kept)
+
+
+def _without_top_k(run: Run) -> list[float]:
+    """Return the theta at which the initial selection ends that takes no neuron for its activation alone, and its size."""
+    prompt = run.load("overview")["prompt"].iloc[0]
+    activations = [layer.cpu() for layer in value_activations(run.pipe.unet, embed(run.pipe, [prompt]))]
+    z = [layer[0] for layer in z_scores(run.statistics, activations)]
+    search, limits = (
+        replace(run.profile.search, k_step=0),
+        {"threshold": run.threshold, "protocol": run.profile.protocol},
+    )
+    found = initial_selection(
+        z, [layer[0] for layer in activations], prompt_score(run, prompt), search=search, **limits
+    )
+    return [found.steps[-1].theta, len(found.neurons)]
+
+
+def _most_frequent_share(run: Run) -> float:
+    """Return the share of the VM prompts that have the most frequent neuron of value layer 1."""
+    vm = of_kinds(run.load("localization"), "localization", "vm")["vm"]
+    counts = Counter(neuron for neurons in neuron_sets(vm) for neuron in neurons.layers[0])
+    return max(counts.values(), default=0) / len(vm)
 
 
 # 1. One prompt by hand
@@ -192,22 +256,33 @@ def read_counts(neuron_counts: pd.DataFrame) -> Iterator[Claim]:
 def neuron_counts(neuron_counts: pd.DataFrame) -> pd.DataFrame:
     of_kinds(neuron_counts, "neuron_counts", *MEMORIZED)
     table, kinds = neuron_counts, neuron_counts["kind"]
-    known = ["" if kind == "unmemorized" else str(paper.reported(f"neurons.{kind}.initial")) for kind in kinds]
-    refined = [str(paper.reported(f"neurons.{kind}")) for kind in kinds]
-    shown = {"prompts": kinds.map(KINDS), "number": table["prompts"], "without neurons": table["without_neurons"]}
-    shown |= {"reached": table["reached"], "initial": table["initial"], "initial (paper)": known}
-    shown |= {"refined": table["neurons"], "refined (paper)": refined}
-    return pd.DataFrame(shown).fillna("")
+    shown = {"kind": kinds.map(KINDS), "prompts": table["prompts"], "without neurons": table["without_neurons"]}
+    initial = [paper.reported(f"neurons.{kind}.initial") if kind in MEMORIZED else "not reported" for kind in kinds]
+    refined = [paper.reported(f"neurons.{kind}") for kind in kinds]
+    shown |= {"reached": table["reached"], "initial selection (paper)": _beside(table["initial"], initial)}
+    return pd.DataFrame(shown | {"after refinement (paper)": _beside(table["neurons"], refined)})
+
+
+def _beside(ours: Iterable[object], theirs: Iterable[object]) -> list[str]:
+    """Return our values as text, each with the paper's in brackets."""
+    return [f"{mine or 'none'} ({other})" for mine, other in zip(ours, theirs, strict=True)]
 
 
 def counts_figure(localization: pd.DataFrame, stages: Mapping[str, str]) -> Figure:
-    """Return histograms over VM and TM prompts of columns that count neurons, each a panel with its title."""
-    table = pd.concat(of_kinds(localization, "localization", *MEMORIZED).values())
+    """Return which share of the VM and TM prompts has at most how many neurons, each column a panel with its title."""
+    parts = of_kinds(localization, "localization", *MEMORIZED)
     size = {"fraction": 0.5, "aspect": 0.75} if len(stages) == 1 else {"aspect": 0.4, "sharey": True}
     with plots.panels(1, len(stages), squeeze=False, **size) as (figure, axes):
         for place, (column, title) in zip(axes[0], stages.items(), strict=True):
-            plots.histogram(place, table, column, xlabel="neurons per prompt", title=title)
-        plots.legend_below(figure, columns=2)
+            for kind, part in parts.items():
+                look = plots.ROLES[kind]
+                style = {"color": look.color, "linestyle": look.line, "label": f"{look.label}, n = {len(part)}"}
+                place.ecdf(part[column], **style)
+                place.plot(part[column].median(), 0.5, color=look.color, marker=look.marker)
+            place.set(title=title, xlabel="at most so many neurons", xlim=(0, None), ylim=(0, 1.03))
+        axes[0, 0].set_ylabel("share of the prompts")
+        axes[0, 0].yaxis.set_major_formatter(plots.PercentFormatter(1.0, decimals=0))
+        plots.legend_below(figure, columns=1 if len(stages) == 1 else 2)
     return figure
 
 
@@ -236,7 +311,7 @@ def read_4a(localization: pd.DataFrame) -> Iterator[Claim]:
 
 
 @exhibit("Figure 4a", "memorization neurons per prompt",
-    "Histogram over prompts; vertical lines are medians.", read=read_4a)  # fmt: skip
+    "Share of the prompts that have at most so many neurons; a marker is the median.", read=read_4a)  # fmt: skip
 def figure_4a(localization: pd.DataFrame) -> Figure:
     return counts_figure(localization, {"neuron_count": "memorization neurons"})
 
@@ -253,7 +328,7 @@ def read_7(localization: pd.DataFrame) -> Iterator[Claim]:
 
 
 @exhibit("Figure 7", "neurons of the initial selection and after refinement",
-    "Histograms over prompts; vertical lines are medians.", read=read_7)  # fmt: skip
+    "Share of the prompts that have at most so many neurons; a marker is the median.", read=read_7)  # fmt: skip
 def figure_7(localization: pd.DataFrame) -> Figure:
     return counts_figure(localization, STAGES)
 
@@ -283,19 +358,20 @@ def figure_4b(localization: pd.DataFrame) -> Figure:
     means = layer_means(localization).rename_axis(columns="layer").stack().rename("mean").reset_index()
     with plots.panels(fraction=0.5, aspect=0.75) as (figure, axes):
         plots.bars(axes, means, "layer", "mean")
-        axes.set(xlabel="value layer", ylabel="neurons per prompt (mean)")
+        n = each_kind(memorized(localization)["kind"].value_counts().get)
+        axes.set(xlabel=f"value layer (prompts: {n})", ylabel="neurons per prompt (mean)")
         plots.legend_above(axes)
     return figure
 
 
 def neuron_z_scores(run: Run, found: pd.DataFrame) -> pd.DataFrame:
-    """Return the z-score of each neuron that was found: columns kind, prompt, layer and neuron (from 0), z."""
+    """Return the z-score of each neuron that was found: columns kind, prompt, layer (from 1), neuron (from 0), z."""
     normal, rows = run.statistics, []
     for kind, prompt, neurons in zip(found["kind"], found["prompt"], neuron_sets(found), strict=True):
         if neurons:
             activations = value_activations(run.pipe.unet, embed(run.pipe, [prompt]))
             z = z_scores(normal, [values.cpu() for values in activations])
-            rows += [(kind, prompt, layer, neuron, float(z[layer][0, neuron])) for layer, neuron in neurons]
+            rows += [(kind, prompt, layer + 1, neuron, float(z[layer][0, neuron])) for layer, neuron in neurons]
     return pd.DataFrame(rows, columns=["kind", "prompt", "layer", "neuron", "z"])
 
 
@@ -304,9 +380,10 @@ def neuron_z_scores(run: Run, found: pd.DataFrame) -> pd.DataFrame:
 def neuron_z(neuron_z: pd.DataFrame) -> Figure:
     table, theta = pd.concat(of_kinds(neuron_z, "neuron_z", *MEMORIZED).values()), SearchSettings().theta_min
     with plots.panels(fraction=0.6, aspect=0.65) as (figure, axes):
-        plots.points(axes, table.assign(layer=table["layer"] + 1), "layer", "z")
+        plots.points(axes, table, "layer", "z")
         axes.axhspan(-theta, theta, color="0.9", zorder=0)
-        axes.set(xlabel="value layer", ylabel="z-score of the neuron")
+        n = each_kind(table["kind"].value_counts().get)
+        axes.set(xlabel=f"value layer (neurons: {n})", ylabel="z-score of the neuron")
         plots.legend_above(axes)
     return figure
 
@@ -350,15 +427,15 @@ def read_table_2(search_cost: pd.DataFrame) -> Iterator[Claim]:
 
 
 @exhibit("Table 2", "what the search costs",
-    "Mean per prompt. A UNet evaluation is one latent once through the UNet, two with guidance.", read=read_table_2)  # fmt: skip
+    "Mean per prompt; in brackets the paper's seconds, on a GPU. A UNet evaluation is one latent once through the UNet, two with "
+    "guidance.", read=read_table_2)  # fmt: skip
 def table_2(search_cost: pd.DataFrame) -> pd.DataFrame:
-    shown: dict[str, pd.Series] = {}
+    shown: dict[str, Any] = {}
     for kind, part in of_kinds(search_cost, "search_cost", *MEMORIZED).items():
-        name, part = KINDS[kind], part.set_index("algorithm")
-        shown[f"{name} seconds"] = part["seconds"].map("{:.2f}".format)
-        shown[f"{name} seconds (paper, GPU)"] = part["seconds_paper"].map("{:.2f}".format)
-        shown[f"{name} UNet evaluations"] = part["evaluations"].map("{:.0f}".format)
-    return pd.DataFrame(shown).reset_index()
+        name, seconds = KINDS[kind], part[["seconds", "seconds_paper"]].map("{:.2f}".format)
+        shown |= {"algorithm": part["algorithm"].tolist(), f"{name}: seconds (paper)": _beside(*seconds.to_numpy().T)}
+        shown[f"{name}: UNet evaluations"] = part["evaluations"].map("{:.0f}".format).tolist()
+    return pd.DataFrame(shown)
 
 
 def neuron_overlap(found: pd.DataFrame) -> pd.DataFrame:
@@ -498,8 +575,8 @@ def scores_before_after(deactivation: pd.DataFrame, search_steps: pd.DataFrame) 
     with plots.panels(1, 2, aspect=0.5) as (figure, axes):
         for place, name in zip(axes, ("score", "copy"), strict=True):
             plots.before_after(place, deactivation, name)
-        axes[0].set_title("memorization score")
-        axes[1].set_title("similarity to the planted image")
+        axes[0].set_title(f"memorization score, n = {len(deactivation)}")
+        axes[1].set_title(f"similarity to the planted image, n = {deactivation['copy_after'].notna().sum()}")
         plots.threshold(axes[0], float(search_steps["threshold"].iloc[0]), horizontal=True)
         axes[0].legend(loc="upper left")
     return figure
@@ -538,22 +615,16 @@ def highly_memorized(deactivation: pd.DataFrame) -> pd.DataFrame:
 
 # 4. A model whose memorization is spread out
 
-MODELS = {
-    "sparse": plots.Role("sparse values (shipped)", "0.2", "", "-", ""),
-    "plain": plots.Role("plain training", "0.7", "", "-", "////"),
-}
-"""How the two models look."""
-
 PLAIN_QUANTITIES = {
-    "density": "density of\nvalues",
-    "largest_z": "largest |z|\nof a layer",
-    "initial_count": "neurons,\ninitial",
-    "neuron_count": "neurons,\nrefined",
-    "reached_share": "searches that\nreached $\\tau$",
-    "copy_similarity": "copy similarity,\nneurons active",
-    "copy_similarity_deactivated": "copy similarity,\nneurons off",
+    "density": "density of values",
+    "largest_z": "largest |z| of a layer",
+    "initial_count": "neurons, initial selection",
+    "neuron_count": "neurons, after refinement",
+    "reached_share": "searches that reached tau",
+    "copy_similarity": "copy similarity, neurons active",
+    "copy_similarity_deactivated": "copy similarity, neurons off",
 }
-"""What is compared, in the order of the panels, and their titles."""
+"""What is compared, in the order of the rows, and how it is called."""
 
 
 def plain_table(run: Run) -> pd.DataFrame:
@@ -569,18 +640,11 @@ def plain_table(run: Run) -> pd.DataFrame:
 
 
 @exhibit("", "where memorization sits in a model trained without sparse values",
-    "Medians of a few prompts of each kind. Same data and schedule; the shipped model was trained with a term that makes "
-    "value activations sparse.")  # fmt: skip
-def plain_model(plain_model: pd.DataFrame) -> Figure:
-    shown = {"vm": "VM", "tm": "TM", "unmemorized": "unmem."}
-    with plots.panels(2, 4, aspect=0.6) as (figure, axes):
-        *places, last = axes.flat
-        for place, (name, title) in zip(places, PLAIN_QUANTITIES.items(), strict=True):
-            rows = plain_model[plain_model["quantity"] == name].replace({"kind": shown})
-            plots.bars(place, rows, "kind", "value", hue="model", looks=MODELS)
-            place.set(xlabel="", ylabel="")
-            place.set_title(title, fontsize=plots.TICK_SIZE)
-            place.tick_params(axis="x", length=0)
-        last.set_axis_off()
-        last.legend(*places[0].get_legend_handles_labels(), loc="center")
-    return figure
+    "Medians of a few prompts of each kind. Same data and schedule; the shipped model (sparse) was trained with a term that makes "
+    "value activations sparse, the other (plain) without.")  # fmt: skip
+def show_plain_model(plain_model: pd.DataFrame) -> pd.DataFrame:
+    rows = plain_model[plain_model["quantity"].isin(PLAIN_QUANTITIES) & plain_model["kind"].isin(KINDS)]
+    table = rows.pivot(index="quantity", columns=["kind", "model"], values="value")
+    table = table.reindex(PLAIN_QUANTITIES).rename(PLAIN_QUANTITIES).map("{:.3g}".format).replace("nan", "")
+    table.columns = [f"{KINDS[kind]}, {model}" for kind, model in table.columns]
+    return table.reset_index()

@@ -14,7 +14,7 @@ from nemolib.first_step import first_step
 from nemolib.holdout import z_scores
 from nemolib.layers import value_activations
 from nemolib.localization import localize
-from nemolib.mitigation import DeactivatedNeurons
+from nemolib.mitigation import DeactivatedNeurons, random_neurons
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.run import Run
@@ -89,8 +89,31 @@ def test_localizations_are_those_of_localize(run, found):
     z = search.neuron_z_scores(run, found)
     assert len(z) == found["neuron_count"].sum()
     values = z_scores(run.statistics, value_activations(run.pipe.unet, embed(run.pipe, [z["prompt"][0]])))
-    assert z["z"][0] == pytest.approx(float(values[z["layer"][0]][0, z["neuron"][0]]))
+    assert z["z"][0] == pytest.approx(float(values[z["layer"][0] - 1][0, z["neuron"][0]]))
     assert all(claim.holds for claim in search.search_claims(run, found))
+
+
+def test_answers_of_the_exercises(run, found):
+    prompt, tau = VM[0], run.threshold
+    own = localization.by_prompt(found)[prompt]
+    tables = {"localization": found, "overview": search.prompt_neurons(run.statistics.mean, own, own)}
+    single = localize_one(run, prompt)
+    tables["search_steps"] = search.search_steps(single.steps, tau)
+    for name, table in tables.items():
+        run.save(table.assign(prompt=found["prompt"] if name == "localization" else prompt), name)
+    answers = {name: right(run) for name, right in search.EXERCISES.items()}
+    score, kept = search._followed(run)
+    assert kept == own
+    assert score(kept) == pytest.approx(single.refined_score, abs=1e-3)
+    control = score(random_neurons(kept, run.statistics.widths, seed=1))
+    assert answers["03.1"](control) == (abs(control - search._random_score(run)) < 0.1)
+    assert not answers["03.1"](control + 1)
+    alone = [score(kept - NeuronSet.of([pair], layers=7)) for pair in kept]
+    assert answers["03.2"] == sum(value < max(tau, single.initial_score) for value in alone)
+    no_top = localize_one(run, prompt, search=replace(run.profile.search, k_step=0))
+    assert answers["03.3"] == [no_top.theta, len(no_top.initial)]
+    vm = [localization.by_prompt(found)[prompt].layers[0] for prompt in VM]
+    assert answers["03.4"] == max(sum(neuron in layer for layer in vm) for neuron in range(32)) / 2
 
 
 def rows(*prompts):
@@ -121,6 +144,30 @@ def test_counts(table):
     assert search.layer_means(table).to_numpy().tolist() == [[1.5, 0], [28, 0]]
     with pytest.raises(NotEnough, match="has no rows with kind 'tm'"):
         search.figure_4b(table.assign(neuron_count=table["neuron_count"].where(table["kind"] == "vm", 0)))
+
+
+def test_shares_of_prompts_with_at_most_so_many_neurons(table):
+    figure = search.figure_7(table)
+    steps = figure.axes[1].lines[::2]
+    assert [sorted(set(line.get_xdata()) - {-np.inf}) for line in steps] == [[1, 2], [6, 50]]
+    assert [line.get_label() for line in steps] == ["verbatim (VM), n = 2", "template (TM), n = 2"]
+    assert [line.get_xdata()[0] for line in figure.axes[1].lines[1::2]] == [1.5, 28]
+
+
+def test_tables_have_the_papers_numbers_in_the_same_cell(table):
+    shown = search.neuron_counts(search.counts_table(table)).set_index("kind")
+    assert shown.loc["VM", "after refinement (paper)"] == "1.5 ± 0.5 (4 ± 3)"
+    assert shown.loc["unmemorized", "initial selection (paper)"] == "7.0 ± 0.0 (not reported)"
+    cost = search.table_2(search.cost_table(table))
+    assert cost["TM: seconds (paper)"].iloc[-1] == "5.00 (45.90)"
+    assert cost["VM: UNet evaluations"].tolist() == ["10", "20", "30", "40", "100"]
+
+
+def test_two_models_side_by_side():
+    rows = [(model, kind, "density", value) for model, kind, value in (("plain", "vm", 0.5), ("sparse", "vm", 0.1234))]
+    shown = search.show_plain_model(pd.DataFrame(rows, columns=["model", "kind", "quantity", "value"]))
+    assert shown.loc[0].tolist() == ["density of values", "0.5", "0.123"]
+    assert shown.loc[1:, "VM, plain"].eq("").all()
 
 
 def test_cost(table):

@@ -88,8 +88,8 @@ def test_numbers_are_those_of_the_run(read):
     assert "VM 0.5 times the paper's, TM 0.19 times the paper's" in neurons.rule
     assert {claim.ours for claim in published.read_7(table)} >= {"VM 3.5 ± 0.5, TM 6.0 ± 0.0"}
     assert published.OTHER in next(claim.rule for claim in published.read_4b(table) if claim.holds is not None)
-    bars = published.published_figure_4a(table).axes[0].containers
-    assert sorted(sum(bar.get_height() for bar in container) for container in bars) == [1, 2]
+    steps = published.published_figure_4a(table).axes[0].lines[::2]
+    assert sorted(line.get_label().rpartition(" ")[2] for line in steps) == ["1", "2"]
     shown = published.published_shared_neurons(table)
     assert shown.drop(columns="words").to_numpy().tolist() == [[1, 25, 2, "100%"]]
     shared = next(published.read_shared(table))

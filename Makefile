@@ -10,9 +10,9 @@ ENV   := $(VENV)/.installed
 # A profile may be the path of a file, whose folder and name may have spaces.
 BUILD := build/$(shell basename "$(PROFILE)" .yaml | tr ' ' '_')
 
-NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
+NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb notebooks/explore.ipynb))
 BUILT     := $(NOTEBOOKS:notebooks/%.ipynb=$(BUILD)/%.ipynb)
-CODE      := $(wildcard nemolib/*.py nemolib/*/*.py nemolib/paper/*.csv nemolib/profiles/*.yaml)
+CODE      := $(wildcard nemolib/*.py nemolib/*/*.py nemolib/paper/*.csv nemolib/profiles/*.yaml nemolib/templates/*.html)
 INPUTS    := $(wildcard data/tiny/prompts/*.csv data/tiny/*/model_index.json data/tiny/*/*.safetensors data/tiny/*/*/*.safetensors)
 
 # What notebooks keep in git: outputs and counts; not how and when papermill ran them.
@@ -24,7 +24,7 @@ export PROFILE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help env lab all notebooks figures data estimate check-gpu published results-full site readme test lint train student refresh lock clean
+.PHONY: help env lab all notebooks figures explore data estimate check-gpu published results-full site readme test lint train student refresh lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -58,9 +58,13 @@ built = $(filter $(foreach number,$(1),$(BUILD)/$(number)_%),$(BUILT))
 .none $(call built,02 03): $(call built,01)
 .none $(call built,04 05): $(call built,03)
 .none $(call built,06): $(call built,01 02 03 04 05)
+.none $(filter %/explore.ipynb,$(BUILT)): $(call built,03)
 
 figures: $(call built,06) ## make the figures and tables of the paper into figures/PROFILE/
 	@echo "figures and tables: figures/$(notdir $(BUILD))/"
+
+explore: $(BUILD)/explore.ipynb ## make figures/PROFILE/explore.html, a page to move neurons by hand without Python
+	@echo "open in a browser: figures/$(notdir $(BUILD))/explore.html"
 
 data: $(ENV) ## fetch what a profile needs and the repository does not hold (PROFILE=sd14: gigabytes)
 	$(PY) -m tools.fetch_data --profile "$(PROFILE)"

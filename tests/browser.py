@@ -75,20 +75,27 @@ class Page:
         for kind, (x, y), buttons in (("mousePressed", start, 1), ("mouseMoved", end, 1), ("mouseReleased", end, 0)):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=buttons, clickCount=1)
 
-    def named(self, role):
-        """Return name -> (value as it is spoken) of what a screen reader finds in a role."""
+    def names(self, role):
+        """Return what a screen reader calls the things of a role, in order."""
         nodes = self.call("Accessibility.getFullAXTree")["nodes"]
-        found = [node for node in nodes if node.get("role", {}).get("value") == role and not node["ignored"]]
-        spoken = [[item["value"]["value"] for item in node["properties"] if item["name"] == "valuetext"] for node in found]
-        return {node["name"]["value"]: "".join(text) for node, text in zip(found, spoken, strict=True)}
+        found = [node for node in nodes if not node["ignored"] and node["role"]["value"] == role]
+        return [node["name"]["value"] for node in found]
 
 
 @contextmanager
 def chromium() -> Iterator[Page]:
     """Run a Chromium inside the context, and give its page."""
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", f"--user-data-dir={folder}"]
-        process = subprocess.Popen([CHROMIUM, *options, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        options = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--remote-debugging-port=0",
+            f"--user-data-dir={folder}",
+        ]
+        process = subprocess.Popen(
+            [CHROMIUM, *options, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         try:
             page = Page(websocket.create_connection(_address(Path(folder)), suppress_origin=True, timeout=60))
             for domain in ("Page", "Runtime", "Log", "Network", "Accessibility"):

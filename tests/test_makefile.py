@@ -14,7 +14,7 @@ from nemolib import paths
 from tests.notebook_files import save_notebook
 
 TARGETS = [
-    "help", "env", "lab", "all", "notebooks", "figures", "data", "estimate", "check-gpu",
+    "help", "env", "lab", "all", "notebooks", "figures", "explore", "data", "estimate", "check-gpu",
     "published", "results-full", "site", "readme", "test", "lint",
     "train", "student", "refresh", "lock", "clean",
 ]  # fmt: skip
@@ -88,6 +88,13 @@ def test_make_all_runs_the_notebooks_in_order(checkout):
     order = planned(checkout, "figures")
     assert sorted(order) == sorted([*NAMES, "04_more", "05_ablations"])
     assert order.index("03_neurons") < order.index("04_more") < order.index("06_figures")
+
+
+def test_a_page_to_move_by_hand_comes_after_the_search(checkout):
+    save_notebook(checkout / "notebooks" / "explore.ipynb")
+    assert planned(checkout, "explore") == ["01_threshold", "03_neurons", "explore"]
+    assert "explore" in planned(checkout, "all")
+    assert "open in a browser: figures/mine/explore.html" in make(checkout, "-n", "explore", "PROFILE=mine.yaml").stdout
 
 
 def test_only_what_is_older_than_its_sources_runs_again(checkout):

@@ -17,11 +17,10 @@ from nemolib.neurons import NeuronSet
 from nemolib.pipeline import load_pipeline
 from nemolib.run import Run
 from nemolib.settings import Profile
-from nemolib.similarity import memorization_score
 from tests.browser import chromium, needs_chromium
 from tests.random_world import SMALL, amplify, write_encoders, write_prompts
 
-CAPTIONS = {"red fox card": "vm", "red owl card": "vm", "blue cat case": "tm", "odd <b> & pin": "tm"}
+CAPTIONS = {"red fox card": "vm", "odd <b> & pin": "tm"}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +31,7 @@ def run(tmp_path_factory, random_model_folder):
         model=str(random_model_folder),
         prompts=write_prompts(folder, CAPTIONS, unmemorized=["a tree"], holdout=holdout),
         holdout_size=24,
-        thresholds={"value": 0.5},
+        thresholds={"value": 0.0},
         search={"theta_start": 3.0, "theta_step": 1.0, "theta_min": 1.0, "k_max": 3, "method": "sequential"},
         encoders=write_encoders(folder, random_model_folder),
         **SMALL,
@@ -45,12 +44,174 @@ def run(tmp_path_factory, random_model_folder):
 
 @pytest.fixture(scope="module")
 def found(run):
-    return explore.prompts_with_neurons(run, 2)
+    return explore.prompts_with_neurons(run, 1)
 
 
-def test_x(run):
-    rows=run.prompts("vm","tm")
-    for t in (0.0,0.3,0.5,0.6,0.7,.8,.9):
-      for item in run.search(rows["caption"],threshold=t):
-        print(t,item.prompt, item.memorized,item.unblocked_score,item.neurons, len(item.initial), item.theta, item.k, item.refined_score, item.initial_score,item.reached)
-    assert 0
+@pytest.fixture(scope="module")
+def page(run, found):
+    return explore.write_page(run, found, run.profile.generation)
+
+
+def neurons_of(item, off=None):
+    return NeuronSet.of(item.order[:off], layers=len(item.z))
+
+
+def test_the_order_is_that_in_which_the_refinement_kept_the_neurons(run, found):
+    assert [item.prompt for item in found] == list(CAPTIONS)
+    for item in found:
+        search = localize(run.pipe, item.prompt, run.statistics, threshold=run.threshold)
+        stayed = [(test.layer, test.neuron) for test in search.tests if test.neuron is not None and not test.removed]
+        # A neuron with two entries is decided at the last of them.
+        assert item.order == tuple(dict.fromkeys(stayed[::-1]))[::-1]
+        assert neurons_of(item) == search.neurons
+        assert item.seeds == search.seeds
+
+
+def test_without_neurons_there_is_nothing_to_move(run):
+    strict = Run(replace(run.profile, thresholds={"value": 0.9}), run.pipe, progress=False)
+    with pytest.raises(ValueError, match="none of 2 prompts has memorization neurons"):
+        explore.prompts_with_neurons(strict, 1)
+
+
+def pixels(source, number):
+    """Return the images of a data URL, [image, height, width, 3]."""
+    strip = np.asarray(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))))
+    width = (strip.shape[1] + 4) // number
+    return np.stack([strip[:, place * width : (place + 1) * width - 4] for place in range(number)])
+
+
+@pytest.mark.parametrize(("share", "factor"), [(0.0, 0.0), (0.5, 0.0), (1.0, 0.0), (1.0, -1.0), (1.0, 0.5)])
+def test_a_frame_shows_what_the_library_computes(run, found, share, factor):
+    item, settings = found[0], run.profile.generation
+    off = int(share * len(item.order))
+    shown = explore.frame(run, item, off, factor, settings=settings)
+    changed = DeactivatedNeurons(neurons_of(item, off), factor)
+    (images,) = generate(run.pipe, [item.prompt], settings=settings, mitigation=changed, progress=False)
+    # What is lost in compression is small: noise is hard to compress.
+    assert np.abs(pixels(shown.source, settings.samples) - images.astype(float)).mean() < 25
+    assert shown.numbers["copy similarity"] == run.measure(item.row, changed)["sscd_orig"].item()
+    done = "off" if factor == 0 else f"times {factor:g}".replace("-", "\N{MINUS SIGN}")
+    assert shown.text.startswith(f"{off} of {len(item.order)} neurons {done}, score ")
+    assert shown.text.count(",") == len(shown.numbers) == 3
+
+
+def test_scores_are_those_of_the_search(run, found):
+    item, settings = found[0], run.profile.generation
+    search = localize(run.pipe, item.prompt, run.statistics, threshold=run.threshold)
+    none, every = (explore.frame(run, item, off, settings=settings).numbers for off in (0, len(item.order)))
+    assert none["score"] == pytest.approx(1, abs=1e-5)
+    assert none["memorization score"] == pytest.approx(search.unblocked_score, abs=1e-5)
+    assert every["score"] == pytest.approx(search.refined_score, abs=1e-4)
+    unchanged = explore.frame(run, item, len(item.order), 1.0, settings=settings).numbers
+    assert unchanged == pytest.approx(none, abs=1e-5)
+
+
+def test_it_works_without_a_planted_image_and_says_what_there_is_not(run, found):
+    bare, settings = replace(found[0], planted=None), run.profile.generation
+    assert "copy" not in explore.frame(run, bare, 1, settings=settings).text
+    with pytest.raises(ValueError, match=r"off is 99; the prompt has \d+ neurons"):
+        explore.frame(run, bare, 99, settings=settings)
+
+
+def test_large_images_are_made_smaller():
+    assert pixels(explore.picture(np.zeros((3, 512, 256, 3), dtype=np.uint8)), 3).shape == (3, 128, 64, 3)
+
+
+def test_sliders_of_a_notebook_change_what_is_shown(run, found):
+    box = explore.panel(run, found, run.profile.generation)
+    prompt, off, factor, seed, samples, shown = box.children
+    first, most = shown.value, len(found[0].order)
+    assert f"0 of {most} neurons off" in first
+    # What a viewer shows that knows no widgets.
+    assert box._repr_mimebundle_()["text/html"] == first
+
+    off.value = off.max
+    assert f"{most} of {most} neurons off" in shown.value
+    assert shown.value.count('class="off"') == most
+    factor.value = -0.5
+    assert f"{most} of {most} neurons times \N{MINUS SIGN}0.5" in shown.value
+    before = shown.value
+    seed.value += 1
+    assert shown.value != before
+    samples.value = 1
+    prompt.value = min(found, key=lambda item: len(item.order))
+    assert off.value == off.max == len(prompt.value.order)
+    assert shown.value.count('class="off"') == off.max
+    for item in (prompt, off, factor, seed, samples):
+        assert item.description
+
+
+def test_the_map_has_every_neuron_with_its_z(run, found):
+    shown = explore.rendered("frame.html", frame=explore.frame(run, found[0], 0, settings=run.profile.generation))
+    titles = re.findall(r"<title>layer (\d), neuron (\d+): z (\S+)</title>", shown)
+    assert len(titles) == sum(map(len, found[0].z))
+    for layer, neuron, z in titles:
+        value = found[0].z[int(layer) - 1][int(neuron)]
+        assert float(z.replace("\N{MINUS SIGN}", "-")) == pytest.approx(value, abs=0.051)
+
+
+def test_a_page_is_one_file_that_asks_for_nothing(page, run, found, monkeypatch):
+    text = page.read_text(encoding="utf-8")
+    assert page.stat().st_size < explore.LARGEST_PAGE
+    assert not re.findall(r"https?:|<link|@import|src=\"(?!data:)", text)
+    assert all("alt=" in tag for tag in re.findall(r"<img[^>]*>", text))
+    assert "odd &lt;b&gt; &amp; pin" in text
+    assert "<b> &" not in text
+    monkeypatch.setattr(explore, "LARGEST_PAGE", 1000)
+    with pytest.raises(ValueError, match="give fewer prompts or samples"):
+        explore.write_page(run, found, run.profile.generation)
+
+
+SHOWN = """(() => {
+  const image = document.querySelector('section:not([hidden]) .frame');
+  return [image.alt, image.src, document.querySelector('section:not([hidden]) .text').textContent,
+          image.complete && image.naturalWidth > 0, document.querySelectorAll('section:not([hidden]) span.off').length];
+})()"""
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_in_a_browser_sliders_choose_the_frame(page, run, found):
+    def expect(item, off, factor=0.0):
+        wanted = explore.frame(run, item, off, factor, settings=run.profile.generation)
+        browser.until(f"{SHOWN}[3]")
+        assert browser.value(SHOWN) == [wanted.text, wanted.source, wanted.text, True, off]
+
+    item, other = found[0], found[-1]
+    most = len(item.order)
+    with chromium() as browser:
+        browser.open(page.as_uri())
+        expect(item, 0)
+
+        # With the keyboard alone.
+        browser.value("document.getElementById('prompt').focus()")
+        browser.press("Tab")
+        browser.press("ArrowRight")
+        expect(item, 1)
+        spoken = "Array.from(document.querySelectorAll('input'), slider => slider.ariaValueText)"
+        assert browser.names("slider") == ["Neurons off", "All neurons times"]
+        assert browser.names("combobox") == ["Prompt"]
+        assert browser.value(spoken) == [f"1 of {most}", "0"]
+        browser.press("End")
+        expect(item, most)
+        browser.press("Tab")
+        browser.press("ArrowRight")
+        expect(item, most, -0.25)
+        browser.press("Home")
+        box = "(() => { const {left, right, top, bottom} = document.getElementById('off').getBoundingClientRect();"
+        left, right, middle = browser.value(box + "return [left + 8, right - 8, (top + bottom) / 2]; })()")
+
+        # With the mouse: the slider of the neurons, which stands at its end, back to its beginning.
+        browser.drag((right, middle), (left, middle))
+        expect(item, 0)
+        browser.drag((left, middle), (right, middle))
+        expect(item, most)
+
+        # By address, and what the address says afterwards.
+        browser.open(f"{page.as_uri()}#prompt={len(found) - 1}&off=2")
+        expect(other, 2)
+        browser.open(f"{page.as_uri()}#prompt=0&factor=-1")
+        expect(item, most, -1.0)
+        assert browser.value("location.hash") == f"#prompt=0&off={most}&factor=-1"
+        assert browser.problems == []
+        assert set(browser.asked) == {page.as_uri()}

@@ -207,7 +207,7 @@ def panel(run: Run, prompts: Sequence[Found], settings: GenerationSettings) -> V
 
     class Panel(widgets.VBox):
         def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
-            return super()._repr_mimebundle_(**options) | {"text/html": shown.value}
+            return super()._repr_mimebundle_(**options) | {"text/html": self.still}
 
     look = {"style": {"description_width": "10em"}, "layout": {"width": "40em"}}
     slider = look | {"continuous_update": False}
@@ -222,13 +222,13 @@ def panel(run: Run, prompts: Sequence[Found], settings: GenerationSettings) -> V
         off.max = len(prompt.value.order)
         chosen = replace(settings, seed=seed.value, samples=samples.value)
         now = frame(run, prompt.value, off.value, factor.value, settings=chosen)
-        shown.value = rendered("frame.html", frame=now)
+        box.still, shown.value = (rendered("frame.html", frame=now, still=still) for still in (True, False))
 
-    controls = [prompt, off, factor, seed, samples]
-    for control in controls:
+    box = Panel([prompt, off, factor, seed, samples, shown])
+    for control in box.children[:-1]:
         control.observe(draw, "value")
     draw()
-    return Panel([*controls, shown])
+    return box
 
 
 def write_page(run: Run, prompts: Sequence[Found], settings: GenerationSettings) -> Path:

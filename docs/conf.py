@@ -32,6 +32,8 @@ nb_execution_mode = "off"
 nb_merge_streams = True
 nb_code_prompt_show, nb_code_prompt_hide = "▸ Show the code", "▾ Hide the code"
 nb_ipywidgets_js = {}
+# Without a kernel nothing moves a widget: the still frame beside it is shown.
+nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 myst_dmath_double_inline = True

@@ -59,9 +59,9 @@ def seed_correlation(images: np.ndarray) -> float:
 @exhibit("", "a memorized and an ordinary prompt",
     "Above: the planted image that training showed many times with this caption, then what the model makes of the caption from "
     "different seeds. Below: the same for a caption that training never showed; it has no planted image.")  # fmt: skip
-def opening(opening: Grid) -> Figure:
-    names = zip(("memorized", "ordinary"), opening.rows, strict=True)
-    return plots.image_grid(replace(opening, rows=tuple(f"{name}: {caption}" for name, caption in names)))
+def first_look(first_look: Grid) -> Figure:
+    names = zip(("memorized", "ordinary"), first_look.rows, strict=True)
+    return plots.image_grid(replace(first_look, rows=tuple(f"{name}: {caption}" for name, caption in names)))
 
 
 # The UNet and its value layers

@@ -1,7 +1,7 @@
 """How figures look, and the few plots that they are made of: the NeurIPS style, fixed colours and second cues.
 
     with panels(1, 2, aspect=0.4) as (figure, axes):
-        histogram(axes[0], table, "neuron_count", xlabel="neurons per prompt", title="after refinement")
+        before_after(axes[0], table, "score")
 
 Everything that tells kinds apart has a second cue besides its colour: a marker, a line style or a hatch.
 """
@@ -23,7 +23,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 from tueplots import figsizes, fontsizes
 
 from nemolib.prompts import MEMORIZED
@@ -131,32 +131,6 @@ def of_kinds(table: pd.DataFrame, kinds: Sequence[str]) -> dict[str, pd.DataFram
 
 
 # Distributions
-
-
-def histogram(axes: Axes, table: pd.DataFrame, column: str, *, xlabel: str, title: str) -> None:
-    """Draw how many VM and TM prompts have which count, bars side by side, and the medians as lines."""
-    parts = of_kinds(table, MEMORIZED)
-    looks = [ROLES[kind] for kind in parts]
-    axes.hist(
-        [part[column] for part in parts.values()],
-        count_edges(table[column]),
-        rwidth=0.9,
-        color=[look.color for look in looks],
-        hatch=[look.hatch for look in looks],
-        edgecolor="white",
-        label=[f"{look.label}, n = {len(part)}" for look, part in zip(looks, parts.values(), strict=True)],
-    )
-    for look, part in zip(looks, parts.values(), strict=True):
-        axes.axvline(part[column].median(), color=look.color, linestyle=look.line)
-    axes.set(xlabel=xlabel, ylabel="prompts", title=title)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True))
-
-
-def count_edges(values: pd.Series, bins: int = 20) -> np.ndarray:
-    """Return at most ``bins`` bins for counts: whole numbers wide, from 0 (which is a bin's first value) on."""
-    width = max(1, int(np.ceil((values.max() + 1) / bins)))
-    return np.arange(0, values.max() + 1 + width, width) - 0.5 * (width == 1)
 
 
 def distributions(axes: Axes, parts: Mapping[str, pd.DataFrame], column: str, *, xlabel: str) -> None:

@@ -30,18 +30,6 @@ def test_every_role_has_its_own_colour_marker_line_and_hatch():
         assert len(set(values)) == len(values), cue
 
 
-def test_a_histogram_counts_each_kind_in_its_colour_and_hatch():
-    with plots.panels() as (_, axes):
-        plots.histogram(axes, TABLE, "x", xlabel="things", title="")
-    edges = np.arange(-0.5, 10)
-    for bars, kind, values in zip(axes.containers, ("vm", "tm"), ([1, 1, 4], [2, 2, 3, 7, 9]), strict=True):
-        look = plots.ROLES[kind]
-        assert bars[0].get_label() == f"{look.label}, n = {len(values)}"
-        assert [bar.get_height() for bar in bars] == np.histogram(values, edges)[0].tolist()
-        assert all(np.allclose(bar.get_facecolor()[:3], mpl.colors.to_rgb(look.color)) for bar in bars)
-        assert {bar.get_hatch() or "" for bar in bars} == {look.hatch}
-
-
 def test_distributions_are_shares_of_the_prompts_of_a_kind():
     parts = plots.of_kinds(TABLE, ("unmemorized", "tm"))
     with plots.panels() as (_, axes):
@@ -61,14 +49,6 @@ def test_bars_have_the_looks_of_their_hue():
         assert container.get_label() == look.label
         assert all(np.allclose(bar.get_facecolor()[:3], mpl.colors.to_rgb(look.color)) for bar in container)
         assert {bar.get_hatch() or "" for bar in container} == {look.hatch}
-
-
-def test_counts_have_whole_edges():
-    assert plots.count_edges(pd.Series([0, 3])).tolist() == [-0.5, 0.5, 1.5, 2.5, 3.5]
-    wide = plots.count_edges(pd.Series([0, 100]))
-    assert len(wide) <= 22
-    assert wide[0] == 0
-    assert wide[-1] > 100
 
 
 def test_images_stand_in_rows_with_their_labels():

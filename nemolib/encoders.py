@@ -1,8 +1,7 @@
 """Feature extractors behind one interface: images (or texts) in, a feature matrix out; unit norm, but for image quality.
 
-Which encoders a profile uses is data (`nemolib.settings.Encoders`); `copy_encoder`, `alignment_encoder` and
-`quality_encoder` load them. Their weights are what they are said to be: a profile states the SHA-256, or that of a
-TorchScript file is noted at its first use.
+Which encoders a profile uses is data (`nemolib.settings.Encoders`); `load_encoder` loads them. Their weights are what they
+are said to be: a profile states the SHA-256, or that of a TorchScript file is noted at its first use.
 """
 
 from __future__ import annotations
@@ -327,37 +326,6 @@ class ClipImages(Encoder):
         return F.normalize(features, dim=-1) if self.unit_norm else features
 
 
-@dataclass(eq=False)
-class ClipTexts:
-    """The text side of a CLIP model; a text of more tokens than it knows (CLIP: 77, start and end included) is cut.
-
-    Attributes:
-        model: The model.
-        tokenizer: Its tokenizer.
-    """
-
-    model: CLIPModel
-    tokenizer: CLIPTokenizer
-
-    @torch.no_grad()
-    def describe(self, texts: Sequence[str]) -> Tensor:
-        """Return the features of texts, at least one.
-
-        Returns:
-            Features [text, feature], float32, of unit norm, on the CPU, without gradient.
-
-        Raises:
-            TypeError, ValueError: There are no texts, or they are something else.
-        """
-        most = min(self.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
-        features = []
-        for batch in batches(check_prompts(texts), BATCH_SIZE):
-            tokens = self.tokenizer(batch, padding="max_length", max_length=most, truncation=True, return_tensors="pt")
-            pooled = self.model.text_model(tokens.input_ids.to(self.model.device)).pooler_output
-            features.append(F.normalize(self.model.text_projection(pooled), dim=-1).cpu())
-        return torch.cat(features)
-
-
 def _settings(config: Any) -> dict[str, Any]:
     """Return the settings of a config or a processor that determine features."""
     others = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
@@ -373,11 +341,11 @@ class ClipEncoder:
 
     Attributes:
         images: The image side.
-        texts: The text side.
+        tokenizer: The tokenizer of the text side.
     """
 
     images: ClipImages
-    texts: ClipTexts
+    tokenizer: CLIPTokenizer
 
     @classmethod
     def load(cls, chosen: EncoderSettings, *, device: Device = "cpu") -> ClipEncoder:
@@ -412,53 +380,49 @@ class ClipEncoder:
                 f"{str(error).strip().splitlines()[0]:.200}"
             ) from error
         model, name = model.to(device).eval().requires_grad_(False), chosen.name or f"CLIP ({Path(path).name})"
-        return cls(ClipImages(model, processor, name), ClipTexts(model, tokenizer))
+        return cls(ClipImages(model, processor, name), tokenizer)
+
+    @torch.no_grad()
+    def describe_texts(self, texts: Sequence[str]) -> Tensor:
+        """Return the features of texts, at least one; one of more tokens than the model knows (CLIP: 77) is cut.
+
+        Returns:
+            Features [text, feature], float32, of unit norm, on the CPU, without gradient.
+
+        Raises:
+            TypeError, ValueError: There are no texts, or they are something else.
+        """
+        model = self.images.model
+        most = min(self.tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
+        features = []
+        for batch in batches(check_prompts(texts), BATCH_SIZE):
+            tokens = self.tokenizer(batch, padding="max_length", max_length=most, truncation=True, return_tensors="pt")
+            pooled = model.text_model(tokens.input_ids.to(model.device)).pooler_output
+            features.append(F.normalize(model.text_projection(pooled), dim=-1).cpu())
+        return torch.cat(features)
 
 
 # The encoders of a profile, by what they are for
 
 
-def copy_encoder(profile: Profile, *, device: Device = "cpu") -> Encoder:
-    """Return the encoder whose cosine of two images is their copy similarity: SSCD, or the tiny world's descriptor.
+def load_encoder(profile: Profile, role: str, *, device: Device = "cpu") -> Any:
+    """Return an encoder of a profile by what it is for: one of the names of `nemolib.settings.Encoders`.
+
+    Returns:
+        For ``alignment`` a `ClipEncoder`, else an `Encoder`. Features of image quality are raw, not of unit norm.
 
     Raises:
-        ProfileError: ``encoders.copy`` of the profile names none.
+        ProfileError: The profile names none.
         FileNotFoundError: Its files are missing.
         EncoderError: Its files are not what they should be.
     """
-    return _load(profile, "copy", device)
-
-
-def alignment_encoder(profile: Profile, *, device: Device = "cpu") -> ClipEncoder:
-    """Return the CLIP model whose cosine of an image and its prompt is their alignment (``encoders.alignment``).
-
-    Raises:
-        ProfileError, FileNotFoundError, EncoderError: As `copy_encoder`.
-    """
-    return _load(profile, "alignment", device)
-
-
-def quality_encoder(profile: Profile, *, role: str = "quality", device: Device = "cpu") -> Encoder:
-    """Return the encoder of image quality, with raw features: Inception, or the image side of a CLIP model.
-
-    Args:
-        profile: The profile.
-        role: ``quality`` for FID and KID, ``clip_quality`` for CLIP-FID: which of its ``encoders``.
-        device: Where it runs.
-
-    Raises:
-        ProfileError, FileNotFoundError, EncoderError: As `copy_encoder`.
-    """
-    found = _load(profile, role, device)
-    return replace(found.images, unit_norm=False) if isinstance(found, ClipEncoder) else found
-
-
-def _load(profile: Profile, role: str, device: Device) -> Any:
     chosen = getattr(profile.encoders, role)
     if chosen is None:
         raise ProfileError(f"profile {profile.name!r} has encoders.{role} = None; name its kind and path there")
     kinds = {"descriptor": CopyDescriptor, "sscd": Sscd, "clip": ClipEncoder, "inception": Inception}
-    return kinds[chosen.kind].load(chosen, device=device)
+    found = kinds[chosen.kind].load(chosen, device=device)
+    whole = role == "alignment" or not isinstance(found, ClipEncoder)
+    return found if whole else replace(found.images, unit_norm=False)
 
 
 # Files of weights

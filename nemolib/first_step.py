@@ -23,8 +23,18 @@ import torch
 from torch import Tensor, nn
 
 from nemolib import seeding
-from nemolib.batching import shrinking
-from nemolib.layers import check_neurons_act, finite, naming, placement, scale_neurons
+from nemolib.batching import batches, shrinking
+from nemolib.layers import (
+    Layer,
+    check_neurons_act,
+    collect_outputs,
+    cross_attention_layers,
+    finite,
+    naming,
+    placement,
+    scale_neurons,
+    widths,
+)
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.settings import (
@@ -36,7 +46,7 @@ from nemolib.settings import (
     protocol_of,
     settings_of,
 )
-from nemolib.similarity import pair_similarities
+from nemolib.similarity import memorization_score, pair_similarities
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -337,6 +347,63 @@ def observing(
         return pairs.double().tolist()
 
     return observe
+
+
+def scoring(
+    pipe: StableDiffusionPipeline, *, detection: DetectionSettings, similarity: SimilaritySettings, protocol: Protocol
+) -> Callable[[Sequence[tuple[str, NeuronSet]]], list[float]]:
+    """Return what gives the memorization scores of prompts, each with neurons deactivated: a task."""
+
+    def score(prompt: str, neurons: NeuronSet) -> float:
+        maps = noise_differences(pipe, prompt, settings=detection, protocol=protocol, neurons=neurons)
+        return memorization_score(maps, settings=similarity, protocol=protocol)
+
+    return lambda batch: [score(*item) for item in batch]
+
+
+def comparing_outputs(
+    pipe: StableDiffusionPipeline, *, sets: list[NeuronSet], detection: DetectionSettings, protocol: Protocol
+) -> Callable[[Sequence[str]], list[np.ndarray]]:
+    """Return what gives the cosines [set, place, seed] of the outputs with and without each neuron set: a task.
+
+    Args:
+        pipe: A StableDiffusionPipeline.
+        sets: Neurons that are blocked.
+        detection: Seed, samples, steps and guidance.
+        protocol: The protocol.
+    """
+    step, places = first_step(pipe, settings=detection, protocol=protocol), compared_places(pipe.unet)
+    nothing = NeuronSet.empty(len(widths(pipe.unet)))
+    together = max(1, settings_of(pipe).generation.batch_size // detection.samples)
+
+    def outputs(embedding: Tensor, chosen: Sequence[NeuronSet]) -> Iterator[Tensor]:
+        """Yield for each place the outputs [neuron set, seed, value], in double precision."""
+        expected = len(chosen) * len(step.latents)
+        joined: list[Tensor] = []
+        # A pass that ran out of memory left outputs as well, before it was repeated in smaller batches, which are kept.
+        while not joined or any(len(output) != expected for output in joined):
+            with collect_outputs(step.unet, [name for _, _, name in places]) as found:
+                step.many(embedding, neurons=chosen)
+            joined = [torch.cat(found[name]) for _, _, name in places]
+        return (output.unflatten(0, (len(chosen), -1)).flatten(2).double().cpu() for output in joined)
+
+    def cosines(prompt: str) -> np.ndarray:
+        embedding, found = embed(pipe, [prompt]), []
+        before = list(outputs(embedding, [nothing]))
+        for batch in batches(sets, together):
+            pairs = zip(outputs(embedding, batch), before, strict=True)
+            found.append(torch.stack([torch.cosine_similarity(*pair, dim=-1) for pair in pairs], dim=1))
+        return torch.cat(found).numpy()
+
+    return lambda batch: [cosines(prompt) for prompt in batch]
+
+
+def compared_places(unet: nn.Module) -> list[tuple[str, Layer, str]]:
+    """Return what is compared: output, value layer of the block, address of the module."""
+    layers = cross_attention_layers(unet, "value")
+    # "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v": the block is "down_blocks.0.attentions.0".
+    whole = [("block", layer, layer.name.partition(".transformer_blocks.")[0]) for layer in layers]
+    return whole + [("cross-attention", layer, layer.name.removesuffix(".to_v")) for layer in layers]
 
 
 @torch.no_grad()

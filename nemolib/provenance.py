@@ -25,9 +25,10 @@ from torch import Tensor
 from nemolib import paths
 
 INFRASTRUCTURE = frozenset(
-    {"", "exhibits", "paper", "paths", "plots", "provenance", "run", "settings", "store", "workers"}
+    {"", "exhibits", "paper", "paths", "plots", "prompts", "provenance", "run", "settings", "store", "workers"}
 )
-"""Modules that hold settings, or place, keep or draw results, but do not determine them ("" is nemolib itself)."""
+"""Modules that hold settings, read prompts, or place, keep or draw results: each result's key has settings and prompt
+itself ("" is nemolib)."""
 
 PACKAGES = ("nemolib", "torch", "diffusers", "transformers", "torchmetrics", "numpy", "pandas", "matplotlib", "seaborn")
 """Packages whose versions a sidecar lists."""
@@ -240,9 +241,9 @@ def code_hash(root: Callable[..., Any] | type | str) -> str:
     Comments, docstrings and layout do not count.
 
     Args:
-        root: A function or class of a module, with what it uses of its module; or the name of a module of nemolib, such
-            as ``"selection"``, as a whole. And from there on all modules of nemolib that are imported, directly or not, but
-            for `INFRASTRUCTURE`.
+        root: A function or class, with its module (in a notebook, alone); or the name of a module of nemolib, such as
+            ``"selection"``. And from there on all modules of nemolib that are imported, directly or not, but for
+            `INFRASTRUCTURE`.
 
     Returns:
         SHA-256 as 64 hexadecimal digits.
@@ -251,82 +252,48 @@ def code_hash(root: Callable[..., Any] | type | str) -> str:
         FileNotFoundError: nemolib has no such module.
         ValueError: The code of a function or class cannot be read, or it is defined inside of another.
     """
-    own, modules = ([], {root}) if isinstance(root, str) else _used(_tree(_source_of(root)), root.__name__)
-    waiting, found = list(modules), {}
+    waiting, found = [root], {}
     while waiting:
-        name = waiting.pop()
-        if name not in found and (name == root or name not in INFRASTRUCTURE):
-            tree = _tree(_path(name).read_text(encoding="utf-8"))
-            found[name] = ast.unparse(tree)
-            waiting.extend(module for node in ast.walk(tree) for _, module in _imported(node))
-    return content_hash([own, found, [versions()[package] for package in COMPUTING]])
+        part = waiting.pop()
+        if part not in found and (part == root or part not in INFRASTRUCTURE):
+            tree = _Undocumented().visit(ast.parse(_source(part)))
+            found[part] = ast.unparse(tree)
+            waiting.extend(_imported(tree))
+    return content_hash([*found.values(), *(versions()[package] for package in COMPUTING)])
 
 
-def _source_of(root: Callable[..., Any] | type) -> str:
+def _source(part: Callable[..., Any] | type | str) -> str:
+    if isinstance(part, str):
+        return _path(part).read_text(encoding="utf-8")
+    if "<" in part.__qualname__:
+        raise ValueError(f"{part.__name__} is not defined at the top of its module, so that nothing tells what it does")
     try:
-        module = sys.modules[root.__module__]
+        module = sys.modules[part.__module__]
         # A function of a notebook has no file: it is taken alone.
-        return inspect.getsource(module if getattr(module, "__file__", None) else root)
+        return inspect.getsource(module if getattr(module, "__file__", None) else part)
     except (KeyError, OSError, TypeError) as error:
         raise ValueError(
-            f"the code of {root.__qualname__} cannot be read; define it in a module with a file"
+            f"the code of {part.__qualname__} cannot be read; define it in a module with a file"
         ) from error
 
 
-def _tree(source: str) -> ast.Module:
-    """Return a source parsed, without docstrings."""
-    tree = ast.parse(source)
+class _Undocumented(ast.NodeTransformer):
+    """Takes docstrings out."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:  # noqa: N802, D102
+        return None if isinstance(node.value, ast.Constant) else node
+
+
+def _imported(tree: ast.Module) -> Iterator[str]:
+    """Yield the modules of nemolib that a module imports, at any place."""
     for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            kept = [part for part in body if not (isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant))]
-            node.body = kept or [ast.Pass()] * isinstance(node, ast.FunctionDef | ast.ClassDef)
-    return tree
-
-
-def _used(tree: ast.Module, name: str) -> tuple[list[str], set[str]]:
-    """Return the definitions of a module that one of them uses, directly or not, and the modules that they import."""
-    definitions, imports = {}, {}
-    for node in tree.body:
-        for defined in _defined(node):
-            definitions[defined] = node
-        for local, module in _imported(node):
-            imports[local] = module
-    if name not in definitions:
-        raise ValueError(f"{name} is not defined at the top of its module, so that nothing tells what it does")
-    waiting, pieces, modules = [name], {}, set()
-    while waiting:
-        name = waiting.pop()
-        if name in imports:
-            modules.add(imports[name])
-        elif name in definitions and name not in pieces:
-            pieces[name] = ast.unparse(definitions[name])
-            inside = list(ast.walk(definitions[name]))
-            waiting.extend(node.id for node in inside if isinstance(node, ast.Name))
-            modules.update(module for node in inside for _, module in _imported(node))
-    return [pieces[name] for name in sorted(pieces)], modules
-
-
-def _defined(node: ast.stmt) -> Iterator[str]:
-    """Yield the names that a statement at the top of a module defines."""
-    if isinstance(node, ast.FunctionDef | ast.ClassDef):
-        yield node.name
-    else:
-        names = (part for part in ast.walk(node) if isinstance(part, ast.Name))
-        yield from (part.id for part in names if isinstance(part.ctx, ast.Store))
-
-
-def _imported(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """Yield the local name and the module of nemolib of each import."""
-    if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "nemolib":
-        inside = node.module.partition(".")[2]
-        for alias in node.names:
-            whole = f"{inside}.{alias.name}".strip(".")
-            yield alias.asname or alias.name, whole if _path(whole).is_file() else inside
-    elif isinstance(node, ast.Import):
-        for alias in node.names:
-            if alias.name.partition(".")[0] == "nemolib":
-                yield alias.asname or "nemolib", alias.name.partition(".")[2]
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "nemolib":
+            inside = node.module.partition(".")[2]
+            names = [f"{inside}.{alias.name}".strip(".") for alias in node.names]
+            yield from (name if _path(name).is_file() else inside for name in names)
+        elif isinstance(node, ast.Import):
+            names = (alias.name.partition(".") for alias in node.names)
+            yield from (inside for package, _, inside in names if package == "nemolib")
 
 
 def _path(module: str) -> Path:

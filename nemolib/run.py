@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 
 from nemolib import metrics, paths, prompts
 from nemolib.batching import batches, check_prompts, progress_bar
-from nemolib.encoders import Encoder, alignment_encoder, copy_encoder, quality_encoder
+from nemolib.encoders import Encoder, load_encoder
 from nemolib.first_step import observing, pairs_measure
 from nemolib.generation import drawing
 from nemolib.holdout import ActivationStatistics, activation_statistics, load_statistics, memorization_threshold
@@ -94,7 +94,7 @@ class Run:
             self.pipe = pipe
         self.folder = paths.build_dir(profile.name)
         self.store = store or Store(self.folder / "store")
-        self._encoders: dict[str, Encoder] = {}
+        self._encoders: dict[str, Any] = {}
 
     @cached_property
     def pipe(self) -> StableDiffusionPipeline:
@@ -370,16 +370,9 @@ class Run:
             FileNotFoundError: Its files are missing.
             EncoderError: Its files are not what they should be.
         """
-        if role == "alignment":
-            return self._clip.images
         if role not in self._encoders:
-            load = copy_encoder if role == "copy" else partial(quality_encoder, role=role)
-            self._encoders[role] = load(self.profile, device=self.pipe.device)
-        return self._encoders[role]
-
-    @cached_property
-    def _clip(self) -> Any:
-        return alignment_encoder(self.profile, device=self.pipe.device)
+            self._encoders[role] = load_encoder(self.profile, role, device=self.pipe.device)
+        return self._encoders[role].images if role == "alignment" else self._encoders[role]
 
     def features(
         self,
@@ -491,7 +484,8 @@ class Run:
             found["d_sscd"] = metrics.over_seeds(metrics.d_sscd(seen))
         if "a_clip" in columns:
             aligned = self.features("alignment", captions, mitigation, settings=settings)
-            found["a_clip"] = metrics.over_seeds(metrics.a_clip(aligned, self._clip.texts.describe(captions)))
+            texts = self._encoders["alignment"].describe_texts(captions)
+            found["a_clip"] = metrics.over_seeds(metrics.a_clip(aligned, texts))
         return pd.DataFrame(found, index=rows.index)[list(columns)]
 
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -87,8 +87,15 @@ class Tolerance:
 TOLERANCES = {"float32": Tolerance(0.01, 0.005, 0.8, 0.5), "float16": Tolerance(0.05, 0.01, 0.5, 1.0)}
 """On a CPU in half precision they are 0.013, 0.002, 0.71 and 0.06: a search may turn at any test that is decided narrowly."""
 
-Row = tuple[str, float, str, bool]
-"""What was measured, its value, its unit or bound, and whether it is as it should be."""
+
+class Row(NamedTuple):
+    """What was measured, its value, its unit or bound, whether it is as it should be, and in batches of how many latents."""
+
+    what: str
+    value: float
+    unit: str = "s"
+    good: bool = True
+    latents: int | None = None
 
 
 def full_size(device: str, dtype: str = "float16") -> Profile:
@@ -101,7 +108,8 @@ def full_size(device: str, dtype: str = "float16") -> Profile:
 def speeds(pipe: StableDiffusionPipeline, sizes: Sizes) -> Iterator[Row]:
     """Yield UNet evaluations a second for batches of latents."""
     for size in sizes.latents:
-        yield f"evaluations a second, {size} latents", unet_speed(pipe, size, seconds=sizes.seconds), "1/s", True
+        speed = unet_speed(pipe, size, seconds=sizes.seconds)
+        yield Row(f"evaluations a second, {size} latents", speed, "1/s", latents=size)
 
 
 def experiment(run: Run, sizes: Sizes) -> Iterator[Row]:
@@ -109,7 +117,7 @@ def experiment(run: Run, sizes: Sizes) -> Iterator[Row]:
     texts = [f"a photo of number {number}" for number in range(sizes.texts)]
     with _clock() as seconds:
         statistics = activation_statistics(run.pipe, texts, progress=False)
-    yield f"activation statistics of {sizes.texts} texts", seconds(), "s", True
+    yield Row(f"activation statistics of {sizes.texts} texts", seconds())
 
     def search(run: Run) -> list[Localization]:
         return run.search(texts[: sizes.prompts], statistics=statistics, threshold=run.threshold)
@@ -117,19 +125,15 @@ def experiment(run: Run, sizes: Sizes) -> Iterator[Row]:
     with _clock() as seconds:
         found = search(run)
     used = sum(sum(item.evaluations.values()) for item in found)
-    yield (
-        f"search of {sizes.prompts} prompts",
-        seconds(),
-        f"s, {used} evaluations",
-        all(item.memorized for item in found),
-    )
+    good = all(item.memorized for item in found)
+    yield Row(f"search of {sizes.prompts} prompts", seconds(), f"s, {used} evaluations", good)
     with _clock() as seconds:
         images = run.images(texts[: sizes.images])
-    yield f"{sizes.images} images of {images.shape[2]} pixels", seconds(), "s", len(images) == sizes.images
+    yield Row(f"{sizes.images} images of {images.shape[2]} pixels", seconds())
     with _clock() as seconds:
         there = _on_two_workers(run, search)
     alike = [item.neurons for item in found] == [item.neurons for item in there]
-    yield "the same search by two processes, with their start", seconds(), "s", alike
+    yield Row("the same search by two processes, with their start", seconds(), good=alike)
 
 
 def _on_two_workers(run: Run, work: Callable[[Run], Any]) -> Any:
@@ -147,9 +151,11 @@ def halving(pipe: StableDiffusionPipeline, sizes: Sizes, limit: Callable[[torch.
         warnings.simplefilter("always")
         whole = step.raw(embedding)
     halved = [str(item.message) for item in caught if "out of memory" in str(item.message)]
-    yield f"batches halved for {sizes.crowd} latents in {SPARE / 2**30:.0f} GiB", len(halved), "times", bool(halved)
+    yield Row(
+        f"batches halved for {sizes.crowd} latents in {SPARE / 2**30:.0f} GiB", len(halved), "times", bool(halved)
+    )
     off = float((whole[: len(some)] - small).abs().max() / small.std())
-    yield "deviation of what was halved", off, "standard deviations, at most 0.05", off <= 0.05
+    yield Row("deviation of what was halved", off, "standard deviations, at most 0.05", off <= 0.05)
 
 
 @contextmanager
@@ -178,7 +184,7 @@ def agreement(world: Profile, device: str, sizes: Sizes, tolerances: dict[str, T
         for dtype, allowed in tolerances.items():
             there = _facts(run(device, dtype), threshold, sizes)
             for name, (value, fits) in _deviations(here, there, allowed).items():
-                yield f"tiny world, {dtype}: {name}", value, f"bound {getattr(allowed, name)}", fits
+                yield Row(f"tiny world, {dtype}: {name}", value, f"bound {getattr(allowed, name)}", fits)
 
 
 def _facts(run: Run, threshold: float, sizes: Sizes) -> dict[str, Any]:
@@ -223,19 +229,19 @@ def report(parts: Sequence[tuple[str, Callable[[], Iterator[Row]]]]) -> pd.DataF
         try:
             for row in part():
                 rows.append(row)
-                sys.stdout.write(f"  {row[0]}: {row[1]:.4g} {row[2]}{'' if row[3] else '  NOT AS IT SHOULD BE'}\n")
-                sys.stdout.flush()
+                print(
+                    f"  {row.what}: {row.value:.4g} {row.unit}{'' if row.good else '  NOT AS IT SHOULD BE'}", flush=True
+                )
         except Exception as error:
-            rows.append((name, float("nan"), f"{type(error).__name__}: {error}", False))
-            sys.stdout.write(f"  {name}: FAILED ({type(error).__name__}: {error})\n")
-    return pd.DataFrame(rows, columns=["what", "value", "unit", "good"])
+            rows.append(Row(name, float("nan"), f"{type(error).__name__}: {error}", good=False))
+            print(f"  {name}: FAILED ({rows[-1].unit})", flush=True)
+    return pd.DataFrame(rows, columns=Row._fields)
 
 
 def write_report(found: pd.DataFrame, *, seconds: float) -> bool:
     """Keep the rows of `report` with the card's name in `GPU_REPORT`; return whether all is as it should be."""
     card, good = torch.cuda.get_device_properties(0), bool(found["good"].all())
-    latents = found["what"].str.extract(r"^evaluations a second, (\d+) latents", expand=False).astype(float)
-    rows = json.loads(found.assign(latents=latents).to_json(orient="records", double_precision=6))
+    rows = json.loads(found.to_json(orient="records", double_precision=6))
     content = {"card": card.name, "memory": card.total_memory, "versions": versions(), "seconds": seconds, "good": good}
     paths.write_atomic(GPU_REPORT, json.dumps(content | {"rows": rows}, indent=1) + "\n")
     return good

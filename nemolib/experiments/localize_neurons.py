@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ from nemolib.exhibits import (
     rounding,
     share_interval,
 )
-from nemolib.first_step import ALGORITHMS, first_step
+from nemolib.first_step import ALGORITHMS, scoring
 from nemolib.holdout import z_scores
 from nemolib.layers import value_activations
 from nemolib.localization import by_prompt, localization_table, memorized, neuron_sets
@@ -38,13 +38,12 @@ from nemolib.pipeline import embed
 from nemolib.prompts import MEMORIZED
 from nemolib.refinement import RefinementTest
 from nemolib.selection import SelectionStep, initial_selection
-from nemolib.settings import DetectionSettings, Protocol, SearchSettings, SimilaritySettings
-from nemolib.similarity import max_pairwise, memorization_score, pairwise
+from nemolib.settings import SearchSettings
+from nemolib.similarity import max_pairwise, pairwise
 from nemolib.store import Grid, read_table
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import StableDiffusionPipeline
 
     from nemolib.run import Run
 
@@ -505,19 +504,6 @@ def deactivation(run: Run, found: pd.DataFrame, kinds: Sequence[str] = MEMORIZED
     change = change.assign(score_before=chosen["unblocked_score"], score_after=scores)
     change = change.assign(copy_before=before["sscd_orig"], copy_after=after["sscd_orig"], same_seed=after["sscd_gen"])
     return change.assign(seeds_before=before["d_sscd"], seeds_after=after["d_sscd"])
-
-
-def scoring(
-    pipe: StableDiffusionPipeline, *, detection: DetectionSettings, similarity: SimilaritySettings, protocol: Protocol
-) -> Callable[[Sequence[tuple[str, NeuronSet]]], list[float]]:
-    """Return what gives the memorization scores of prompts, each with neurons deactivated: a task."""
-    step = first_step(pipe, settings=detection, protocol=protocol)
-
-    def score(batch: Sequence[tuple[str, NeuronSet]]) -> list[float]:
-        found = [step(embed(pipe, [prompt]), neurons=neurons) for prompt, neurons in batch]
-        return [memorization_score(maps, settings=similarity, protocol=protocol) for maps in found]
-
-    return score
 
 
 def example_prompts(change: pd.DataFrame, kind: str, number: int) -> list[str]:

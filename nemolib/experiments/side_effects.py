@@ -7,7 +7,7 @@ value and convolution layers one by one (Fig. 16 to 20).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
 from typing import TYPE_CHECKING, Any
@@ -20,25 +20,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from nemolib import metrics, paper, plots
-from nemolib.batching import batches
 from nemolib.exhibits import Claim, effect, exhibit, must
 from nemolib.experiments.deactivate_neurons import NO_IMAGES, listed, measured, under_one_bar
-from nemolib.first_step import first_step
-from nemolib.layers import Layer, collect_outputs, cross_attention_layers, down_convolutions, spread, widths
+from nemolib.first_step import compared_places, comparing_outputs
+from nemolib.layers import Layer, cross_attention_layers, down_convolutions, spread, widths
 from nemolib.localization import memorized, neuron_sets
 from nemolib.metrics import MEMORIZED_ABOVE
 from nemolib.mitigation import DeactivatedNeurons, switched_off
 from nemolib.neurons import NeuronSet
-from nemolib.pipeline import embed
 from nemolib.prompts import load_prompts
 from nemolib.seeding import stream
-from nemolib.settings import DetectionSettings, GenerationSettings, Protocol, settings_of
+from nemolib.settings import GenerationSettings
 from nemolib.store import Grid
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
-    from torch import Tensor
-
     from nemolib.run import Run
 
 NOTEBOOK = "05_ablations"
@@ -295,54 +290,9 @@ def block_similarity(run: Run, prompts: Sequence[str], sets: Sequence[Blocked]) 
     rows = []
     # [prompt, set, place, seed] -> [set, place, sample]
     for item, values in zip(blocked, np.concatenate(found, axis=-1), strict=True):
-        for (output, layer, _), cosine in zip(_places(run.pipe.unet), values, strict=True):
+        for (output, layer, _), cosine in zip(compared_places(run.pipe.unet), values, strict=True):
             rows.append((*item.labels, output, layer.number, layer.block, len(cosine), cosine.mean(), cosine.min()))
     return pd.DataFrame(rows, columns=columns)
-
-
-def comparing_outputs(
-    pipe: StableDiffusionPipeline, *, sets: list[NeuronSet], detection: DetectionSettings, protocol: Protocol
-) -> Callable[[Sequence[str]], list[np.ndarray]]:
-    """Return what gives the cosines [set, place, seed] of the outputs with and without each neuron set: a task.
-
-    Args:
-        pipe: A StableDiffusionPipeline.
-        sets: Neurons that are blocked.
-        detection: Seed, samples, steps and guidance.
-        protocol: The protocol.
-    """
-    step, places = first_step(pipe, settings=detection, protocol=protocol), _places(pipe.unet)
-    nothing = NeuronSet.empty(len(widths(pipe.unet)))
-    together = max(1, settings_of(pipe).generation.batch_size // detection.samples)
-
-    def outputs(embedding: Tensor, chosen: Sequence[NeuronSet]) -> Iterator[Tensor]:
-        """Yield for each place the outputs [neuron set, seed, value], in double precision."""
-        expected = len(chosen) * len(step.latents)
-        joined: list[Tensor] = []
-        # A pass that ran out of memory left outputs as well, before it was repeated in smaller batches, which are kept.
-        while not joined or any(len(output) != expected for output in joined):
-            with collect_outputs(step.unet, [name for _, _, name in places]) as found:
-                step.many(embedding, neurons=chosen)
-            joined = [torch.cat(found[name]) for _, _, name in places]
-        return (output.unflatten(0, (len(chosen), -1)).flatten(2).double().cpu() for output in joined)
-
-    def cosines(prompt: str) -> np.ndarray:
-        embedding, found = embed(pipe, [prompt]), []
-        before = list(outputs(embedding, [nothing]))
-        for batch in batches(sets, together):
-            pairs = zip(outputs(embedding, batch), before, strict=True)
-            found.append(torch.stack([torch.cosine_similarity(*pair, dim=-1) for pair in pairs], dim=1))
-        return torch.cat(found).numpy()
-
-    return lambda batch: [cosines(prompt) for prompt in batch]
-
-
-def _places(unet: torch.nn.Module) -> list[tuple[str, Layer, str]]:
-    """Return what is compared: output, value layer of the block, address of the module."""
-    layers = cross_attention_layers(unet, "value")
-    # "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v": the block is "down_blocks.0.attentions.0".
-    whole = [("block", layer, layer.name.partition(".transformer_blocks.")[0]) for layer in layers]
-    return whole + [("cross-attention", layer, layer.name.removesuffix(".to_v")) for layer in layers]
 
 
 # Layers one by one (Fig. 16 to 20)

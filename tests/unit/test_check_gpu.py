@@ -43,7 +43,7 @@ def one_thread():
 def test_the_parts_of_the_experiment_are_measured(run, one_thread):
     rows = list(check_gpu.experiment(run, SMALL)) + list(check_gpu.speeds(run.pipe, SMALL))
     assert len(rows) == 6
-    assert all(value > 0 and good for _, value, _, good in rows), rows
+    assert all(row.value > 0 and row.good for row in rows), rows
 
 
 def memory_for(pipe, latents):
@@ -66,12 +66,9 @@ def memory_for(pipe, latents):
 
 def test_halving_is_seen_and_so_is_its_absence(run):
     times, deviation = check_gpu.halving(run.pipe, SMALL, memory_for(run.pipe, 3))
-    assert times[1] == 1
-    assert times[3]
-    assert deviation[3]
+    assert (times.value, times.good, deviation.good) == (1, True, True)
     times, _ = check_gpu.halving(run.pipe, replace(SMALL, crowd=5), memory_for(run.pipe, 100))
-    assert times[1] == 0
-    assert not times[3]
+    assert (times.value, times.good) == (0, False)
 
 
 def test_half_precision_agrees_with_single_precision():
@@ -79,20 +76,17 @@ def test_half_precision_agrees_with_single_precision():
     world = load_profile("tiny")
     small = replace(
         world,
-        threshold_prompts=20,
-        holdout_size=200,
-        detection=replace(world.detection, samples=3),
-        search=replace(world.search, theta_start=4.5, theta_step=0.5, theta_min=3.5, k_max=2),
-        generation=replace(world.generation, samples=1, steps=5),
+        thresholds=replace(world.thresholds, value=0.5),
+        holdout_size=100,
+        detection=replace(world.detection, samples=2),
+        search=replace(world.search, theta_start=4.5, theta_min=4.0, theta_step=0.5, k_max=1),
+        generation=replace(world.generation, samples=1, steps=2),
     )
-    found = list(check_gpu.agreement(small, "cpu", SMALL, check_gpu.TOLERANCES))
-    values = {name: (value, good) for name, value, _, good in found}
-    assert values["tiny world, float32: images"] == (0, True)
-    assert values["tiny world, float32: neurons"] == (1, True)
+    half = {"float16": check_gpu.TOLERANCES["float16"]}
+    found = {row.what: row for row in check_gpu.agreement(small, "cpu", SMALL, half)}
     # The sets of so few seeds may differ in any number of neurons.
-    close = [f"tiny world, float16: {name}" for name in ("differences", "scores", "images")]
-    assert all(values[name][1] for name in close), values
-    assert values["tiny world, float16: scores"][0] > 0
+    assert all(found[f"tiny world, float16: {name}"].good for name in ("differences", "scores", "images")), found
+    assert found["tiny world, float16: scores"].value > 0
 
 
 def test_what_deviates_is_seen():
@@ -108,10 +102,10 @@ def test_what_deviates_is_seen():
 
 def test_a_part_that_fails_stops_no_other(capsys):
     def broken():
-        yield ("first", 1.0, "s", True)
+        yield check_gpu.Row("first", 1.0)
         raise RuntimeError("no kernel image is available")
 
-    found = check_gpu.report([("broken", broken), ("sound", lambda: iter([("second", 2.0, "s", True)]))])
+    found = check_gpu.report([("broken", broken), ("sound", lambda: iter([check_gpu.Row("second", 2.0)]))])
     assert found["what"].tolist() == ["first", "broken", "second"]
     assert found["good"].tolist() == [True, False, True]
     assert "no kernel image" in capsys.readouterr().out
@@ -130,8 +124,8 @@ def test_the_estimate_takes_the_speed_of_a_card_that_was_checked(run, tmp_path, 
         monkeypatch.setattr(module, "GPU_REPORT", tmp_path / "gpu.json")
     profile = load_profile("sd14")
     assert estimate.speed_of_a_card(profile) is None
-    rows = [(f"evaluations a second, {size} latents", 10.0 * size, "1/s", True) for size in (1, 8, 16)]
-    parts = [("speed", lambda: iter([*rows, ("2 images", 3.0, "s", True)]))]
+    rows = [check_gpu.Row(f"speed, {size} latents", 10.0 * size, "1/s", latents=size) for size in (1, 8, 16)]
+    parts = [("speed", lambda: iter([*rows, check_gpu.Row("2 images", 3.0)]))]
     assert check_gpu.write_report(check_gpu.report(parts), seconds=1.0)
     assert estimate.speed_of_a_card(profile) == (80.0, "measured on NVIDIA T1")
     assert estimate.speed_of_a_card(replace(profile, device="cpu")) is None

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from nemolib import metrics, paper, paths
+from nemolib.encoders import load_encoder
 from nemolib.experiments import deactivate_neurons as deactivate
 from nemolib.experiments.deactivate_neurons import BASELINES, INITIAL, METRICS, NEMO, NONE, ONE_TOKEN, RANDOM, REN, WEN
 from nemolib.layers import value_activations
@@ -116,7 +117,8 @@ def test_one_bar_counts_all_settings(run, found, settings, capsys):
 def test_change_and_alignment_of_a_prompt_by_hand(run, values):
     made = run.images(TM, DeactivatedNeurons(neurons_of(TM[0])))[0]
     after, before = (run.encoder("copy").describe(images).numpy() for images in (made, run.images(TM)[0]))
-    aligned = (run._clip.images.describe(made) @ run._clip.texts.describe(TM)[0]).numpy()
+    clip = load_encoder(run.profile, "alignment")
+    aligned = (clip.images.describe(made) @ clip.describe_texts(TM)[0]).numpy()
     row = values[(values["setting"] == NEMO) & (values["prompt"] == TM[0])].iloc[0]
     expected = [np.median((after * before).sum(axis=1)), np.median(aligned)]
     assert row[["sscd_gen", "a_clip"]].tolist() == pytest.approx(expected, abs=1e-5)

@@ -235,7 +235,7 @@ def test_images_of_real_clip_are_resized_cropped_and_normalized(real_clip):
 def test_both_sides_have_one_space_and_long_texts_are_cut(real_clip):
     encoder = ClipEncoder.load(dataclasses.replace(real_clip, name="small CLIP"))
     assert (encoder.images.name, ClipEncoder.load(real_clip).images.name) == ("small CLIP", "CLIP (real)")
-    features = encoder.texts.describe(["a b " * 40, "a b " * 60 + "something else", "a b", "a c"])
+    features = encoder.describe_texts(["a b " * 40, "a b " * 60 + "something else", "a b", "a c"])
     torch.testing.assert_close(features[0], features[1])
     assert not torch.allclose(features[2], features[3], atol=1e-3)
     torch.testing.assert_close(features.norm(dim=1), torch.ones(4))
@@ -246,7 +246,7 @@ def test_both_sides_have_one_space_and_long_texts_are_cut(real_clip):
         ([], "list of prompts is empty"),
     ):
         with pytest.raises((TypeError, ValueError), match=words):
-            encoder.texts.describe(texts)
+            encoder.describe_texts(texts)
 
 
 def test_a_clip_folder_that_lacks_something(clip_folder, plain_clip, tmp_path):
@@ -290,15 +290,17 @@ def profile_with(**roles):
 def test_a_profile_names_its_encoders_and_those_of_quality_are_raw(sscd, plain_clip, real_clip, tmp_path):
     inception = script("inception", tmp_path / "inception.pt", LayeredNet(2))
     profile = profile_with(copy=sscd, alignment=real_clip, quality=inception, clip_quality=real_clip)
-    assert isinstance(encoders.copy_encoder(profile), Sscd)
-    clip, raw = encoders.alignment_encoder(profile).images, encoders.quality_encoder(profile, role="clip_quality")
-    own = encoders.quality_encoder(profile)
+    assert isinstance(encoders.load_encoder(profile, "copy"), Sscd)
+    clip, raw = encoders.load_encoder(profile, "alignment").images, encoders.load_encoder(profile, "clip_quality")
+    own = encoders.load_encoder(profile, "quality")
     assert isinstance(own, Inception)
     for encoder in (own, raw):
         assert not encoder.unit_norm
         assert (encoder.describe(pictures()).norm(dim=1) - 1).abs().max() > 0.01
     torch.testing.assert_close(F.normalize(raw.describe(pictures()), dim=-1), clip.describe(pictures()))
     # The preprocessing is part of the identity, and so is the norm; where the files lie is not.
-    others = [encoders.alignment_encoder(profile_with(alignment=chosen)).images for chosen in (plain_clip, real_clip)]
+    others = [
+        encoders.load_encoder(profile_with(alignment=chosen), "alignment").images for chosen in (plain_clip, real_clip)
+    ]
     assert len({encoder.identity() for encoder in (clip, raw, *others)}) == 3
     assert others[1].identity() == clip.identity()

@@ -160,58 +160,12 @@ def test_a_mitigation_of_ones_own_counts_with_its_code(tmp_path, monkeypatch):
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-TASKS = '''"""What it does."""
-
-import math  # for the root
-
-from nemolib import store
-from nemolib.science import root
-
-
-def task(pipe):
-    """Return the task."""
-    # why
-    return lambda items: [_own(item) for item in items]
-
-
-def _own(item):
-    return root(item) + _ONE
-
-
-_ONE = 1
-
-
-def other(pipe):
-    return math.pi
-'''
-
-
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    """Return what changes a module of a package and hashes a task of it anew."""
-    monkeypatch.setattr(paths, "PACKAGE", tmp_path)
-    sources = {
-        "tasks": TASKS,
-        "science": "from nemolib.deeper import x\n\n\ndef root(y):\n    return x + y\n",
-        "deeper": "x = 1\n",
-        "store": "y = 1\n",
-    }
-    monkeypatch.setattr(provenance, "_source_of", lambda function: sources["tasks"])
-
-    def hashed(name="tasks", old="", new=""):
-        assert old in sources[name]
-        sources[name] = sources[name].replace(old, new) if old else sources[name]
-        for module, source in sources.items():
-            (tmp_path / f"{module}.py").write_text(source)
-        code_hash.cache_clear()
-
-        def task():
-            """Stand for the task of the same name."""
-
-        return code_hash(task)
-
-    yield hashed
-    code_hash.cache_clear()
+SOURCES = {
+    "tasks": '"""What it does."""\nfrom nemolib import store\nfrom nemolib.science import root\n# why\ntask = root + 1\n',
+    "science": "def root(y):\n    from nemolib.deeper import x\n\n    return x + y\n",
+    "deeper": "x = 1\n",
+    "store": "y = 1\n",
+}
 
 
 @pytest.mark.parametrize(
@@ -219,25 +173,31 @@ def package(tmp_path, monkeypatch):
     [
         ("tasks", "What it does", "What it did", True),
         ("tasks", "# why", "# because", True),
-        ("tasks", "\n\n\n", "\n\n", True),
-        ("tasks", "math.pi", "math.e", True),
+        ("science", "\n\n", "\n", True),
         ("store", "y = 1", "y = 2", True),
-        ("tasks", "_own(item) for", "_own(2 * item) for", False),
-        ("tasks", "_ONE = 1", "_ONE = 2", False),
+        ("tasks", "root + 1", "root + 2", False),
         ("science", "x + y", "x - y", False),
         ("deeper", "x = 1", "x = 2", False),
     ],
 )
-def test_only_the_code_that_a_task_uses_counts(package, module, old, new, same):
-    before = package()
-    assert (package(module, old, new) == before) is same
+def test_the_code_of_a_module_and_of_those_that_it_imports_counts(tmp_path, monkeypatch, module, old, new, same):
+    monkeypatch.setattr(paths, "PACKAGE", tmp_path)
+    hashes = []
+    for sources in (SOURCES, SOURCES | {module: SOURCES[module].replace(old, new)}):
+        for name, source in sources.items():
+            (tmp_path / f"{name}.py").write_text(source)
+        code_hash.cache_clear()
+        hashes.append(code_hash("tasks"))
+    code_hash.cache_clear()
+    assert (hashes[0] == hashes[1]) is same
 
 
-def test_a_task_hangs_on_what_it_uses_and_not_on_its_neighbours():
+def test_tasks_of_different_modules_hang_on_different_code():
     from nemolib import first_step, generation, localization
 
     tasks = (generation.drawing, localization.localizing, first_step.observing)
     assert len({code_hash(task) for task in tasks}) == 3
+    assert code_hash(localization.localizing) != code_hash("experiments.localize_neurons")
     with pytest.raises(FileNotFoundError, match="nothing.py"):
         code_hash("nothing")
 

@@ -12,7 +12,7 @@ import torch
 from nemolib import batching, metrics, paths
 from nemolib.experiments import side_effects
 from nemolib.experiments.side_effects import FREQUENT, OTHER, QUALITY, UNTOUCHED, Blocked
-from nemolib.first_step import first_step
+from nemolib.first_step import comparing_outputs, first_step
 from nemolib.layers import collect_outputs
 from nemolib.mitigation import DeactivatedNeurons, switched_off
 from nemolib.neurons import NeuronSet
@@ -205,7 +205,7 @@ def test_memory_may_run_out_more_than_once(run, sets, monkeypatch):
     monkeypatch.setattr(batching, "_LARGEST", WeakKeyDictionary())
     neurons = [item.neurons for item in sets[1:4]]
     common = {"sets": neurons, "detection": replace(run.profile.detection, samples=2, guidance=0.0), "protocol": PAPER}
-    (expected,) = side_effects.comparing_outputs(run.pipe, **common)(UNMEMORIZED[:1])
+    (expected,) = comparing_outputs(run.pipe, **common)(UNMEMORIZED[:1])
     middle, failing = run.pipe.unet.mid_block.forward, iter([False, True, False, False, True])
 
     def forward(*arguments, **options):
@@ -214,7 +214,7 @@ def test_memory_may_run_out_more_than_once(run, sets, monkeypatch):
         return middle(*arguments, **options)
 
     with patch.object(run.pipe.unet.mid_block, "forward", forward), pytest.warns(UserWarning, match="out of memory"):
-        (found,) = side_effects.comparing_outputs(run.pipe, **common)(UNMEMORIZED[:1])
+        (found,) = comparing_outputs(run.pipe, **common)(UNMEMORIZED[:1])
     assert next(failing, None) is None
     assert found == pytest.approx(expected, abs=1e-7)
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from nemolib import paths
-from nemolib.encoders import alignment_encoder
+from nemolib.encoders import load_encoder
 from nemolib.pipeline import load_pipeline
 from nemolib.prompts import load_prompts
 from nemolib.run import Run
@@ -100,7 +100,7 @@ def test_the_copy_descriptor_separates_copies_from_other_images(run):
 
 
 def test_the_alignment_encoder_finds_the_caption_of_a_planted_image(tables, run):
-    encoder, planted = alignment_encoder(run.profile), tables["memorized"].query("kind == 'vm'")
-    texts = encoder.texts.describe(planted["caption"].to_list())
+    encoder, planted = load_encoder(run.profile, "alignment"), tables["memorized"].query("kind == 'vm'")
+    texts = encoder.describe_texts(planted["caption"].to_list())
     similar = encoder.images.describe(np.stack(run.planted_images(planted))) @ texts.T
     assert (similar.argmax(dim=1).numpy() == range(len(planted))).mean() >= 0.8

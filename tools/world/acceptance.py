@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from nemolib.encoders import copy_encoder, to_pixels
+from nemolib.encoders import to_pixels
 from nemolib.first_step import pairs_measure
 from nemolib.holdout import z_scores
 from nemolib.layers import value_activations, value_layers
@@ -130,7 +130,7 @@ def measure_descriptor(run: Run) -> pd.DataFrame:
         Columns relation (own, other), quantile (0.05, 0.5, 0.95), similarity.
     """
     images = run.planted_images(load_prompts(run.profile.prompts.memorized))
-    describe, pixels = copy_encoder(run.profile), to_pixels(np.stack(images))
+    describe, pixels = run.encoder("copy"), to_pixels(np.stack(images))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         own = describe(pixels)

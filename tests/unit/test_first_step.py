@@ -9,7 +9,6 @@ from diffusers import DDIMScheduler, PNDMScheduler
 from nemolib import seeding
 from nemolib.first_step import (
     NORMS,
-    Evaluations,
     FirstStep,
     first_step,
     guidance_norm,
@@ -52,16 +51,6 @@ def test_one_pass_at_the_timestep_of_the_protocol(random_pipe, passes, protocol,
     step(embed(random_pipe, ["a"]), seeds=[2])
     assert passes == [(3 * cost, timestep), (cost, timestep)]
     assert step.cost == cost
-
-
-def test_raw_differences_are_noise_minus_latents(random_pipe):
-    step = first_step(random_pipe, settings=SETTINGS)
-    embedding = embed(random_pipe, ["a"])
-    with torch.no_grad():
-        noise = random_pipe.unet(step.latents, 961, embedding.expand(3, -1, -1)).sample
-    torch.testing.assert_close(step.raw(embedding), noise - step.latents)
-    torch.testing.assert_close(step(embedding), normalize(noise - step.latents))
-    assert torch.equal(step.latents, seeding.latents((4, 16, 16), samples=3, seed=1))
 
 
 @pytest.mark.parametrize(("protocol", "swapped"), [("released", True), ("paper", False)])
@@ -142,15 +131,6 @@ def test_a_model_that_predicts_something_unknown(random_pipe):
         first_step(pipe)
 
 
-def test_half_precision_models_return_float32(random_pipe):
-    unet = copy.deepcopy(random_pipe.unet).to(torch.bfloat16)
-    step = FirstStep(unet, 961, seeding.latents((4, 16, 16), samples=2, seed=1))
-    differences = step(embed(random_pipe, ["a"]))
-    assert differences.dtype == torch.float32
-    full = first_step(random_pipe, settings=SETTINGS)(embed(random_pipe, ["a"]), seeds=[0, 1])
-    assert (differences - full).abs().max() < 0.1
-
-
 def test_impossible_first_steps(random_pipe):
     latents, text = seeding.latents((4, 16, 16), samples=3, seed=1), embed(random_pipe, ["a", "b"])
     with pytest.raises(ValueError, match="needs the embedding of the empty prompt"):
@@ -160,17 +140,6 @@ def test_impossible_first_steps(random_pipe):
         step(text)
     with pytest.raises(ValueError, match="1 neuron sets and 0 seeds were given"):
         step(text[:1], seeds=[])
-
-
-def test_evaluations_and_seconds_by_algorithm():
-    counted = Evaluations()
-    counted.add(3)
-    with counted.stage("A4"):
-        counted.add(5)
-    taken = counted.take()
-    assert taken["evaluations"] == {"A1": 3, "A2": 0, "A3": 0, "A4": 5}
-    assert taken["seconds"]["A4"] > 0 == taken["seconds"]["A1"]
-    assert not any(sum(kind.values()) for kind in counted.take().values())
 
 
 # Measures of the first step

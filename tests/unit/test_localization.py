@@ -21,7 +21,6 @@ from nemolib.settings import (
     WenSettings,
 )
 from nemolib.similarity import max_pairwise, memorization_score, pairwise, similarity
-from tests.random_pipeline import WIDTHS
 
 SIMILARITY = SimilaritySettings(kernel_size=3, sigma=0.5)
 SEARCH = SearchSettings(theta_start=3.0, theta_step=1.0, k_step=2)
@@ -40,16 +39,6 @@ def search(random_pipe, statistics):
 @pytest.fixture(scope="module")
 def found(search):
     return search()
-
-
-def test_a_search_ends_with_neurons_of_its_initial_selection(found):
-    assert found.memorized
-    assert found.seeds == (0, 1, 2)
-    assert found.neurons
-    assert found.neurons - found.initial == NeuronSet.empty(7)
-    assert found.reached == (found.initial_score <= 0.95)
-    assert found.refined_score <= max(0.95, found.initial_score)
-    found.neurons.check(WIDTHS)
 
 
 @pytest.mark.parametrize(("guidance", "cost"), [(0.0, 1), (7.0, 2)])
@@ -106,10 +95,6 @@ def test_only_seeds_beyond_the_gate_take_part(random_pipe, search):
     found = search(gate=float(best.min()), protocol="paper")
     assert found.seeds == tuple((best > best.min()).nonzero().flatten().tolist())
     assert found.evaluations["A3"] % 2 == 0
-
-
-def test_the_paper_protocol_tries_the_smallest_theta(search):
-    assert [search(threshold=-0.99, protocol=name).theta for name in ("released", "paper")] == [2.0, 1.0]
 
 
 @pytest.mark.parametrize("threshold", [-1.0, 1.01, 42.8, float("nan")])

@@ -102,14 +102,6 @@ def test_wrong_prompts_are_named(pipe, wrong):
         embed(pipe, wrong)
 
 
-def test_profiles_do_not_keep_pipelines_alive(random_model_folder):
-    profile = dataclasses.replace(load_profile("tiny"), model=str(random_model_folder))
-    pipe = load_pipeline(profile)
-    before = len(settings._PROFILES)
-    del pipe
-    assert len(settings._PROFILES) == before - 1
-
-
 def test_loading_says_nothing_and_leaves_the_verbosity_as_it_was(random_model_folder, capfd):
     from transformers.utils import logging
 

@@ -30,12 +30,6 @@ def test_a_result_comes_back_bit_by_bit(tmp_path, value):
     assert store.get("task", "abd") is None
 
 
-def test_what_json_cannot_hold_leaves_nothing(tmp_path):
-    with pytest.raises(TypeError, match="not JSON serializable"):
-        Store(tmp_path / "store").put("task", "a", {"x": object()})
-    assert not (tmp_path / "store").exists()
-
-
 @pytest.mark.parametrize("value", [VALUES[0], VALUES[3]], ids=["json", "array"])
 def test_a_file_cut_or_changed_at_any_byte_is_never_taken_for_a_result(tmp_path, value):
     store = Store(tmp_path)

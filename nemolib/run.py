@@ -28,7 +28,7 @@ from nemolib.encoders import Encoder, load_encoder
 from nemolib.first_step import observing, pairs_measure
 from nemolib.generation import drawing
 from nemolib.holdout import ActivationStatistics, activation_statistics, load_statistics, memorization_threshold
-from nemolib.layers import value_layer_hash
+from nemolib.layers import value_layer_hash, widths
 from nemolib.localization import Localization, check_threshold, localization_table, localizing
 from nemolib.mitigation import Mitigation
 from nemolib.pipeline import load_pipeline
@@ -227,14 +227,12 @@ class Run:
         captions = self.prompts("holdout")["caption"].tolist()
         key = content_hash([model_hash(self.pipe), code_hash("holdout"), captions])
 
-        def made() -> dict[str, list[list[float]]]:
+        def made() -> np.ndarray:
             found = activation_statistics(self.pipe, captions, progress=self.progress)
-            return {name: [layer.tolist() for layer in getattr(found, name)] for name in ("mean", "std")}
+            return torch.stack([torch.cat(found.mean), torch.cat(found.std)]).numpy()
 
-        kept = self._once("statistics", key, made)
-        mean, std = (
-            tuple(torch.tensor(layer, dtype=torch.float32) for layer in kept[name]) for name in ("mean", "std")
-        )
+        kept = torch.from_numpy(self._once("statistics", key, made))
+        mean, std = (row.split(widths(self.pipe.unet)) for row in kept)
         return ActivationStatistics(mean, std, len(captions), value_layer_hash(self.pipe.unet))
 
     def observe(self, captions: Sequence[str], measures: Sequence[tuple[Any, ...]]) -> list[list[Any]]:

@@ -1,4 +1,4 @@
-"""A localization of many prompts that is killed, again and again, ends with the table of one that was not."""
+"""A localization of many prompts that is killed ends with the table of one that was not."""
 
 import os
 import subprocess
@@ -34,17 +34,16 @@ def test_a_killed_localization_continues(random_model_folder, tmp_path):
     killed.mkdir()
     localization_run.run(random_model_folder, whole)
     assert computed(whole) == localization_run.PROMPTS
-    for enough in (1, 3):
-        process = start(random_model_folder, killed)
-        while finished(killed) < enough and process.poll() is None:
-            time.sleep(0.005)
-        process.kill()
-        assert process.wait() == -9
-        assert enough <= finished(killed) < len(localization_run.PROMPTS)
-        assert not (killed / "table.csv").exists()
+    process = start(random_model_folder, killed)
+    while finished(killed) < 2 and process.poll() is None:
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -9
+    assert not (killed / "table.csv").exists()
     done, before = finished(killed), len(computed(killed))
-    # Only what was under way when a run was killed is done twice.
-    assert before <= done + 2
+    assert 2 <= done < len(localization_run.PROMPTS)
+    # Only what was under way when the run was killed is done twice.
+    assert before <= done + 1
     localization_run.run(random_model_folder, killed)
     assert computed(killed)[before:] == localization_run.PROMPTS[done:]
     assert (killed / "table.csv").read_bytes() == (whole / "table.csv").read_bytes()

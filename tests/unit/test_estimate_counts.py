@@ -28,6 +28,7 @@ def profile(tmp_path_factory, random_model_folder):
         "model": str(random_model_folder),
         "search": {"theta_start": 1000.0, "theta_min": 999.0, "theta_step": 1.0, "k_start": 1, "k_max": 1},
         "detection": {"samples": 3},
+        "generation": SMALL["generation"] | {"batch_size": 16},
         "limits": {"ladder": 0},
         "holdout_size": 4,
         "threshold_prompts": 3,

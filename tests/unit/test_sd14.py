@@ -27,8 +27,7 @@ pytestmark = pytest.mark.slow
 def profile(tmp_path_factory):
     folder = save_narrow_architecture(tmp_path_factory.mktemp("narrow"), side=48)
     dry = load_profile("sd14-dryrun")
-    whole = replace(dry.generation, side=None)
-    return replace(dry, name="narrow", model=f"random:{folder}", dtype="float32", generation=whole)
+    return replace(dry, name="narrow", model=f"random:{folder}", dtype="float32")
 
 
 @pytest.fixture(scope="module")

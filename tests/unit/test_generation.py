@@ -43,21 +43,6 @@ def test_an_image_does_not_depend_on_its_batch_but_on_its_seed(random_pipe, imag
     assert not same(made(random_pipe, settings=dataclasses.replace(SETTINGS, seed=3)), images)
 
 
-@pytest.mark.parametrize("guidance", [0.0, 7.0])
-def test_each_prompt_has_its_neurons_and_the_model_stays(random_pipe, guidance):
-    settings = dataclasses.replace(SETTINGS, guidance=guidance)
-    before, off = (
-        made(random_pipe, settings=settings),
-        made(random_pipe, settings=settings, mitigation=DeactivatedNeurons(FULL)),
-    )
-    assert not same(off, before)
-    mixed = made(random_pipe, settings=settings, mitigation=DeactivatedNeurons(MIXED))
-    assert same(mixed[0], before[0])
-    assert same(mixed[1], off[1])
-    assert same(made(random_pipe, settings=settings, mitigation=DeactivatedNeurons(FULL, 1.0)), before)
-    assert np.array_equal(made(random_pipe, settings=settings), before)
-
-
 def test_the_progress_bar_of_the_pipeline_is_as_before(random_pipe, capsys):
     random_pipe.set_progress_bar_config(desc="mine")
     try:

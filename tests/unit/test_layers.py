@@ -141,16 +141,6 @@ def test_values_are_scaled_and_others_stay(random_pipe, factor):
         assert torch.equal(after[..., others], before[..., others])
 
 
-@pytest.mark.parametrize("halves", [1, 2])
-def test_one_set_per_sample_in_both_halves_of_guidance(random_pipe, halves):
-    latents, prompts = LATENTS.repeat(halves, 1, 1, 1), ("", "", "a", "b c")[-2 * halves :]
-    with scale_neurons(random_pipe.unet, [FIRST, SECOND]):
-        both = noise(random_pipe, latents, prompts)
-    for row, neurons in enumerate((FIRST, SECOND) * halves):
-        with scale_neurons(random_pipe.unet, neurons):
-            torch.testing.assert_close(both[row], noise(random_pipe, latents, prompts)[row], atol=1e-5, rtol=0)
-
-
 def test_contexts_nest_and_leave_the_hooks_of_others(random_pipe):
     layer = value_layers(random_pipe.unet)[0].module
     with layer.register_forward_hook(lambda module, args, output: None):

@@ -231,7 +231,7 @@ class Run:
             found = activation_statistics(self.pipe, captions, progress=self.progress)
             return torch.stack([torch.cat(found.mean), torch.cat(found.std)]).numpy()
 
-        kept = torch.from_numpy(self._once("statistics", key, made))
+        kept = torch.tensor(self._once("statistics", key, made))
         mean, std = (row.split(widths(self.pipe.unet)) for row in kept)
         return ActivationStatistics(mean, std, len(captions), value_layer_hash(self.pipe.unet))
 

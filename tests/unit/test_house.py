@@ -67,3 +67,11 @@ def test_no_module_hands_the_parts_of_a_run_around_or_asks_a_tool(name):
             assert [argument.arg for argument in node.args.args[:2]] != ["pipe", "profile"], node.name
         if isinstance(node, ast.ImportFrom):
             assert (node.module or "").partition(".")[0] != "tools"
+
+
+@pytest.mark.parametrize("name", sorted(name for name in FILES if name.startswith("experiments.")))
+def test_what_is_kept_is_computed_by_modules_that_draw_nothing(name):
+    tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "run.compute"]
+    own = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert not own & {ast.unparse(call.args[0]) for call in calls}, "its key would change with a figure"

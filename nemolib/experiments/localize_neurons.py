@@ -28,7 +28,7 @@ from nemolib.exhibits import (
     rounding,
     share_interval,
 )
-from nemolib.first_step import ALGORITHMS, scoring
+from nemolib.first_step import ALGORITHMS, first_step, scoring
 from nemolib.holdout import z_scores
 from nemolib.layers import value_activations
 from nemolib.localization import by_prompt, localization_table, memorized, neuron_sets

@@ -23,6 +23,7 @@ from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.plots import ROLES, TEXT_WIDTH, image_grid, intervals, legend_below, panels
 from nemolib.prompts import MEMORIZED
+from nemolib.run import PLANTED, WITH_AND_WITHOUT
 from nemolib.store import Grid
 
 if TYPE_CHECKING:
@@ -279,7 +280,7 @@ def _by_kind(texts: Mapping[str, Sequence[str]]) -> str:
 
 def short(setting: str) -> str:
     """Return the name of a setting where there is little room."""
-    return SHORT.get(setting, setting.removesuffix(" (Somepalli)").replace("random ", ""))
+    return SHORT.get(setting, plots.minus(setting.removesuffix(" (Somepalli)").replace("random ", "")))
 
 
 def listed(numbers: Iterable[float]) -> str:
@@ -349,16 +350,22 @@ def settings_figure(table: pd.DataFrame) -> Figure:
 def one_of_each(run: Run, prompts: Sequence[str], settings: Mapping[str, Sequence[Mitigation | None]]) -> Grid:
     """Return the planted image of each memorized prompt and one image for each setting, all of the first seed."""
     made = [run.images(prompts, repeats[0])[:, 0] for repeats in settings.values()]
-    images = np.stack([_planted(run, prompts, like=made[0]), *made], axis=1)
-    return Grid(images, tuple(prompts), ("planted", *settings))
+    images = np.stack([planted(run, prompts, like=made[0]), *made], axis=1)
+    return Grid(images, tuple(prompts), (PLANTED, *settings))
 
 
 @exhibit(
     "", "one image of each setting", "All of one seed. Planted: the image of the training data that the prompt replays."
 )
-def mitigation_images(mitigation_images: Grid) -> Figure:
+def mitigation_images(mitigation_images: Grid, deactivation: pd.DataFrame) -> Figure:
     """Return the grid of `one_of_each` with short names."""
-    return image_grid(replace(mitigation_images, columns=tuple(map(short, mitigation_images.columns))))
+    named = replace(mitigation_images, columns=tuple(map(short, mitigation_images.columns)))
+    return image_grid(named, kinds=_kinds(deactivation))
+
+
+def _kinds(deactivation: pd.DataFrame) -> pd.Series:
+    """Return the kind of each memorized prompt."""
+    return deactivation.set_index("prompt")["kind"]
 
 
 # One neuron, many prompts
@@ -427,25 +434,26 @@ def read_10(single_neurons: pd.DataFrame) -> Iterator[Claim]:
 
 
 @exhibit("Figure 10", "the most shared neuron", _ALONE, read=read_10)
-def figure_10(figure_10: Grid) -> Figure:
+def figure_10(figure_10: Grid, deactivation: pd.DataFrame) -> Figure:
     """Return Fig. 10."""
-    return _without_one(figure_10)
+    return _without_one(figure_10, deactivation)
 
 
 @exhibit("Figure 11", "the second most shared neuron", _ALONE)
-def figure_11(figure_11: Grid) -> Figure:
+def figure_11(figure_11: Grid, deactivation: pd.DataFrame) -> Figure:
     """Return Fig. 11."""
-    return _without_one(figure_11)
+    return _without_one(figure_11, deactivation)
 
 
 @exhibit("Figure 12", "the third most shared neuron", _ALONE)
-def figure_12(figure_12: Grid) -> Figure:
+def figure_12(figure_12: Grid, deactivation: pd.DataFrame) -> Figure:
     """Return Fig. 12."""
-    return _without_one(figure_12)
+    return _without_one(figure_12, deactivation)
 
 
-def _without_one(grid: Grid) -> Figure:
-    return image_grid(grid, counts=[1] * len(grid.rows), halves=("all neurons active", "this neuron deactivated"))
+def _without_one(grid: Grid, deactivation: pd.DataFrame) -> Figure:
+    columns = tuple("this neuron alone off" if name == WITH_AND_WITHOUT[1] else name for name in grid.columns)
+    return image_grid(replace(grid, columns=columns), kinds=_kinds(deactivation))
 
 
 # Prompts that stay memorized
@@ -459,11 +467,11 @@ def staying(run: Run, found: pd.DataFrame, prompts: Sequence[str]) -> Grid:
     if not len(prompts):
         return NO_IMAGES
     made = run.images(prompts, DeactivatedNeurons(by_prompt(memorized(found))))
-    images = np.concatenate([_planted(run, prompts, like=made[:, 0])[:, None], made], axis=1)
-    return Grid(images, tuple(prompts), ("planted", *(f"seed {number}" for number in range(made.shape[1]))))
+    images = np.concatenate([planted(run, prompts, like=made[:, 0])[:, None], made], axis=1)
+    return Grid(images, tuple(prompts), (PLANTED, *[WITH_AND_WITHOUT[1]] * made.shape[1]))
 
 
-def _planted(run: Run, prompts: Sequence[str], *, like: np.ndarray) -> np.ndarray:
+def planted(run: Run, prompts: Sequence[str], *, like: np.ndarray) -> np.ndarray:
     """Return the planted image of memorized prompts, [prompt, height, width, 3], in the size of other images."""
     return np.stack(run.planted_images(run.rows(prompts), size=like.shape[1:3]))
 
@@ -485,9 +493,10 @@ def read_9(deactivation: pd.DataFrame, figure_9: Grid) -> Iterator[Claim]:
     "Figure 9", "prompts that stay most similar to their planted image",
     "Left the planted image, then one image per seed with the neurons of the prompt deactivated.", read=read_9,
 )  # fmt: skip
-def figure_9(figure_9: Grid) -> Figure:
+def figure_9(figure_9: Grid, deactivation: pd.DataFrame) -> Figure:
     """Return Fig. 9."""
-    return image_grid(figure_9)
+    counts = deactivation.set_index("prompt").loc[list(figure_9.rows), "neuron_count"].tolist()
+    return image_grid(figure_9, counts=counts, kinds=_kinds(deactivation))
 
 
 # Unmemorized prompts
@@ -559,8 +568,9 @@ def unmemorized_unharmed(unmemorized_images: pd.DataFrame) -> Figure:
     """Return A_CLIP and D_SSCD of each prompt with all neurons active (across) and without memorization neurons (up)."""
     # One image per prompt has no similarity to others.
     drawn = [name for name in ("a_clip", "d_sscd") if unmemorized_images[f"{name}_before"].notna().any()]
-    looks = {"one": replace(ROLES["unmemorized"], label="without the neurons of one memorized prompt")}
-    looks |= {"all": replace(ROLES["deactivated"], label="without those of all memorized prompts")}
+    number = f", n = {len(unmemorized_images)} prompts"
+    looks = {"one": replace(ROLES["unmemorized"], label=f"without the neurons of one memorized prompt{number}")}
+    looks |= {"all": replace(ROLES["deactivated"], label=f"without those of all memorized prompts{number}")}
     with panels(1, len(drawn), fraction=0.8, aspect=0.6, squeeze=False) as (figure, ((*axes,),)):
         for place, name in zip(axes, drawn, strict=True):
             values = unmemorized_images[[f"{name}_{end}" for end in ("before", *looks)]]
@@ -570,7 +580,7 @@ def unmemorized_unharmed(unmemorized_images: pd.DataFrame) -> Figure:
             for end, look in looks.items():
                 place.plot(values[f"{name}_before"], values[f"{name}_{end}"], **look.line_style(linestyle=""))
             place.set(xlim=limits, ylim=limits, aspect="equal", title=plots.METRICS[name], xlabel=NONE)
-        axes[0].set_ylabel("neurons deactivated")
+        axes[0].set_ylabel("neurons off")
         legend_below(figure, columns=1)
     return figure
 
@@ -650,4 +660,4 @@ def show_unmemorized_quality(unmemorized_quality: pd.DataFrame) -> pd.DataFrame:
 def unmemorized_grid(unmemorized_grid: Grid, unmemorized_quality: pd.DataFrame) -> Figure:
     """Return the images; the box says how many neurons are off."""
     counts = [unmemorized_quality["neurons"].iloc[0]] * len(unmemorized_grid.rows)
-    return image_grid(unmemorized_grid, counts=counts, halves=("all neurons active", "neurons deactivated"))
+    return image_grid(unmemorized_grid, counts=counts)

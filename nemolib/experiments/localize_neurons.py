@@ -463,8 +463,9 @@ def read_3(figure_3: Grid, deactivation: pd.DataFrame) -> Iterator[Claim]:
     "Left with all neurons active, right the same seeds with the memorization neurons of the prompt deactivated; the box "
     "says how many. The prompts are spread evenly over how much copy similarity falls.", read=read_3)  # fmt: skip
 def figure_3(figure_3: Grid, deactivation: pd.DataFrame) -> Figure:
-    counts = deactivation.set_index("prompt").loc[list(figure_3.rows), "neuron_count"]
-    return plots.image_grid(figure_3, counts=counts.tolist(), halves=("all neurons active", "neurons deactivated"))
+    table = deactivation.set_index("prompt")
+    counts = table.loc[list(figure_3.rows), "neuron_count"].tolist()
+    return plots.image_grid(figure_3, counts=counts, kinds=table["kind"])
 
 
 def read_scores(deactivation: pd.DataFrame, search_steps: pd.DataFrame) -> Iterator[Claim]:
@@ -545,15 +546,15 @@ MODELS = {
 """How the two models look."""
 
 PLAIN_QUANTITIES = {
-    "density": "density of\nvalues",
-    "largest_z": "largest |z|\nof a layer",
-    "initial_count": "neurons,\ninitial",
-    "neuron_count": "neurons,\nrefined",
-    "reached_share": "searches that\nreached $\\tau$",
-    "copy_similarity": "copy similarity,\nneurons active",
-    "copy_similarity_deactivated": "copy similarity,\nneurons off",
+    "density": ("density of values", "share"),
+    "largest_z": ("largest |z| of a layer", "sd"),
+    "initial_count": ("initial selection", "neurons"),
+    "neuron_count": ("after refinement", "neurons"),
+    "reached_share": ("reached $\\tau$", "share of searches"),
+    "copy_similarity": ("neurons active", "copy similarity"),
+    "copy_similarity_deactivated": ("neurons off", "copy similarity"),
 }
-"""What is compared, in the order of the panels, and their titles."""
+"""What is compared, in the order of the panels: title and y axis."""
 
 
 def plain_table(run: Run) -> pd.DataFrame:
@@ -575,11 +576,12 @@ def plain_model(plain_model: pd.DataFrame) -> Figure:
     shown = {"vm": "VM", "tm": "TM", "unmemorized": "unmem."}
     with plots.panels(2, 4, aspect=0.6) as (figure, axes):
         *places, last = axes.flat
-        for place, (name, title) in zip(places, PLAIN_QUANTITIES.items(), strict=True):
+        for place, (name, (title, unit)) in zip(places, PLAIN_QUANTITIES.items(), strict=True):
             rows = plain_model[plain_model["quantity"] == name].replace({"kind": shown})
             plots.bars(place, rows, "kind", "value", hue="model", looks=MODELS)
-            place.set(xlabel="", ylabel="")
+            place.set(xlabel="", ylabel=unit)
             place.set_title(title, fontsize=plots.TICK_SIZE)
+            place.yaxis.label.set_size(plots.TICK_SIZE)
             place.tick_params(axis="x", length=0)
         last.set_axis_off()
         last.legend(*places[0].get_legend_handles_labels(), loc="center")

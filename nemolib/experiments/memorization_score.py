@@ -199,14 +199,33 @@ def detection_table(detection: pd.DataFrame) -> pd.DataFrame:
     return shown.assign(confidence=detection["confidence"].fillna(""))
 
 
-@exhibit("", "ROC curves of the scores",
-    "VM and TM prompts together against unmemorized ones. Dashed line: false positive rate 1 %.")  # fmt: skip
+def rung_aurocs(scores: pd.DataFrame) -> pd.DataFrame:
+    """Return the AUROC of each rung of the duplication ladder against unmemorized prompts: copies (rows) by score."""
+    clean = scores[scores["kind"] == "unmemorized"]
+    rungs = scores[scores["kind"] == "ladder"].groupby("copies")
+    return pd.DataFrame({score: rungs[score].agg(metrics.auroc, unmemorized=clean[score]) for score in SCORES})
+
+
+@exhibit("", "where the scores err",
+    "Where some of the scores err on VM and TM prompts: their ROC curves, all these prompts against unmemorized ones; dashed line: "
+    "false positive rate 1 %. Where none errs: the same for prompts of the duplication ladder, the AUROC of each rung (dotted: chance).")  # fmt: skip
 def detection_roc(scores: pd.DataFrame) -> Figure:
     from sklearn.metrics import roc_curve
 
     known = pd.concat(of_kinds(scores, "scores", *KINDS).values())
     clean = known["kind"] == "unmemorized"
     smallest = 1 / (2 * clean.sum())
+    rungs, count = rung_aurocs(scores), (scores["kind"] == "ladder").sum()
+    if len(rungs) and all(metrics.auroc(known.loc[~clean, score], known.loc[clean, score]) == 1 for score in SCORES):
+        with plots.panels(fraction=0.6) as (figure, axes):
+            for score, (label, color, line) in SCORES.items():
+                axes.plot(rungs.index, rungs[score], "o", color=color, linestyle=line, label=label, markersize=3)
+            axes.axhline(0.5, color=plots.GREY, linewidth=plots.LINE, linestyle=":")
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(rungs.index, [f"{copies:g}" for copies in rungs.index])
+            axes.set(ylabel="AUROC", xlabel=f"copies in training (n = {count} prompts, {clean.sum()} unmemorized)")
+            axes.legend(loc="lower right")
+        return figure
     with plots.panels(fraction=0.5, aspect=0.9) as (figure, axes):
         axes.axvline(0.01, color=plots.GREY, linewidth=plots.LINE, linestyle="--")
         for score, (label, color, line) in SCORES.items():

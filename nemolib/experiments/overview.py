@@ -9,10 +9,9 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from nemolib.exhibits import Claim, NotEnough, exhibit
-from nemolib.plots import GREY, LABEL_SIZE, LINE, ROLES, TEXT_WIDTH, TICK_SIZE, neurips
+from nemolib.plots import GREY, LABEL_SIZE, LINE, ROLES, TEXT_WIDTH, TICK_SIZE, Figure, neurips, picture
 from nemolib.store import Grid
 
 NOTEBOOK = "03_localize_neurons"
@@ -101,7 +100,7 @@ def _title(figure: Figure, x: float, y: float, letter: str, text: str) -> None:
 
 def _picture(figure: Figure, image: np.ndarray, left: float, bottom: float, side: float, color: str = "none") -> None:
     axes = _axes(figure, left, bottom, side, side * image.shape[0] / image.shape[1])
-    axes.imshow(image)
+    picture(axes, image)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set(visible=color != "none", color=color, linewidth=2 * LINE)
 

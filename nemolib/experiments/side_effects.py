@@ -22,7 +22,7 @@ from matplotlib.ticker import NullLocator
 from nemolib import metrics, paper, plots
 from nemolib.batching import batches
 from nemolib.exhibits import Claim, effect, exhibit, must
-from nemolib.experiments.deactivate_neurons import NO_IMAGES, listed, measured, under_one_bar
+from nemolib.experiments.deactivate_neurons import NO_IMAGES, listed, measured, planted, under_one_bar
 from nemolib.first_step import first_step
 from nemolib.layers import Layer, collect_outputs, cross_attention_layers, down_convolutions, spread, widths
 from nemolib.localization import memorized, neuron_sets
@@ -31,6 +31,7 @@ from nemolib.mitigation import DeactivatedNeurons, switched_off
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.prompts import load_prompts
+from nemolib.run import PLANTED
 from nemolib.seeding import stream
 from nemolib.settings import DetectionSettings, GenerationSettings, Protocol, settings_of
 from nemolib.store import Grid
@@ -424,13 +425,15 @@ def layer_grid(run: Run, prompts: Sequence[str], layers: Sequence[Layer]) -> Gri
         layers: The layers.
 
     Returns:
-        Rows are prompts; columns ``none`` (the untouched model), then the numbers of the layers. `NO_IMAGES` without prompts.
+        Rows are prompts; columns ``planted``, ``none`` (the untouched model), then the numbers of the layers. `NO_IMAGES`
+        without prompts.
     """
     if not prompts:
         return NO_IMAGES
     settings = [None, *map(switched_off, layers)]
     made = [run.images(prompts, mitigation, settings=few_images(run))[:, 0] for mitigation in settings]
-    return Grid(np.stack(made, axis=1), tuple(prompts), ("none", *(str(layer.number) for layer in layers)))
+    images = np.stack([planted(run, prompts, like=made[0]), *made], axis=1)
+    return Grid(images, tuple(prompts), (PLANTED, "none", *(str(layer.number) for layer in layers)))
 
 
 # What the paper says, and what we found
@@ -561,8 +564,8 @@ def _plus_minus(mean: float, deviation: float, sign: str = "") -> str:
 
 @exhibit(
     "Figure 5a", "image quality against the number of blocked neurons",
-    "Distance of images of unmemorized prompts from other images of the untouched model; mean and standard deviation over splits of "
-    "the seeds (and draws of random neurons). Dotted, with its band: the untouched model compared with itself. With few images "
+    "Distance of images of unmemorized prompts from other images of the untouched model; bars: mean ± one standard deviation over "
+    "splits of the seeds (and draws of random neurons). Dotted, with its band: the untouched model compared with itself. With few images "
     "the distances are far too large: only points of one panel can be compared.",
     read=read_quality,
 )  # fmt: skip
@@ -572,14 +575,18 @@ def figure_5a(blocked_quality: pd.DataFrame) -> Figure:
 
 @exhibit(
     "Figure 8", "FID, CLIP-FID and KID against the number of blocked neurons",
-    "As Figure 5a, whose claim it shares. Which encoder gave the features stands in the table of the numbers; where there is "
-    "one, CLIP-FID is FID.",
+    "As Figure 5a, whose claim it shares. Where one encoder gives the features of both, CLIP-FID is FID and is drawn once.",
 )  # fmt: skip
 def figure_8(blocked_quality: pd.DataFrame) -> Figure:
-    return _draw_quality(quality_summary(blocked_quality), list(QUALITY), aspect=0.38)
+    summary = quality_summary(blocked_quality)
+    same = summary.groupby("metric")["encoder"].first()[["fid", "clip_fid"]].nunique() == 1
+    chosen = [name for name in QUALITY if not (same and name == "clip_fid")]
+    return _draw_quality(summary, chosen, aspect=0.38, titles={"fid": "FID (CLIP-FID is the same)"} if same else {})
 
 
-def _draw_quality(summary: pd.DataFrame, chosen: list[str], *, aspect: float) -> Figure:
+def _draw_quality(
+    summary: pd.DataFrame, chosen: list[str], *, aspect: float, titles: Mapping[str, str] | None = None
+) -> Figure:
     """Return a panel for each metric; random neurons stand a little to the right, so that intervals can be told apart."""
     frequent = plots.ROLES["deactivated"].line_style(linestyle="-", label="most frequent memorization neurons")
     other = plots.Role("random other neurons", "0.4", "o", "--", "").line_style(markerfacecolor="white")
@@ -595,7 +602,10 @@ def _draw_quality(summary: pd.DataFrame, chosen: list[str], *, aspect: float) ->
                 place.set_xscale("log")
                 place.set_xticks(part["asked"], [str(count) for count in part["asked"]])
                 place.xaxis.set_minor_locator(NullLocator())
-            place.set(xlabel="blocked neurons", title=QUALITY[metric])
+            place.set(
+                xlabel="blocked neurons", ylabel="distance", title=(titles or QUALITY).get(metric, QUALITY[metric])
+            )
+        figure.suptitle(f"n = {summary['images'].max()} images in each half", fontsize=plots.TICK_SIZE)
         plots.legend_below(figure)
     return figure
 
@@ -669,7 +679,8 @@ def _draw_layers(effects: pd.DataFrame, parts: list[str], chosen: list[str]) -> 
             _draw_part(place, effects, part, metric)
             place.set_xlabel("cross-attention layer" if part in STRONG else "convolution of the down blocks")
             place.set_ylabel("" if part == "key" else plots.METRICS[metric])
-            place.set_title(f"{part} layers set to zero" if part in STRONG else "", pad=14)
+            place.set_title(f"n = {effects['prompt'].nunique()} prompts", fontsize=plots.TICK_SIZE, loc="right", pad=14)
+            place.set_title(f"{part} layers set to zero" if part in STRONG else "", pad=14, loc="left")
         plots.legend_below(figure)
     return figure
 
@@ -682,7 +693,7 @@ def _draw_part(axes: Axes, effects: pd.DataFrame, part: str, metric: str) -> Non
         return
     medians = rows.groupby("layer")[metric].median()
     base = effects.loc[effects["part"] == UNTOUCHED, metric].median()
-    small = {"linestyle": "", "markersize": 2, "alpha": 0.5, "markeredgewidth": 0}
+    small = {"linestyle": "", "markersize": 3.5, "alpha": 0.6, "markeredgewidth": 0}
     axes.axhline(base, color="black", linestyle=":", label="untouched model, median")
     axes.plot(rows["layer"], rows[metric], **look.line_style(label="a prompt, layer switched off", **small))
     axes.plot(medians.index, medians, "D-", color="black", markersize=3.5, linewidth=0.6, label="median over prompts")
@@ -697,8 +708,8 @@ def _draw_part(axes: Axes, effects: pd.DataFrame, part: str, metric: str) -> Non
 
 
 ONE_SEED = (
-    "A row is a memorized prompt, all images are of one seed. none: the untouched model, which replays the training image; a number: "
-    "the layer of that number, counted as an image passes them, is switched off."
+    "A row is a VM prompt, all images are of one seed. Planted: the training image; none: the untouched model; a number: the layer "
+    "of that number, counted as an image passes them, is switched off."
 )
 """Caption of the images."""
 
@@ -713,6 +724,10 @@ def figure_19(figure_19: Grid) -> Figure:
     return plots.image_grid(figure_19)
 
 
-@exhibit("Figure 20", "images with half of each convolution blocked", ONE_SEED)
+@exhibit("Figure 20", "images with half of each convolution blocked", f"{ONE_SEED} Some of the layers, evenly spread.")
 def figure_20(figure_20: Grid) -> Figure:
-    return plots.image_grid(figure_20)
+    """Return Fig. 20 with as many layers as can be seen."""
+    layers = range(2, len(figure_20.columns))
+    places = [0, 1, *spread(layers, 6)]
+    columns = tuple(figure_20.columns[place] for place in places)
+    return plots.image_grid(replace(figure_20, images=figure_20.images[:, places], columns=columns))

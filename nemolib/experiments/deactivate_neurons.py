@@ -661,3 +661,30 @@ def unmemorized_grid(unmemorized_grid: Grid, unmemorized_quality: pd.DataFrame) 
     """Return the images; the box says how many neurons are off."""
     counts = [unmemorized_quality["neurons"].iloc[0]] * len(unmemorized_grid.rows)
     return image_grid(unmemorized_grid, counts=counts)
+
+
+# Exercises
+
+
+def breaks_at(run: Run, factors: Sequence[float] = (1.0, 0.75, 0.5, 0.25, 0.0)) -> float:
+    """Return the largest factor with which the first VM prompt keeps less than half of its copy similarity; 1: none."""
+    row = run.prompts("vm").head(1)
+    (found,) = run.search(row["caption"].tolist())
+    copies = [run.measure(row, DeactivatedNeurons(found.neurons, factor))["sscd_orig"][0] for factor in factors]
+    return next((factor for factor, copy in zip(factors, copies, strict=True) if copy < copies[0] / 2), 1)
+
+
+def same_lowest(mitigations: pd.DataFrame) -> bool:
+    """Return whether median and maximum over seeds name the same setting as that with the lowest SSCD_Orig of VM prompts."""
+    vm = mitigations.query("kind == 'vm'").groupby("setting")[["sscd_orig", "sscd_orig_max"]].median()
+    return vm.idxmin().nunique() == 1
+
+
+EXERCISES = {
+    "04.1": lambda run: run.measure(
+        run.prompts("vm").head(1), AttentionScaling(replace(run.profile.mitigation.ren, c1=2.0, mask="none"))
+    )["sscd_orig"][0],
+    "04.2": lambda run: "no" if same_lowest(run.load("mitigations")) else "yes",
+    "04.3": breaks_at,
+}
+"""The right answers of the exercises of notebook 04 (`nemolib.exercises.check`)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
@@ -11,8 +12,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from nemolib.exhibits import Claim, NotEnough, exhibit
+from nemolib.experiments.deactivate_neurons import NEMO, NONE
 from nemolib.plots import GREY, LABEL_SIZE, LINE, ROLES, TEXT_WIDTH, TICK_SIZE, Figure, neurips, picture
 from nemolib.store import Grid
+
+if TYPE_CHECKING:
+    from nemolib.run import Run
 
 NOTEBOOK = "03_localize_neurons"
 
@@ -181,3 +186,18 @@ def _deactivation(figure: Figure, halves: Sequence[np.ndarray], number: int) -> 
         for seed, image in enumerate(images[:seeds]):
             _picture(figure, image, left + seed * (side + 0.03), bottom, side)
         _text(figure, left, bottom + side + 0.03, text, color=GREY)
+
+
+# Exercises of notebook 06, which looks at all experiments together
+
+
+def _vm(run: Run, setting: str) -> pd.Series:
+    return run.load("table_1").query("kind == 'vm'").set_index("setting").loc[setting]
+
+
+EXERCISES = {
+    "06.1": lambda run: _vm(run, NONE)["sscd_orig"] / _vm(run, NEMO)["sscd_orig"],
+    "06.2": lambda run: "yes" if _vm(run, NEMO)["sscd_orig_high"] <= _vm(run, NONE)["sscd_orig"] / 2 else "no",
+    "06.3": lambda run: lambda answer: str(answer).lower().strip() in ("hatch", "hatches", "hatching", "pattern"),
+}
+"""The right answers (`nemolib.exercises.check`)."""

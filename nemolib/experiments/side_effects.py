@@ -27,7 +27,7 @@ from nemolib.first_step import first_step
 from nemolib.layers import Layer, collect_outputs, cross_attention_layers, down_convolutions, spread, widths
 from nemolib.localization import memorized, neuron_sets
 from nemolib.metrics import MEMORIZED_ABOVE
-from nemolib.mitigation import DeactivatedNeurons, switched_off
+from nemolib.mitigation import DeactivatedNeurons, SwitchedOffLayers, switched_off
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.prompts import load_prompts
@@ -491,7 +491,7 @@ def read_16(layer_effects: pd.DataFrame) -> Iterator[Claim]:
             len(found) if _comparable(summary) else np.nan,
             f"how many of these are among the two that lower SSCD_Orig most ({COMPARED})",
             at_least=2,
-            ours=_lowest(summary, part),
+            ours=lowest(summary, part),
             paper="the other layers hardly matter alone (no numbers)",
             n=_prompts(layer_effects),
         )
@@ -522,7 +522,7 @@ def read_20(layer_effects: pd.DataFrame) -> Iterator[Claim]:
         kept if (rows["sscd_orig_untouched"] > MEMORIZED_ABOVE).any() else np.nan,
         "share of SSCD_Orig that stays with half of one blocked, median over the convolutions, where there are copies",
         at_least=KEPT,
-        ours=f"SSCD_Orig {_lowest(rows, 'convolution')}; {listed([aligned])} of A_CLIP stays",
+        ours=f"SSCD_Orig {lowest(rows, 'convolution')}; {listed([aligned])} of A_CLIP stays",
         paper="still memorized; quality suffers for early layers (images, no numbers)",
         n=f"{_prompts(layer_effects)}, {len(rows)} convolutions",
     )
@@ -542,15 +542,15 @@ def _comparable(summary: pd.DataFrame) -> bool:
     return all(set(strong) <= set(known.loc[known["part"] == part, "layer"]) for part, strong in STRONG.items())
 
 
-def _lowest(summary: pd.DataFrame, part: str) -> str:
+def lowest(summary: pd.DataFrame, part: str) -> str:
     """Return which two layers of a part lower the similarity to the planted image most."""
     rows = strongest(summary, part)
     if rows.empty:
         return "not known, since no prompt has a planted image"
-    lowest = [
+    named = [
         f"{layer} ({block}, {value:.2f})" for layer, block, value in rows[["layer", "block", "sscd_orig"]].to_numpy()
     ]
-    return f"{rows['sscd_orig_untouched'].iloc[0]:.2f} untouched, lowest with layers {' and '.join(lowest)}"
+    return f"{rows['sscd_orig_untouched'].iloc[0]:.2f} untouched, lowest with layers {' and '.join(named)}"
 
 
 def _plus_minus(mean: float, deviation: float, sign: str = "") -> str:
@@ -731,3 +731,32 @@ def figure_20(figure_20: Grid) -> Figure:
     places = [0, 1, *spread(layers, 6)]
     columns = tuple(figure_20.columns[place] for place in places)
     return plots.image_grid(replace(figure_20, images=figure_20.images[:, places], columns=columns))
+
+
+# Exercises of notebook 05
+
+
+def _kept_neurons(run: Run) -> float:
+    """Return which share of the default's neurons the lowest threshold finds too, median over VM prompts."""
+    found, levels = run.load("ablation_searches").query("kind == 'vm'"), run.load("ablation_levels")
+    alike = found[found["initial_threshold"] == found["refinement_threshold"]]
+    alike = alike[~alike["setting"].str.startswith(("no ", "guidance"))].set_index(["prompt", "initial_threshold"])
+    own, lowest = float(levels.loc[levels["default"], "threshold"].iloc[0]), levels["threshold"].min()
+    pairs = [neuron_sets(alike.loc[[(prompt, own), (prompt, lowest)]]) for prompt in alike.index.unique(level=0)]
+    return float(np.median([len(mine & other) / len(mine) for mine, other in pairs if mine]))
+
+
+def _forgets_at(run: Run, shares: Sequence[float] = (0.25, 0.5, 0.75, 1)) -> float:
+    """Return the smallest share of the first convolution without which the first VM prompt has no copy; 0: none."""
+    row, first = run.prompts("vm").head(1), down_convolutions(run.pipe.unet)[0].name
+    items = [None, *(SwitchedOffLayers((first,), share) for share in shares)]
+    whole, *left = (run.measure(row, item, settings=few_images(run))["sscd_orig"][0] for item in items)
+    return next((share for share, copy in zip(shares, left, strict=True) if copy < whole / 2), 0)
+
+
+EXERCISES = {
+    "05.1": _kept_neurons,
+    "05.2": lambda run: lambda answer: 0 <= answer <= 1,
+    "05.3": _forgets_at,
+}
+"""The right answers (`nemolib.exercises.check`)."""

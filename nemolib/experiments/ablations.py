@@ -406,7 +406,7 @@ def read_ladder(neuron_ladder: pd.DataFrame) -> Iterator[Claim]:
 
 @exhibit(
     "Table 4", "what each part of the method contributes",
-    "Median ± median absolute deviation over prompts, columns as in Table 1. Thresholds: that of the initial selection and of "
+    "Median ± median absolute deviation over prompts, in brackets the paper's, columns as in Table 1. Thresholds: that of the initial selection and of "
     "the refinement; the same seeds take part in all of them. No refinement: the initial selection alone. No top-k: without the "
     "most active neurons of each layer. Factors scale the neurons of the default. The paper's guidance is 7, ours that of the generation.",
     read=read_table_4,

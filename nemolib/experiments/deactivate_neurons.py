@@ -182,14 +182,20 @@ def medians(values: pd.DataFrame, reported: pd.DataFrame | None = None) -> pd.Da
 
 
 def shown_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a table of `medians` as it is shown: median ± median absolute deviation as text, ours and the paper's."""
-    shares = ["" if np.isnan(share) else f"{share:.0%}" for share in table["memorized"]]
-    columns = {"setting": table["setting"], "prompts": table["kind"].str.upper(), "copies": shares}
+    """Return a table of `medians` as it is shown: median ± median absolute deviation as text, in brackets the paper's."""
+    pairs = zip(table["setting"], table["kind"], strict=True)
+    columns = {"setting": [f"{plots.minus(name)}: {KINDS[kind]}" for name, kind in pairs]}
+    columns["copies"] = ["" if np.isnan(share) else f"{share:.0%}" for share in table["memorized"]]
     for name, label in NAMES.items():
         digits = 1 if name == "neurons" else 2
-        for end, title in (("", label), ("_paper", f"{label} (paper)")):
-            pairs = zip(table[f"{name}{end}"], table[f"{name}{end}_mad"], strict=True)
-            columns[title] = ["" if np.isnan(mid) else f"{mid:.{digits}f} ± {mad:.{digits}f}" for mid, mad in pairs]
+        ours, theirs = (
+            [
+                f"{mid:.{digits}f} ± {mad:.{digits}f}" if mid == mid else ""
+                for mid, mad in table[[f"{name}{end}", f"{name}{end}_mad"]].to_numpy()
+            ]
+            for end in ("", "_paper")
+        )
+        columns[label] = [f"{one} [{other}]" if other else one for one, other in zip(ours, theirs, strict=True)]
     return pd.DataFrame(columns)
 
 
@@ -317,7 +323,7 @@ def read_table_1(table_1: pd.DataFrame) -> Iterator[Claim]:
 
 @exhibit(
     "Table 1", "every mitigation on the same seeds",
-    "Median ± median absolute deviation over prompts. SSCD_Orig: similarity to the planted image; SSCD_Gen: to the untouched "
+    "Median ± median absolute deviation over prompts, in brackets the paper's. SSCD_Orig: similarity to the planted image; SSCD_Gen: to the untouched "
     "model's image of the same seed; D_SSCD: of two images of the prompt; A_CLIP: of image and prompt. Copies: share of prompts "
     "with an image whose SSCD_Orig is above 0.7. The paper's numbers are of Stable Diffusion, with SSCD and CLIP.",
     read=read_table_1,

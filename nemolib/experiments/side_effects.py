@@ -555,8 +555,8 @@ def lowest(summary: pd.DataFrame, part: str) -> str:
 
 def _plus_minus(mean: float, deviation: float, sign: str = "") -> str:
     """Return a mean and its standard deviation as text, the mean alone where there is no other."""
-    shown = "–" if np.isnan(mean) else f"{mean:{sign}.3f}"
-    return shown if np.isnan(deviation) else f"{shown} ± {deviation:.3f}"
+    shown = "–" if np.isnan(mean) else f"{mean:{sign}.3g}".replace("-", "−")
+    return shown if np.isnan(deviation) else f"{shown} ± {deviation:.3g}"
 
 
 # Figures and tables
@@ -612,36 +612,37 @@ def _draw_quality(
 
 @exhibit(
     "", "Figure 8 in numbers",
-    "images: in each of the two sets that are compared. change: from the untouched model in the same split. sd: standard deviation "
-    "over splits of the seeds (and draws); splits share images, so that it is rather too small.",
+    "Neurons: how many were blocked, of how many asked for, where a layer has no more. Images: in each of the two sets that are compared. "
+    "Change: from the untouched model in the same split. ±: standard deviation over splits of the seeds (and draws); splits share images, so that "
+    "it is rather too small.",
 )  # fmt: skip
 def show_blocked_quality(blocked_quality: pd.DataFrame) -> pd.DataFrame:
     rows = [
-        (row.setting, row.asked, f"{row.neurons:g}", QUALITY[row.metric], row.encoder, row.images,
-         _plus_minus(row.mean, row.sd), _plus_minus(row.change, row.change_sd, "+") if row.setting != UNTOUCHED else "")
+        (row.setting, f"{row.neurons:g}" if row.neurons == row.asked else f"{row.neurons:g} of {row.asked}",
+         f"{QUALITY[row.metric]}, {row.encoder}", row.images, _plus_minus(row.mean, row.sd),
+         _plus_minus(row.change, row.change_sd, "+") if row.setting != UNTOUCHED else "")
         for row in quality_summary(blocked_quality).itertuples()
     ]  # fmt: skip
-    names = ["blocked", "asked for", "neurons", "metric", "features", "images", "mean ± sd", "change ± sd"]
-    return pd.DataFrame(rows, columns=names)
+    return pd.DataFrame(rows, columns=["blocked", "neurons", "metric, features", "images", "mean ± sd", "change ± sd"])
 
 
 @exhibit(
     "Table 3", "outputs of cross-attention blocks with blocked neurons",
     "Cosine of the output with blocked neurons and untouched, first denoising step, mean over unmemorized prompts and seeds (and "
-    "draws of random neurons). block: the whole output, with residual connections; cross-attention: its own part alone. asked: "
-    "how many neurons were to be blocked; neurons: how many were. The paper does not say what exactly it compares; its values "
-    "stand beside the whole block.",
+    "draws of random neurons); in brackets the paper's lowest. Block: the whole output, with residual connections; cross-attention: its own part "
+    "alone. The paper does not say what exactly it compares; its values stand beside the whole block.",
     read=read_table_3,
 )  # fmt: skip
 def table_3(block_similarity: pd.DataFrame) -> pd.DataFrame:
     rows, order = [], block_similarity.sort_values("output", kind="stable")
-    for (output, setting, asked), part in order.groupby(["output", "setting", "asked"], sort=False):
+    for (output, setting, _), part in order.groupby(["output", "setting", "asked"], sort=False):
         means = part.groupby(["layer", "block"])["cosine"].mean()
-        labels = {"output": output, "setting": setting, "asked": asked, "neurons": f"{part['neurons'].mean():g}"}
-        texts = {f"{layer} {block}": f"{cosine:.3f}" for (layer, block), cosine in means.items()}
-        reported = f"{COSINES[setting].value:g}" if output == "block" else ""
-        rows.append(labels | texts | {"lowest, ours": f"{means.min():.3f}", "lowest, paper": reported})
-    return pd.DataFrame(rows)
+        reported = f" [{COSINES[setting].value:g}]" if output == "block" else ""
+        where, neurons = "{} ({})".format(*means.idxmin()), f"{part['neurons'].mean():g}"
+        texts = [f"{value:.3f}" for value in (means.min(), means.median(), means.max())]
+        rows.append((output, setting, neurons, texts[0] + reported, where, *texts[1:]))
+    names = ["output", "blocked", "neurons", "lowest of the blocks", "in block", "median of the blocks", "highest"]
+    return pd.DataFrame(rows, columns=names)
 
 
 @exhibit(

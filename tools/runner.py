@@ -23,7 +23,6 @@ from jupyter_client.manager import AsyncKernelManager
 
 from nemolib.settings import ProfileError, load_profile
 
-
 BAR = re.compile(r"\d%\|[ #\u2588-\u258f]*\|")
 """What a progress bar leaves in an output."""
 

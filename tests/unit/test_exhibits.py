@@ -48,7 +48,7 @@ def kept(name):
             kept("scores").query("kind == 'unmemorized'")["caption"].iloc[0],
         ]
     images = np.random.default_rng(0).integers(0, 255, (2, 4, 8, 8, 3), dtype=np.uint8)
-    return Grid(images, tuple(captions), ("seed 0", "seed 1") * 2)
+    return Grid(images, tuple(captions), ("planted", "on", "off", "off"))
 
 
 def sources(item):

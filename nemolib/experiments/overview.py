@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from nemolib.exhibits import Claim, NotEnough, exhibit
 from nemolib.experiments.deactivate_neurons import NEMO, NONE
 from nemolib.plots import GREY, LABEL_SIZE, LINE, ROLES, TEXT_WIDTH, TICK_SIZE, Figure, neurips, picture
+from nemolib.run import WITH_AND_WITHOUT
 from nemolib.store import Grid
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def figure_1(
     # Where a neuron is in its layer, from 0 to 1.
     across = (overview["neuron"] + 0.5) / (overview.groupby("layer")["neuron"].transform("max") + 1)
     neurons = overview.assign(across=across)
-    halves = np.split(overview_images.images[0], 2)
+    columns = np.array(overview_images.columns)
+    halves = [overview_images.images[0, columns == name] for name in WITH_AND_WITHOUT]
     # The first column of the samples is the planted image, which an unmemorized prompt does not have.
     images = halves[0][0], samples.images[samples.rows.index(both.index[1]), 1]
     maps = [noise_differences.images[noise_differences.rows.index(name)][:SHOWN] for name in both.index]

@@ -89,7 +89,7 @@ class Claim:
         )
         if self.holds is not None:
             parts.append(f"**{self.verdict}** ({self.rule})" if self.rule else f"**{self.verdict}**")
-        return "; ".join(parts)
+        return plots.minus("; ".join(parts))
 
 
 def must(
@@ -373,7 +373,7 @@ _ESCAPED = str.maketrans({"|": "\\|", "$": "\\$", "\n": " ", "\r": " "})
 
 def markdown(table: pd.DataFrame) -> str:
     """Return a table in Markdown; numbers stand as they are, so round before."""
-    shown = table.map(lambda value: "" if pd.isna(value) else str(value).translate(_ESCAPED))
+    shown = table.map(lambda value: "" if pd.isna(value) else plots.minus(str(value)).translate(_ESCAPED))
     return shown.to_markdown(index=False, disable_numparse=True)
 
 
@@ -432,7 +432,7 @@ def rounded(table: pd.DataFrame) -> pd.DataFrame:
     def text(value: Any) -> str:
         if pd.isna(value):
             return ""
-        return f"{value:,.3g}" if isinstance(value, float) and abs(value) < 1000 else f"{value}"
+        return plots.minus(f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else f"{value}")
 
     return table.map(text)
 
@@ -531,7 +531,7 @@ def write_page(page: Sequence[Rendered], run: Run) -> dict[str, Path]:
 
     title, table = f"Figures and tables: profile {run.profile.name}", claim_table(page)
     contents = {"csv": table.to_csv(index=False, lineterminator="\n"), "md": markdown(table) + "\n"}
-    _written(run, "claims", contents | {"html": html(table, "claims") + "\n"})
+    _written(run, "claims", contents | {"html": html(rounded(table), "claims") + "\n"})
     text = "\n\n".join([f"# {title}", *_sections(page, run.profile.name)]) + "\n"
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     return _written(run, "index", {"md": text, "html": _PAGE.format(title=title, body=body)})

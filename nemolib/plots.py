@@ -11,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import matplotlib as mpl
@@ -22,7 +24,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
-from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import PercentFormatter
 from tueplots import figsizes, fontsizes
 
@@ -44,7 +46,25 @@ LINE = 0.6
 GREY = "0.35"
 
 FONTS = ["STIXGeneral", "DejaVu Serif"]
-"""A Times-like font that comes with matplotlib, so that a figure has the same bytes on every machine."""
+"""A Times-like font that comes with matplotlib, so that a figure has the same bytes on every machine; for print."""
+
+SCREEN_FONT, SCREEN_SCALE, SCREEN_DPI = "DejaVu Sans", 0.86, 220
+"""What takes its place on a screen, with letters that are larger at the same size; and pixels in an inch, of images 0.6 of it."""
+
+
+class Figure(mpl.figure.Figure):
+    """A figure that shows itself in a notebook as it is made for a screen: twice the pixels, without serifs."""
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import Image, display
+
+        dpi = SCREEN_DPI * (0.6 if any(axes.images for axes in self.axes) else 1)
+        display(Image(_png(self, dpi), format="png", width=round(130 * self.get_figwidth())))
+
+
+def minus(text: str) -> str:
+    """Return a text with true minus signs."""
+    return re.sub(r"(^|[\s(\[])-(?=[\s\d])", "\\1−", text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +77,19 @@ class Role:
     line: Any
     hatch: str
 
+    @property
+    def short(self) -> str:
+        """The label where there is little room: what stands in brackets, if anything does."""
+        return self.label.partition("(")[2].rstrip(")") or self.label
+
     def line_style(self, **changes: Any) -> dict[str, Any]:
         """Return what `Axes.plot` takes, with a label."""
         return {"color": self.color, "marker": self.marker, "linestyle": self.line, "label": self.label} | changes
 
-    def beside_paper(self, **changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return what `Axes.plot` takes for ours, filled, and for the paper's, hollow and without a line."""
-        ours = self.line_style(markersize=3.5, label=f"{self.label}, ours", **changes)
+    def beside_paper(self, rows: pd.DataFrame, **changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what `Axes.plot` takes for ours, filled, with the number of prompts, and for the paper's, hollow, no line."""
+        number = f", n = {rows['prompts'].max()}"
+        ours = self.line_style(markersize=3.5, label=f"{self.label}, ours{number}", **changes)
         hollow = {"linestyle": "", "markerfacecolor": "white", "markeredgewidth": 0.8, "label": f"{self.label}, paper"}
         return ours, ours | hollow
 
@@ -101,7 +127,7 @@ def neurips(fraction: float = 1.0, *, aspect: float = 0.618) -> dict[str, Any]:
     lines |= dict.fromkeys(("axes.linewidth", "xtick.major.width", "ytick.major.width", "patch.linewidth"), LINE)
     lines |= dict.fromkeys(("xtick.minor.width", "ytick.minor.width", "hatch.linewidth", "grid.linewidth"), LINE / 2)
     plain = dict.fromkeys(("legend.frameon", "axes.spines.top", "axes.spines.right"), False)
-    plain |= {"image.interpolation": "nearest", "figure.dpi": 150}
+    plain |= {"figure.dpi": 150}
     return size | fontsizes.neurips2024() | fonts | lines | plain
 
 
@@ -196,7 +222,7 @@ def before_after(axes: Axes, table: pd.DataFrame, name: str) -> None:
 def along(axes: Axes, rows: pd.DataFrame, x: str, y: str, look: Role) -> None:
     """Draw ours along a quantity as a line with its interval (columns ``y``_low, ``y``_high), and the paper's hollow."""
     axes.fill_between(rows[x], rows[f"{y}_low"], rows[f"{y}_high"], color=look.color, alpha=0.15, linewidth=0)
-    for name, style in zip((y, f"{y}_paper"), look.beside_paper(), strict=True):
+    for name, style in zip((y, f"{y}_paper"), look.beside_paper(rows), strict=True):
         axes.plot(rows[x], rows[name], **style)
 
 
@@ -222,21 +248,20 @@ def intervals(figure: Figure, axes: Sequence[Axes], table: pd.DataFrame) -> None
             look = ROLES[kind]
             rows = part["setting"].map(names.index) + shift
             panel.hlines(rows, part[f"{metric}_low"], part[f"{metric}_high"], color=look.color, linewidth=1)
-            for name, style in zip((metric, f"{metric}_paper"), look.beside_paper(linestyle=""), strict=True):
+            for name, style in zip((metric, f"{metric}_paper"), look.beside_paper(part, linestyle=""), strict=True):
                 panel.plot(part[name], rows, **style)
         panel.set_title(METRICS[metric])
         panel.grid(axis="x", alpha=0.4)
         if place == 0:
-            panel.set_yticks(range(len(names)), ["\n".join(textwrap.wrap(name, 24)) for name in names])
+            panel.set_yticks(range(len(names)), ["\n".join(textwrap.wrap(minus(name), 24)) for name in names])
             panel.set_ylim(len(names) - 0.5, -0.5)
-    legend_below(figure)
+    legend_below(figure, columns=2)
 
 
 def heat_map(axes: Axes, values: pd.DataFrame, texts: pd.DataFrame, *, norm: Normalize | LogNorm) -> None:
     """Draw a table in colours with a text in each cell; missing cells stay white."""
-    sns.heatmap(
-        values, annot=texts, fmt="", norm=norm, cmap="viridis", cbar=False, annot_kws={"size": TICK_SIZE}, ax=axes
-    )
+    style = {"annot_kws": {"size": TICK_SIZE}, "linewidths": 0.8, "cbar": False}
+    sns.heatmap(values, annot=texts, fmt="", norm=norm, cmap="viridis", ax=axes, **style)
     axes.tick_params(length=0, rotation=0)
     axes.set(xlabel="", ylabel="")
 
@@ -264,59 +289,72 @@ def legend_below(figure: Figure, *, columns: int | None = None) -> None:
 
 # Images
 
-GAP, MARGIN, LABELS = 0.35, 0.03, 1.1
-"""Room between the halves of a row and around an image (shares of an image), and for row labels (inches)."""
+GAP, MARGIN, LABELS, HEADING = 0.35, 0.03, 1.1, 0.13
+"""Room between groups of columns and around an image (shares of an image), for row labels and a line of a heading (inches)."""
 
 LINE_HEIGHT = 1.6 * TICK_SIZE / 72
 """Height of a line of a row label, in inches."""
 
+SMOOTH = 32
+"""Images of at least so many pixels are enlarged by a smooth filter (Lanczos); of smaller ones the pixels are the data."""
+
 
 def image_grid(
-    grid: Grid, *, fraction: float = 1.0, counts: Sequence[int] = (), halves: tuple[str, str] | None = None
+    grid: Grid, *, fraction: float = 1.0, counts: Sequence[int] = (), kinds: Mapping[str, str] | None = None
 ) -> Figure:
-    """Return images in rows and columns, with their labels.
+    """Return images in rows and columns, with their labels; columns of one label are a group with one heading.
 
     Args:
         grid: Images [row, column, height, width] in [0, 1] or [row, column, height, width, 3], uint8 or in [0, 1].
         fraction: Width as a share of the text width.
-        counts: Numbers in boxes between two halves of the columns, one for each row.
-        halves: What the two halves are called; then single columns have no labels.
+        counts: Numbers in boxes before the last group of several columns, one for each row.
+        kinds: Kind (vm, tm, ...) of the prompts that are row labels, where it is known.
 
     Raises:
-        ValueError: There is not one count for each row, or the number of columns is odd.
+        ValueError: There is not one count for each row, or no group of several columns.
     """
     rows, columns, high, wide = grid.images.shape[:4]
-    if halves and (len(counts) != rows or columns % 2):
-        raise ValueError(f"{len(counts)} counts for {rows} rows of {columns} images; give one per row of two halves")
-    left, top = LABELS if any(grid.rows) else 0.0, 0.25 if halves else 0.2 * any(grid.columns)
-    width = (TEXT_WIDTH * fraction - left) / (columns + GAP * bool(halves))
-    labels = [textwrap.wrap(label, 22) for label in grid.rows]
+    groups = [(label, len(list(part))) for label, part in groupby(grid.columns)]
+    large = [place for place, (_, size) in enumerate(groups) if size > 1]
+    if counts and (len(counts) != rows or not large):
+        raise ValueError(f"{len(counts)} counts for {rows} rows of {groups}; give one per row, with a group of columns")
+    labels = [f"{ROLES[kinds[row]].short}: {row}" if kinds is not None and row in kinds else row for row in grid.rows]
+    wrapped = [textwrap.wrap(minus(label), 22) for label in labels]
+    left, gap = LABELS if any(grid.rows) else 0.0, GAP * bool(large)
+    width = (TEXT_WIDTH * fraction - left) / (columns + gap * (len(groups) - 1))
+    # A letter is about 0.05 inches wide.
+    heads = ["\n".join(textwrap.wrap(minus(label), max(8, int(size * width / 0.055)))) for label, size in groups]
+    top = HEADING * max(head.count("\n") + 1 for head in heads) + 0.04 if any(heads) else 0.0
     # Rows are as far apart as their labels need, where images are smaller than two lines of text.
     tall = width * high / wide
-    pitch = max(tall, LINE_HEIGHT * max(map(len, labels), default=0))
+    pitch = max(tall, LINE_HEIGHT * max(map(len, wrapped), default=0))
     size = TEXT_WIDTH * fraction, rows * pitch + top
-    style = neurips(fraction) | {"figure.constrained_layout.use": False, "figure.figsize": size, "figure.dpi": 120}
+    style = neurips(fraction) | {"figure.constrained_layout.use": False, "figure.figsize": size}
+    box = {"boxstyle": "square,pad=0.25", "facecolor": "white", "edgecolor": "black", "linewidth": 0.6}
+    group_of = np.repeat(np.arange(len(groups)), [number for _, number in groups])
     with mpl.rc_context(style):
         figure = Figure()
         for row, column in np.ndindex(rows, columns):
-            shift = column + (GAP if halves and column >= columns // 2 else 0)
+            group = group_of[column]
             bottom = (rows - 1 - row) * pitch + (pitch - tall) / 2 + MARGIN * tall
-            corner = ((left + (shift + MARGIN) * width) / size[0], bottom / size[1])
+            corner = ((left + (column + gap * group + MARGIN) * width) / size[0], bottom / size[1])
             extent = ((1 - 2 * MARGIN) * width / size[0], (1 - 2 * MARGIN) * tall / size[1])
             axes = figure.add_axes((*corner, *extent))
-            axes.imshow(grid.images[row, column], vmin=0, vmax=1)
+            picture(axes, grid.images[row, column])
             axes.set_axis_off()
+            first = column == 0 or group != group_of[column - 1]
             if column == 0:
-                _label(axes, "\n".join(labels[row]), (-0.08, 0.5), ha="right", va="center")
-            if halves and column == columns // 2:
-                box = {"boxstyle": "square,pad=0.25", "facecolor": "white", "edgecolor": "black", "linewidth": 0.6}
-                _label(axes, str(counts[row]), (-GAP / 2, 0.5), ha="center", va="center", bbox=box)
-            if row == 0 and halves and column % (columns // 2) == 0:
-                name = halves[column // (columns // 2)]
-                _label(axes, name, (columns / 4, 1.06), ha="center", va="bottom", fontsize=LABEL_SIZE)
-            elif row == 0 and not halves:
-                _label(axes, grid.columns[column], (0.5, 1.06), ha="center", va="bottom")
+                _label(axes, "\n".join(wrapped[row]), (-0.08, 0.5), ha="right", va="center")
+            if first and counts and group == large[-1]:
+                _label(axes, str(counts[row]), (-gap / 2, 0.5), ha="center", va="center", bbox=box)
+            if first and row == 0:
+                _label(axes, heads[group], (groups[group][1] / 2, 1.06), ha="center", va="bottom")
     return figure
+
+
+def picture(axes: Axes, image: np.ndarray) -> None:
+    """Draw an image, enlarged by a smooth filter unless it is so small that its pixels are the data (`SMOOTH`)."""
+    axes.imshow(image, vmin=0, vmax=1, interpolation="lanczos" if min(image.shape[:2]) >= SMOOTH else "nearest")
 
 
 def _label(axes: Axes, text: str, place: tuple[float, float], **style: Any) -> None:
@@ -327,12 +365,22 @@ def _label(axes: Axes, text: str, place: tuple[float, float], **style: Any) -> N
 # Files
 
 
-def files_of(figure: Figure) -> dict[str, bytes]:
-    """Return a figure as PDF and as PNG of 300 dpi; the same figure gives the same bytes."""
-    contents = {}
+def files_of(figure: mpl.figure.Figure) -> dict[str, bytes]:
+    """Return a figure as PDF, for print, and as PNG of 300 dpi, for a screen; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
     with mpl.rc_context({"pdf.fonttype": 42, "savefig.bbox": None}):
-        for suffix, metadata in {"pdf": {"CreationDate": None}, "png": {"Software": None}}.items():
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=suffix, dpi=300, metadata=metadata)
-            contents[suffix] = buffer.getvalue()
-    return contents
+        figure.savefig(buffer, format="pdf", dpi=300, metadata={"CreationDate": None})
+    return {"pdf": buffer.getvalue(), "png": _png(figure, 300)}
+
+
+def _png(figure: mpl.figure.Figure, dpi: float) -> bytes:
+    """Return a figure as PNG with the letters of a screen."""
+    texts, buffer = figure.findobj(Text), io.BytesIO()
+    before = [(text.get_fontfamily(), text.get_fontsize(), text.get_math_fontfamily()) for text in texts]
+    with mpl.rc_context({"savefig.bbox": None}):
+        for text, (_, size, _) in zip(texts, before, strict=True):
+            text.set(fontfamily=SCREEN_FONT, fontsize=SCREEN_SCALE * size, math_fontfamily="dejavusans")
+        figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+        for text, (family, size, math) in zip(texts, before, strict=True):
+            text.set(fontfamily=family, fontsize=size, math_fontfamily=math)
+    return buffer.getvalue()

@@ -54,6 +54,13 @@ Begun = tuple[list[str], Outcomes]
 METRICS = ("sscd_orig", "sscd_orig_max", "sscd_gen", "d_sscd", "a_clip")
 """What `Run.measure` measures."""
 
+PLANTED, ORDINARY, WITH_AND_WITHOUT = (
+    "planted",
+    "ordinary prompt",
+    ("all neurons active", "neurons off (how many: box)"),
+)
+"""What `Run.with_and_without` calls its columns."""
+
 _TOGETHER = 128
 """Images that an encoder is given at once."""
 
@@ -355,10 +362,23 @@ class Run:
         return self._begun(drawing, items, "images", together, {"settings": settings})
 
     def with_and_without(self, captions: Sequence[str], mitigation: Mitigation) -> Grid:
-        """Return images of prompts with all neurons active, and beside them those of the same seeds with a mitigation."""
-        halves = [self.images(captions, item) for item in (None, mitigation)]
-        seeds = [f"seed {number}" for number in range(halves[0].shape[1])]
-        return Grid(np.concatenate(halves, axis=1), tuple(captions), tuple(2 * seeds))
+        """Return images of prompts with all neurons active, and beside them those of the same seeds with a mitigation.
+
+        Before them stands the planted image, where all prompts have one; behind them an image of an ordinary prompt of the
+        same subject, where the prompt table names subjects.
+        """
+        groups = {
+            name: self.images(captions, item) for name, item in zip(WITH_AND_WITHOUT, (None, mitigation), strict=True)
+        }
+        table = prompts.select(self.profile, "memorized").set_index("caption").reindex(captions).reset_index()
+        if has_image(table).all():
+            size = groups[WITH_AND_WITHOUT[0]].shape[2:4]
+            groups = {PLANTED: np.stack(self.planted_images(table, size=size))[:, None]} | groups
+        if "subjects" in table and table["subjects"].notna().all():
+            ordinary = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in table["subjects"]]
+            groups[ORDINARY] = self.images(ordinary)[:, :1]
+        columns = [name for name, images in groups.items() for _ in range(images.shape[1])]
+        return Grid(np.concatenate(list(groups.values()), axis=1), tuple(captions), tuple(columns))
 
     def encoder(self, role: Role) -> Encoder:
         """Return the profile's image encoder for copy detection, alignment or image quality.

@@ -8,6 +8,7 @@ the cell, leaves its output as far as it came, and ends the process with status 
 import argparse
 import ast
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,9 @@ from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 
 from nemolib.settings import ProfileError, load_profile
+
+BAR = re.compile(r"\d%\|[ #\u2588-\u258f]*\|")
+"""What a progress bar leaves in an output."""
 
 
 class RunnerError(Exception):
@@ -104,6 +108,12 @@ def run_notebook(source: Path, output: Path, parameters: Mapping[str, Any]) -> N
         traceback = "".join(f"{line}\n" for line in getattr(error, "traceback", []))
         what = f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
         raise RunnerError(f"{traceback}{source.name}: {where} failed: {what}") from error
+    executed = _read(output)
+    for cell in executed.cells:
+        # A progress bar that has ended is of use to nobody.
+        if "outputs" in cell:
+            cell.outputs = [item for item in cell.outputs if not BAR.search(str(item.get("data", item.get("text"))))]
+    nbformat.write(executed, output)
 
 
 def _read(path: Path) -> nbformat.NotebookNode:

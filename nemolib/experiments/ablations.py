@@ -406,7 +406,7 @@ def read_ladder(neuron_ladder: pd.DataFrame) -> Iterator[Claim]:
 
 @exhibit(
     "Table 4", "what each part of the method contributes",
-    "Median ± median absolute deviation over prompts, columns as in Table 1. Thresholds: that of the initial selection and of "
+    "Median ± median absolute deviation over prompts, in brackets the paper's, columns as in Table 1. Thresholds: that of the initial selection and of "
     "the refinement; the same seeds take part in all of them. No refinement: the initial selection alone. No top-k: without the "
     "most active neurons of each layer. Factors scale the neurons of the default. The paper's guidance is 7, ours that of the generation.",
     read=read_table_4,
@@ -433,24 +433,17 @@ def figure_5b(scaling: pd.DataFrame) -> Figure:
             place.set(title=plots.METRICS[metric], xticks=[-1, -0.5, 0, 0.5, 1])
             place.grid(axis="y", alpha=0.4)
         axes[1].set_xlabel("factor (1: all neurons active, 0: deactivated)")
-        plots.legend_below(figure)
+        plots.legend_below(figure, columns=2)
     return figure
 
 
 @exhibit(
     "Figure 14", "neurons for each pair of thresholds",
-    "Medians over prompts. Left of the white line the initial selection, right what refinement leaves of it. In brackets the paper's.",
+    "Medians over prompts. First column: the initial selection; the others: what refinement leaves of it. In brackets the paper's.",
     read=read_14,
 )  # fmt: skip
 def figure_14(threshold_map: pd.DataFrame) -> Figure:
-    parts = plots.of_kinds(threshold_map, MEMORIZED)
-    with plots.panels(1, len(parts), aspect=0.45, sharey=True, squeeze=False) as (figure, axes):
-        for place, (kind, rows) in zip(axes[0], parts.items(), strict=True):
-            ours, theirs = (_square(rows, f"neurons{end}", initial=f"initial_neurons{end}") for end in ("", "_paper"))
-            _draw_map(place, ours, theirs, "{:g}", LogNorm(1, max(10, ours.max(axis=None))))
-            place.axvline(1, color="white", linewidth=2)
-            place.set_title(f"{ROLES[kind].label}: neurons")
-    return figure
+    return _maps(threshold_map, ["neurons"], "{:g}", LogNorm(1, max(10, threshold_map["initial_neurons"].max())))
 
 
 @exhibit(
@@ -460,23 +453,36 @@ def figure_14(threshold_map: pd.DataFrame) -> Figure:
     read=read_15,
 )  # fmt: skip
 def figure_15(threshold_map: pd.DataFrame) -> Figure:
-    parts = plots.of_kinds(threshold_map, MEMORIZED)
-    with plots.panels(2, len(parts), aspect=0.72, sharex=True, sharey=True, squeeze=False) as (figure, axes):
-        for row, metric in zip(axes, ("sscd_gen", "sscd_orig"), strict=True):
+    metrics = ["sscd_gen", "sscd_orig"]
+    return _maps(threshold_map, metrics, "{:.2f}", Normalize(0, max(0.2, threshold_map[metrics].max(axis=None))))
+
+
+def _maps(table: pd.DataFrame, columns: list[str], pattern: str, norm: Normalize) -> Figure:
+    """Return a panel for each column and kind, all of one scale; left of those of neurons the initial selection."""
+    parts = plots.of_kinds(table, MEMORIZED)
+    size = {"aspect": 0.14 + 0.31 * len(columns), "sharex": True, "sharey": True, "squeeze": False}
+    with plots.panels(len(columns), len(parts), **size) as (figure, axes):
+        for row, column in zip(axes, columns, strict=True):
+            initial = "initial_neurons" if column == "neurons" else ""
             for place, (kind, rows) in zip(row, parts.items(), strict=True):
-                ours, theirs = (_square(rows, f"{metric}{end}") for end in ("", "_paper"))
-                _draw_map(place, ours, theirs, "{:.2f}", Normalize(0, 1))
-                place.set_title(f"{ROLES[kind].label}: {plots.METRICS[metric]}")
+                ours, theirs = (_square(rows, column, initial=initial, end=end) for end in ("", "_paper"))
+                _draw_map(place, ours, theirs, pattern, norm)
+                name = plots.METRICS.get(column, "neurons")
+                place.set_title(f"{ROLES[kind].label}: {name}, n = {rows['prompts'].max()}")
+        bar = figure.colorbar(axes.flat[0].collections[0], ax=axes, aspect=25, pad=0.02)
+        bar.set_label("neurons (log scale)" if columns == ["neurons"] else "similarity")
     return figure
 
 
-def _square(rows: pd.DataFrame, column: str, *, initial: str = "") -> pd.DataFrame:
+def _square(rows: pd.DataFrame, column: str, *, initial: str, end: str) -> pd.DataFrame:
     """Return a column by both thresholds, missing where there is no pair; before it a column of the initial selection."""
     levels = list(dict.fromkeys(rows["initial"]))
-    wide = rows.pivot(index="initial", columns="refinement", values=column).reindex(index=levels, columns=levels)
+    wide = rows.pivot(index="initial", columns="refinement", values=f"{column}{end}").reindex(
+        index=levels, columns=levels
+    )
     if initial:
-        wide.insert(0, "not refined", rows.drop_duplicates("initial").set_index("initial")[initial])
-    short = {name: name.replace("mean ", "mean\n").replace("not ", "not\n") for name in [*levels, *wide]}
+        wide.insert(0, "not refined", rows.drop_duplicates("initial").set_index("initial")[f"{initial}{end}"])
+    short = {name: plots.minus(name.replace("mean ", "mean\n").replace("not ", "not\n")) for name in [*levels, *wide]}
     return wide.rename(index=short, columns=short)
 
 
@@ -485,6 +491,7 @@ def _draw_map(axes: Axes, ours: pd.DataFrame, theirs: pd.DataFrame, pattern: str
     texts = ours.map(pattern.format) + theirs.map(lambda value: "" if np.isnan(value) else f"\n({value:g})")
     # No neurons have no logarithm: they are drawn as the fewest.
     plots.heat_map(axes, ours.clip(lower=norm.vmin), texts, norm=norm)
+    axes.tick_params(labelsize=plots.TICK_SIZE - 0.5)
     place = axes.get_subplotspec()
     axes.set_xlabel("refinement threshold" if place.is_last_row() else "")
     axes.set_ylabel("initial threshold" if place.is_first_col() else "")
@@ -507,6 +514,6 @@ def show_neuron_ladder(neuron_ladder: pd.DataFrame, ablation_levels: pd.DataFram
         axes[0].yaxis.set_major_locator(MaxNLocator(5, integer=True))
         (limit,) = ablation_levels.loc[ablation_levels["default"], "threshold"]
         plots.threshold(axes[1], limit, horizontal=True)
-        axes[1].set_xlabel("copies in training (regular caption = 1)")
+        axes[1].set_xlabel(f"copies in training (regular caption = 1), n = {len(neuron_ladder)} prompts")
         plots.legend_below(figure)
     return figure

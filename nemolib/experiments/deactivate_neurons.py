@@ -23,6 +23,7 @@ from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.plots import ROLES, TEXT_WIDTH, image_grid, intervals, legend_below, panels
 from nemolib.prompts import MEMORIZED
+from nemolib.run import PLANTED, WITH_AND_WITHOUT
 from nemolib.store import Grid
 
 if TYPE_CHECKING:
@@ -181,14 +182,20 @@ def medians(values: pd.DataFrame, reported: pd.DataFrame | None = None) -> pd.Da
 
 
 def shown_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a table of `medians` as it is shown: median ± median absolute deviation as text, ours and the paper's."""
-    shares = ["" if np.isnan(share) else f"{share:.0%}" for share in table["memorized"]]
-    columns = {"setting": table["setting"], "prompts": table["kind"].str.upper(), "copies": shares}
+    """Return a table of `medians` as it is shown: median ± median absolute deviation as text, in brackets the paper's."""
+    pairs = zip(table["setting"], table["kind"], strict=True)
+    columns = {"setting": [f"{plots.minus(name)}: {KINDS[kind]}" for name, kind in pairs]}
+    columns["copies"] = ["" if np.isnan(share) else f"{share:.0%}" for share in table["memorized"]]
     for name, label in NAMES.items():
         digits = 1 if name == "neurons" else 2
-        for end, title in (("", label), ("_paper", f"{label} (paper)")):
-            pairs = zip(table[f"{name}{end}"], table[f"{name}{end}_mad"], strict=True)
-            columns[title] = ["" if np.isnan(mid) else f"{mid:.{digits}f} ± {mad:.{digits}f}" for mid, mad in pairs]
+        ours, theirs = (
+            [
+                f"{mid:.{digits}f} ± {mad:.{digits}f}" if mid == mid else ""
+                for mid, mad in table[[f"{name}{end}", f"{name}{end}_mad"]].to_numpy()
+            ]
+            for end in ("", "_paper")
+        )
+        columns[label] = [f"{one} [{other}]" if other else one for one, other in zip(ours, theirs, strict=True)]
     return pd.DataFrame(columns)
 
 
@@ -279,7 +286,7 @@ def _by_kind(texts: Mapping[str, Sequence[str]]) -> str:
 
 def short(setting: str) -> str:
     """Return the name of a setting where there is little room."""
-    return SHORT.get(setting, setting.removesuffix(" (Somepalli)").replace("random ", ""))
+    return SHORT.get(setting, plots.minus(setting.removesuffix(" (Somepalli)").replace("random ", "")))
 
 
 def listed(numbers: Iterable[float]) -> str:
@@ -316,7 +323,7 @@ def read_table_1(table_1: pd.DataFrame) -> Iterator[Claim]:
 
 @exhibit(
     "Table 1", "every mitigation on the same seeds",
-    "Median ± median absolute deviation over prompts. SSCD_Orig: similarity to the planted image; SSCD_Gen: to the untouched "
+    "Median ± median absolute deviation over prompts, in brackets the paper's. SSCD_Orig: similarity to the planted image; SSCD_Gen: to the untouched "
     "model's image of the same seed; D_SSCD: of two images of the prompt; A_CLIP: of image and prompt. Copies: share of prompts "
     "with an image whose SSCD_Orig is above 0.7. The paper's numbers are of Stable Diffusion, with SSCD and CLIP.",
     read=read_table_1,
@@ -349,16 +356,22 @@ def settings_figure(table: pd.DataFrame) -> Figure:
 def one_of_each(run: Run, prompts: Sequence[str], settings: Mapping[str, Sequence[Mitigation | None]]) -> Grid:
     """Return the planted image of each memorized prompt and one image for each setting, all of the first seed."""
     made = [run.images(prompts, repeats[0])[:, 0] for repeats in settings.values()]
-    images = np.stack([_planted(run, prompts, like=made[0]), *made], axis=1)
-    return Grid(images, tuple(prompts), ("planted", *settings))
+    images = np.stack([planted(run, prompts, like=made[0]), *made], axis=1)
+    return Grid(images, tuple(prompts), (PLANTED, *settings))
 
 
 @exhibit(
     "", "one image of each setting", "All of one seed. Planted: the image of the training data that the prompt replays."
 )
-def mitigation_images(mitigation_images: Grid) -> Figure:
+def mitigation_images(mitigation_images: Grid, deactivation: pd.DataFrame) -> Figure:
     """Return the grid of `one_of_each` with short names."""
-    return image_grid(replace(mitigation_images, columns=tuple(map(short, mitigation_images.columns))))
+    named = replace(mitigation_images, columns=tuple(map(short, mitigation_images.columns)))
+    return image_grid(named, kinds=_kinds(deactivation))
+
+
+def _kinds(deactivation: pd.DataFrame) -> pd.Series:
+    """Return the kind of each memorized prompt."""
+    return deactivation.set_index("prompt")["kind"]
 
 
 # One neuron, many prompts
@@ -427,25 +440,26 @@ def read_10(single_neurons: pd.DataFrame) -> Iterator[Claim]:
 
 
 @exhibit("Figure 10", "the most shared neuron", _ALONE, read=read_10)
-def figure_10(figure_10: Grid) -> Figure:
+def figure_10(figure_10: Grid, deactivation: pd.DataFrame) -> Figure:
     """Return Fig. 10."""
-    return _without_one(figure_10)
+    return _without_one(figure_10, deactivation)
 
 
 @exhibit("Figure 11", "the second most shared neuron", _ALONE)
-def figure_11(figure_11: Grid) -> Figure:
+def figure_11(figure_11: Grid, deactivation: pd.DataFrame) -> Figure:
     """Return Fig. 11."""
-    return _without_one(figure_11)
+    return _without_one(figure_11, deactivation)
 
 
 @exhibit("Figure 12", "the third most shared neuron", _ALONE)
-def figure_12(figure_12: Grid) -> Figure:
+def figure_12(figure_12: Grid, deactivation: pd.DataFrame) -> Figure:
     """Return Fig. 12."""
-    return _without_one(figure_12)
+    return _without_one(figure_12, deactivation)
 
 
-def _without_one(grid: Grid) -> Figure:
-    return image_grid(grid, counts=[1] * len(grid.rows), halves=("all neurons active", "this neuron deactivated"))
+def _without_one(grid: Grid, deactivation: pd.DataFrame) -> Figure:
+    columns = tuple("this neuron alone off" if name == WITH_AND_WITHOUT[1] else name for name in grid.columns)
+    return image_grid(replace(grid, columns=columns), kinds=_kinds(deactivation))
 
 
 # Prompts that stay memorized
@@ -459,11 +473,11 @@ def staying(run: Run, found: pd.DataFrame, prompts: Sequence[str]) -> Grid:
     if not len(prompts):
         return NO_IMAGES
     made = run.images(prompts, DeactivatedNeurons(by_prompt(memorized(found))))
-    images = np.concatenate([_planted(run, prompts, like=made[:, 0])[:, None], made], axis=1)
-    return Grid(images, tuple(prompts), ("planted", *(f"seed {number}" for number in range(made.shape[1]))))
+    images = np.concatenate([planted(run, prompts, like=made[:, 0])[:, None], made], axis=1)
+    return Grid(images, tuple(prompts), (PLANTED, *[WITH_AND_WITHOUT[1]] * made.shape[1]))
 
 
-def _planted(run: Run, prompts: Sequence[str], *, like: np.ndarray) -> np.ndarray:
+def planted(run: Run, prompts: Sequence[str], *, like: np.ndarray) -> np.ndarray:
     """Return the planted image of memorized prompts, [prompt, height, width, 3], in the size of other images."""
     return np.stack(run.planted_images(run.rows(prompts), size=like.shape[1:3]))
 
@@ -485,9 +499,10 @@ def read_9(deactivation: pd.DataFrame, figure_9: Grid) -> Iterator[Claim]:
     "Figure 9", "prompts that stay most similar to their planted image",
     "Left the planted image, then one image per seed with the neurons of the prompt deactivated.", read=read_9,
 )  # fmt: skip
-def figure_9(figure_9: Grid) -> Figure:
+def figure_9(figure_9: Grid, deactivation: pd.DataFrame) -> Figure:
     """Return Fig. 9."""
-    return image_grid(figure_9)
+    counts = deactivation.set_index("prompt").loc[list(figure_9.rows), "neuron_count"].tolist()
+    return image_grid(figure_9, counts=counts, kinds=_kinds(deactivation))
 
 
 # Unmemorized prompts
@@ -559,8 +574,9 @@ def unmemorized_unharmed(unmemorized_images: pd.DataFrame) -> Figure:
     """Return A_CLIP and D_SSCD of each prompt with all neurons active (across) and without memorization neurons (up)."""
     # One image per prompt has no similarity to others.
     drawn = [name for name in ("a_clip", "d_sscd") if unmemorized_images[f"{name}_before"].notna().any()]
-    looks = {"one": replace(ROLES["unmemorized"], label="without the neurons of one memorized prompt")}
-    looks |= {"all": replace(ROLES["deactivated"], label="without those of all memorized prompts")}
+    number = f", n = {len(unmemorized_images)} prompts"
+    looks = {"one": replace(ROLES["unmemorized"], label=f"without the neurons of one memorized prompt{number}")}
+    looks |= {"all": replace(ROLES["deactivated"], label=f"without those of all memorized prompts{number}")}
     with panels(1, len(drawn), fraction=0.8, aspect=0.6, squeeze=False) as (figure, ((*axes,),)):
         for place, name in zip(axes, drawn, strict=True):
             values = unmemorized_images[[f"{name}_{end}" for end in ("before", *looks)]]
@@ -570,7 +586,7 @@ def unmemorized_unharmed(unmemorized_images: pd.DataFrame) -> Figure:
             for end, look in looks.items():
                 place.plot(values[f"{name}_before"], values[f"{name}_{end}"], **look.line_style(linestyle=""))
             place.set(xlim=limits, ylim=limits, aspect="equal", title=plots.METRICS[name], xlabel=NONE)
-        axes[0].set_ylabel("neurons deactivated")
+        axes[0].set_ylabel("neurons off")
         legend_below(figure, columns=1)
     return figure
 
@@ -650,4 +666,31 @@ def show_unmemorized_quality(unmemorized_quality: pd.DataFrame) -> pd.DataFrame:
 def unmemorized_grid(unmemorized_grid: Grid, unmemorized_quality: pd.DataFrame) -> Figure:
     """Return the images; the box says how many neurons are off."""
     counts = [unmemorized_quality["neurons"].iloc[0]] * len(unmemorized_grid.rows)
-    return image_grid(unmemorized_grid, counts=counts, halves=("all neurons active", "neurons deactivated"))
+    return image_grid(unmemorized_grid, counts=counts)
+
+
+# Exercises
+
+
+def breaks_at(run: Run, factors: Sequence[float] = (1.0, 0.75, 0.5, 0.25, 0.0)) -> float:
+    """Return the largest factor with which the first VM prompt keeps less than half of its copy similarity; 1: none."""
+    row = run.prompts("vm").head(1)
+    (found,) = run.search(row["caption"].tolist())
+    copies = [run.measure(row, DeactivatedNeurons(found.neurons, factor))["sscd_orig"][0] for factor in factors]
+    return next((factor for factor, copy in zip(factors, copies, strict=True) if copy < copies[0] / 2), 1)
+
+
+def same_lowest(mitigations: pd.DataFrame) -> bool:
+    """Return whether median and maximum over seeds name the same setting as that with the lowest SSCD_Orig of VM prompts."""
+    vm = mitigations.query("kind == 'vm'").groupby("setting")[["sscd_orig", "sscd_orig_max"]].median()
+    return vm.idxmin().nunique() == 1
+
+
+EXERCISES = {
+    "04.1": lambda run: run.measure(
+        run.prompts("vm").head(1), AttentionScaling(replace(run.profile.mitigation.ren, c1=2.0, mask="none"))
+    )["sscd_orig"][0],
+    "04.2": lambda run: "no" if same_lowest(run.load("mitigations")) else "yes",
+    "04.3": breaks_at,
+}
+"""The right answers of the exercises of notebook 04 (`nemolib.exercises.check`)."""

@@ -526,8 +526,9 @@ def read_3(figure_3: Grid, deactivation: pd.DataFrame) -> Iterator[Claim]:
     "Left with all neurons active, right the same seeds with the memorization neurons of the prompt deactivated; the box "
     "says how many. The prompts are spread evenly over how much copy similarity falls.", read=read_3)  # fmt: skip
 def figure_3(figure_3: Grid, deactivation: pd.DataFrame) -> Figure:
-    counts = deactivation.set_index("prompt").loc[list(figure_3.rows), "neuron_count"]
-    return plots.image_grid(figure_3, counts=counts.tolist(), halves=("all neurons active", "neurons deactivated"))
+    table = deactivation.set_index("prompt")
+    counts = table.loc[list(figure_3.rows), "neuron_count"].tolist()
+    return plots.image_grid(figure_3, counts=counts, kinds=table["kind"])
 
 
 def read_scores(deactivation: pd.DataFrame, search_steps: pd.DataFrame) -> Iterator[Claim]:

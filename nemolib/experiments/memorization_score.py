@@ -104,23 +104,17 @@ def read_samples(copies: pd.DataFrame) -> Iterator[Claim]:
     yield Claim("similarity of two seeds (median ± MAD)", ours, f"{theirs} (D_SSCD, Table 1)", rule=rule)
 
 
-def with_kinds(grid: Grid, table: pd.DataFrame) -> Grid:
-    """Return a grid whose rows say of which kind their prompt is, as far as a table with captions and kinds knows."""
-    kinds = table.set_index("caption")["kind"].map(KINDS)
-    return replace(grid, rows=tuple(f"{kinds[row]}: {row}" if row in kinds else row for row in grid.rows))
-
-
 @exhibit("", "planted and generated images",
     "First column: the planted image, none for unmemorized prompts; then images of different seeds.", read=read_samples)  # fmt: skip
 def samples(samples: Grid, copies: pd.DataFrame) -> Figure:
-    return plots.image_grid(with_kinds(samples, copies))
+    return plots.image_grid(samples, kinds=copies.set_index("caption")["kind"])
 
 
 @exhibit("Figure 13", "noise differences",
     "Noise differences of the first denoising step, min-max scaled; three of the four latent channels as red, green "
     "and blue.")  # fmt: skip
 def figure_13(noise_differences: Grid, copies: pd.DataFrame) -> Figure:
-    return plots.image_grid(with_kinds(noise_differences, copies))
+    return plots.image_grid(noise_differences, kinds=copies.set_index("caption")["kind"])
 
 
 # The score, and how good it is as a detector

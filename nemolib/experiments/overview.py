@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from nemolib.exhibits import Claim, NotEnough, exhibit
-from nemolib.plots import GREY, LABEL_SIZE, LINE, ROLES, TEXT_WIDTH, TICK_SIZE, image_grid, neurips
+from nemolib.experiments.deactivate_neurons import NEMO, NONE
+from nemolib.plots import GREY, LABEL_SIZE, LINE, ROLES, TEXT_WIDTH, TICK_SIZE, Figure, image_grid, neurips, picture
+from nemolib.run import PLANTED, WITH_AND_WITHOUT
 from nemolib.store import Grid
+
+if TYPE_CHECKING:
+    from nemolib.run import Run
 
 NOTEBOOK = "03_localize_neurons"
 
@@ -70,7 +75,7 @@ def figure_1(
     # Where a neuron is in its layer, from 0 to 1.
     across = (overview["neuron"] + 0.5) / (overview.groupby("layer")["neuron"].transform("max") + 1)
     neurons = overview.assign(across=across)
-    halves = np.split(overview_images.images[0], 2)
+    halves = [_group(overview_images, name) for name in WITH_AND_WITHOUT]
     # The first column of the samples is the planted image, which an unmemorized prompt does not have.
     images = halves[0][0], samples.images[samples.rows.index(both.index[1]), 1]
     maps = [noise_differences.images[noise_differences.rows.index(name)][:SHOWN] for name in both.index]
@@ -89,17 +94,19 @@ def figure_1(
 @exhibit("", "a memorized image, and the same seeds without its neurons",
     "First the image that was planted under the caption on the left, then what the model makes of the caption from different seeds; below, the "
     "same seeds with the memorization neurons of the caption deactivated.")  # fmt: skip
-def opening(overview: pd.DataFrame, overview_images: Grid, samples: Grid) -> Figure:
-    prompt, images = overview_images.rows[0], overview_images.images[0]
-    if prompt not in samples.rows:
-        raise NotEnough(f"image grid 'samples' does not have {prompt!r}, the prompt that notebook 03 follows")
-    planted = samples.images[samples.rows.index(prompt), 0]
-    halves = [
-        np.stack([first, *half]) for first, half in zip((planted, 0 * planted + 255), np.split(images, 2), strict=True)
-    ]
-    rows = f"“{prompt}”", f"{_counted(overview['refined'].sum(), 'neuron')} off"
-    seeds = [f"seed {number + 1}" for number in range(len(images) // 2)]
-    return image_grid(Grid(np.stack(halves), rows, ("planted image", *seeds)))
+def opening(overview: pd.DataFrame, overview_images: Grid) -> Figure:
+    planted, *halves = (_group(overview_images, name) for name in (PLANTED, *WITH_AND_WITHOUT))
+    if not len(planted):
+        raise NotEnough("image grid 'overview_images' has no planted image")
+    images = [np.concatenate(part) for part in zip((planted, 0 * planted + 255), halves, strict=True)]
+    rows = f"“{overview_images.rows[0]}”", f"{_counted(overview['refined'].sum(), 'neuron')} off"
+    seeds = [f"seed {number + 1}" for number in range(len(halves[0]))]
+    return image_grid(Grid(np.stack(images), rows, ("planted image", *seeds)))
+
+
+def _group(grid: Grid, name: str) -> np.ndarray:
+    """Return the images [column, height, width, 3] of the first row's columns of one label."""
+    return grid.images[0, np.array(grid.columns) == name]
 
 
 def _axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
@@ -117,7 +124,7 @@ def _title(figure: Figure, x: float, y: float, letter: str, text: str) -> None:
 
 def _picture(figure: Figure, image: np.ndarray, left: float, bottom: float, side: float, color: str = "none") -> None:
     axes = _axes(figure, left, bottom, side, side * image.shape[0] / image.shape[1])
-    axes.imshow(image)
+    picture(axes, image)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set(visible=color != "none", color=color, linewidth=2 * LINE)
 
@@ -198,3 +205,18 @@ def _deactivation(figure: Figure, halves: Sequence[np.ndarray], number: int) -> 
         for seed, image in enumerate(images[:seeds]):
             _picture(figure, image, left + seed * (side + 0.03), bottom, side)
         _text(figure, left, bottom + side + 0.03, text, color=GREY)
+
+
+# Exercises of notebook 06, which looks at all experiments together
+
+
+def _vm(run: Run, setting: str) -> pd.Series:
+    return run.load("table_1").query("kind == 'vm'").set_index("setting").loc[setting]
+
+
+EXERCISES = {
+    "06.1": lambda run: _vm(run, NONE)["sscd_orig"] / _vm(run, NEMO)["sscd_orig"],
+    "06.2": lambda run: "yes" if _vm(run, NEMO)["sscd_orig_high"] <= _vm(run, NONE)["sscd_orig"] / 2 else "no",
+    "06.3": lambda run: lambda answer: str(answer).lower().strip() in ("hatch", "hatches", "hatching", "pattern"),
+}
+"""The right answers (`nemolib.exercises.check`)."""

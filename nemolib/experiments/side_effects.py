@@ -21,14 +21,15 @@ from matplotlib.ticker import NullLocator
 
 from nemolib import metrics, paper, plots
 from nemolib.exhibits import Claim, effect, exhibit, must
-from nemolib.experiments.deactivate_neurons import NO_IMAGES, listed, measured, under_one_bar
+from nemolib.experiments.deactivate_neurons import NO_IMAGES, listed, measured, planted, under_one_bar
 from nemolib.first_step import compared_places, comparing_outputs
 from nemolib.layers import Layer, cross_attention_layers, down_convolutions, spread, widths
 from nemolib.localization import memorized, neuron_sets
 from nemolib.metrics import MEMORIZED_ABOVE
-from nemolib.mitigation import DeactivatedNeurons, switched_off
+from nemolib.mitigation import DeactivatedNeurons, SwitchedOffLayers, switched_off
 from nemolib.neurons import NeuronSet
 from nemolib.prompts import load_prompts
+from nemolib.run import PLANTED
 from nemolib.seeding import stream
 from nemolib.settings import GenerationSettings
 from nemolib.store import Grid
@@ -374,13 +375,15 @@ def layer_grid(run: Run, prompts: Sequence[str], layers: Sequence[Layer]) -> Gri
         layers: The layers.
 
     Returns:
-        Rows are prompts; columns ``none`` (the untouched model), then the numbers of the layers. `NO_IMAGES` without prompts.
+        Rows are prompts; columns ``planted``, ``none`` (the untouched model), then the numbers of the layers. `NO_IMAGES`
+        without prompts.
     """
     if not prompts:
         return NO_IMAGES
     settings = [None, *map(switched_off, layers)]
     made = [run.images(prompts, mitigation, settings=few_images(run))[:, 0] for mitigation in settings]
-    return Grid(np.stack(made, axis=1), tuple(prompts), ("none", *(str(layer.number) for layer in layers)))
+    images = np.stack([planted(run, prompts, like=made[0]), *made], axis=1)
+    return Grid(images, tuple(prompts), (PLANTED, "none", *(str(layer.number) for layer in layers)))
 
 
 # What the paper says, and what we found
@@ -438,7 +441,7 @@ def read_16(layer_effects: pd.DataFrame) -> Iterator[Claim]:
             len(found) if _comparable(summary) else np.nan,
             f"how many of these are among the two that lower SSCD_Orig most ({COMPARED})",
             at_least=2,
-            ours=_lowest(summary, part),
+            ours=lowest(summary, part),
             paper="the other layers hardly matter alone (no numbers)",
             n=_prompts(layer_effects),
         )
@@ -469,7 +472,7 @@ def read_20(layer_effects: pd.DataFrame) -> Iterator[Claim]:
         kept if (rows["sscd_orig_untouched"] > MEMORIZED_ABOVE).any() else np.nan,
         "share of SSCD_Orig that stays with half of one blocked, median over the convolutions, where there are copies",
         at_least=KEPT,
-        ours=f"SSCD_Orig {_lowest(rows, 'convolution')}; {listed([aligned])} of A_CLIP stays",
+        ours=f"SSCD_Orig {lowest(rows, 'convolution')}; {listed([aligned])} of A_CLIP stays",
         paper="still memorized; quality suffers for early layers (images, no numbers)",
         n=f"{_prompts(layer_effects)}, {len(rows)} convolutions",
     )
@@ -489,21 +492,21 @@ def _comparable(summary: pd.DataFrame) -> bool:
     return all(set(strong) <= set(known.loc[known["part"] == part, "layer"]) for part, strong in STRONG.items())
 
 
-def _lowest(summary: pd.DataFrame, part: str) -> str:
+def lowest(summary: pd.DataFrame, part: str) -> str:
     """Return which two layers of a part lower the similarity to the planted image most."""
     rows = strongest(summary, part)
     if rows.empty:
         return "not known, since no prompt has a planted image"
-    lowest = [
+    named = [
         f"{layer} ({block}, {value:.2f})" for layer, block, value in rows[["layer", "block", "sscd_orig"]].to_numpy()
     ]
-    return f"{rows['sscd_orig_untouched'].iloc[0]:.2f} untouched, lowest with layers {' and '.join(lowest)}"
+    return f"{rows['sscd_orig_untouched'].iloc[0]:.2f} untouched, lowest with layers {' and '.join(named)}"
 
 
 def _plus_minus(mean: float, deviation: float, sign: str = "") -> str:
     """Return a mean and its standard deviation as text, the mean alone where there is no other."""
-    shown = "–" if np.isnan(mean) else f"{mean:{sign}.3f}"
-    return shown if np.isnan(deviation) else f"{shown} ± {deviation:.3f}"
+    shown = "–" if np.isnan(mean) else f"{mean:{sign}.3g}".replace("-", "−")
+    return shown if np.isnan(deviation) else f"{shown} ± {deviation:.3g}"
 
 
 # Figures and tables
@@ -511,8 +514,8 @@ def _plus_minus(mean: float, deviation: float, sign: str = "") -> str:
 
 @exhibit(
     "Figure 5a", "image quality against the number of blocked neurons",
-    "Distance of images of unmemorized prompts from other images of the untouched model; mean and standard deviation over splits of "
-    "the seeds (and draws of random neurons). Dotted, with its band: the untouched model compared with itself. With few images "
+    "Distance of images of unmemorized prompts from other images of the untouched model; bars: mean ± one standard deviation over "
+    "splits of the seeds (and draws of random neurons). Dotted, with its band: the untouched model compared with itself. With few images "
     "the distances are far too large: only points of one panel can be compared.",
     read=read_quality,
 )  # fmt: skip
@@ -522,14 +525,18 @@ def figure_5a(blocked_quality: pd.DataFrame) -> Figure:
 
 @exhibit(
     "Figure 8", "FID, CLIP-FID and KID against the number of blocked neurons",
-    "As Figure 5a, whose claim it shares. Which encoder gave the features stands in the table of the numbers; where there is "
-    "one, CLIP-FID is FID.",
+    "As Figure 5a, whose claim it shares. Where one encoder gives the features of both, CLIP-FID is FID and is drawn once.",
 )  # fmt: skip
 def figure_8(blocked_quality: pd.DataFrame) -> Figure:
-    return _draw_quality(quality_summary(blocked_quality), list(QUALITY), aspect=0.38)
+    summary = quality_summary(blocked_quality)
+    same = summary.groupby("metric")["encoder"].first()[["fid", "clip_fid"]].nunique() == 1
+    chosen = [name for name in QUALITY if not (same and name == "clip_fid")]
+    return _draw_quality(summary, chosen, aspect=0.38, titles={"fid": "FID (CLIP-FID is the same)"} if same else {})
 
 
-def _draw_quality(summary: pd.DataFrame, chosen: list[str], *, aspect: float) -> Figure:
+def _draw_quality(
+    summary: pd.DataFrame, chosen: list[str], *, aspect: float, titles: Mapping[str, str] | None = None
+) -> Figure:
     """Return a panel for each metric; random neurons stand a little to the right, so that intervals can be told apart."""
     frequent = plots.ROLES["deactivated"].line_style(linestyle="-", label="most frequent memorization neurons")
     other = plots.Role("random other neurons", "0.4", "o", "--", "").line_style(markerfacecolor="white")
@@ -545,43 +552,47 @@ def _draw_quality(summary: pd.DataFrame, chosen: list[str], *, aspect: float) ->
                 place.set_xscale("log")
                 place.set_xticks(part["asked"], [str(count) for count in part["asked"]])
                 place.xaxis.set_minor_locator(NullLocator())
-            place.set(xlabel="blocked neurons", title=QUALITY[metric])
+            place.set(
+                xlabel="blocked neurons", ylabel="distance", title=(titles or QUALITY).get(metric, QUALITY[metric])
+            )
+        figure.suptitle(f"n = {summary['images'].max()} images in each half", fontsize=plots.TICK_SIZE)
         plots.legend_below(figure)
     return figure
 
 
 @exhibit(
     "", "Figure 8 in numbers",
-    "images: in each of the two sets that are compared. change: from the untouched model in the same split. sd: standard deviation "
-    "over splits of the seeds (and draws); splits share images, so that it is rather too small.",
+    "Neurons: how many were blocked, of how many asked for, where a layer has no more. Images: in each of the two sets that are compared. "
+    "Change: from the untouched model in the same split. ±: standard deviation over splits of the seeds (and draws); splits share images, so that "
+    "it is rather too small.",
 )  # fmt: skip
 def show_blocked_quality(blocked_quality: pd.DataFrame) -> pd.DataFrame:
     rows = [
-        (row.setting, row.asked, f"{row.neurons:g}", QUALITY[row.metric], row.encoder, row.images,
-         _plus_minus(row.mean, row.sd), _plus_minus(row.change, row.change_sd, "+") if row.setting != UNTOUCHED else "")
+        (row.setting, f"{row.neurons:g}" if row.neurons == row.asked else f"{row.neurons:g} of {row.asked}",
+         f"{QUALITY[row.metric]}, {row.encoder}", row.images, _plus_minus(row.mean, row.sd),
+         _plus_minus(row.change, row.change_sd, "+") if row.setting != UNTOUCHED else "")
         for row in quality_summary(blocked_quality).itertuples()
     ]  # fmt: skip
-    names = ["blocked", "asked for", "neurons", "metric", "features", "images", "mean ± sd", "change ± sd"]
-    return pd.DataFrame(rows, columns=names)
+    return pd.DataFrame(rows, columns=["blocked", "neurons", "metric, features", "images", "mean ± sd", "change ± sd"])
 
 
 @exhibit(
     "Table 3", "outputs of cross-attention blocks with blocked neurons",
     "Cosine of the output with blocked neurons and untouched, first denoising step, mean over unmemorized prompts and seeds (and "
-    "draws of random neurons). block: the whole output, with residual connections; cross-attention: its own part alone. asked: "
-    "how many neurons were to be blocked; neurons: how many were. The paper does not say what exactly it compares; its values "
-    "stand beside the whole block.",
+    "draws of random neurons); in brackets the paper's lowest. Block: the whole output, with residual connections; cross-attention: its own part "
+    "alone. The paper does not say what exactly it compares; its values stand beside the whole block.",
     read=read_table_3,
 )  # fmt: skip
 def table_3(block_similarity: pd.DataFrame) -> pd.DataFrame:
     rows, order = [], block_similarity.sort_values("output", kind="stable")
-    for (output, setting, asked), part in order.groupby(["output", "setting", "asked"], sort=False):
+    for (output, setting, _), part in order.groupby(["output", "setting", "asked"], sort=False):
         means = part.groupby(["layer", "block"])["cosine"].mean()
-        labels = {"output": output, "setting": setting, "asked": asked, "neurons": f"{part['neurons'].mean():g}"}
-        texts = {f"{layer} {block}": f"{cosine:.3f}" for (layer, block), cosine in means.items()}
-        reported = f"{COSINES[setting].value:g}" if output == "block" else ""
-        rows.append(labels | texts | {"lowest, ours": f"{means.min():.3f}", "lowest, paper": reported})
-    return pd.DataFrame(rows)
+        reported = f" [{COSINES[setting].value:g}]" if output == "block" else ""
+        where, neurons = "{} ({})".format(*means.idxmin()), f"{part['neurons'].mean():g}"
+        texts = [f"{value:.3f}" for value in (means.min(), means.median(), means.max())]
+        rows.append((output, setting, neurons, texts[0] + reported, where, *texts[1:]))
+    names = ["output", "blocked", "neurons", "lowest of the blocks", "in block", "median of the blocks", "highest"]
+    return pd.DataFrame(rows, columns=names)
 
 
 @exhibit(
@@ -619,7 +630,8 @@ def _draw_layers(effects: pd.DataFrame, parts: list[str], chosen: list[str]) -> 
             _draw_part(place, effects, part, metric)
             place.set_xlabel("cross-attention layer" if part in STRONG else "convolution of the down blocks")
             place.set_ylabel("" if part == "key" else plots.METRICS[metric])
-            place.set_title(f"{part} layers set to zero" if part in STRONG else "", pad=14)
+            place.set_title(f"n = {effects['prompt'].nunique()} prompts", fontsize=plots.TICK_SIZE, loc="right", pad=14)
+            place.set_title(f"{part} layers set to zero" if part in STRONG else "", pad=14, loc="left")
         plots.legend_below(figure)
     return figure
 
@@ -632,7 +644,7 @@ def _draw_part(axes: Axes, effects: pd.DataFrame, part: str, metric: str) -> Non
         return
     medians = rows.groupby("layer")[metric].median()
     base = effects.loc[effects["part"] == UNTOUCHED, metric].median()
-    small = {"linestyle": "", "markersize": 2, "alpha": 0.5, "markeredgewidth": 0}
+    small = {"linestyle": "", "markersize": 3.5, "alpha": 0.6, "markeredgewidth": 0}
     axes.axhline(base, color="black", linestyle=":", label="untouched model, median")
     axes.plot(rows["layer"], rows[metric], **look.line_style(label="a prompt, layer switched off", **small))
     axes.plot(medians.index, medians, "D-", color="black", markersize=3.5, linewidth=0.6, label="median over prompts")
@@ -647,8 +659,8 @@ def _draw_part(axes: Axes, effects: pd.DataFrame, part: str, metric: str) -> Non
 
 
 ONE_SEED = (
-    "A row is a memorized prompt, all images are of one seed. none: the untouched model, which replays the training image; a number: "
-    "the layer of that number, counted as an image passes them, is switched off."
+    "A row is a VM prompt, all images are of one seed. Planted: the training image; none: the untouched model; a number: the layer "
+    "of that number, counted as an image passes them, is switched off."
 )
 """Caption of the images."""
 
@@ -663,6 +675,39 @@ def figure_19(figure_19: Grid) -> Figure:
     return plots.image_grid(figure_19)
 
 
-@exhibit("Figure 20", "images with half of each convolution blocked", ONE_SEED)
+@exhibit("Figure 20", "images with half of each convolution blocked", f"{ONE_SEED} Some of the layers, evenly spread.")
 def figure_20(figure_20: Grid) -> Figure:
-    return plots.image_grid(figure_20)
+    """Return Fig. 20 with as many layers as can be seen."""
+    layers = range(2, len(figure_20.columns))
+    places = [0, 1, *spread(layers, 6)]
+    columns = tuple(figure_20.columns[place] for place in places)
+    return plots.image_grid(replace(figure_20, images=figure_20.images[:, places], columns=columns))
+
+
+# Exercises of notebook 05
+
+
+def _kept_neurons(run: Run) -> float:
+    """Return which share of the default's neurons the lowest threshold finds too, median over VM prompts."""
+    found, levels = run.load("ablation_searches").query("kind == 'vm'"), run.load("ablation_levels")
+    alike = found[found["initial_threshold"] == found["refinement_threshold"]]
+    alike = alike[~alike["setting"].str.startswith(("no ", "guidance"))].set_index(["prompt", "initial_threshold"])
+    own, lowest = float(levels.loc[levels["default"], "threshold"].iloc[0]), levels["threshold"].min()
+    pairs = [neuron_sets(alike.loc[[(prompt, own), (prompt, lowest)]]) for prompt in alike.index.unique(level=0)]
+    return float(np.median([len(mine & other) / len(mine) for mine, other in pairs if mine]))
+
+
+def _forgets_at(run: Run, shares: Sequence[float] = (0.25, 0.5, 0.75, 1)) -> float:
+    """Return the smallest share of the first convolution without which the first VM prompt has no copy; 0: none."""
+    row, first = run.prompts("vm").head(1), down_convolutions(run.pipe.unet)[0].name
+    items = [None, *(SwitchedOffLayers((first,), share) for share in shares)]
+    whole, *left = (run.measure(row, item, settings=few_images(run))["sscd_orig"][0] for item in items)
+    return next((share for share, copy in zip(shares, left, strict=True) if copy < whole / 2), 0)
+
+
+EXERCISES = {
+    "05.1": _kept_neurons,
+    "05.2": lambda run: lambda answer: 0 <= answer <= 1,
+    "05.3": _forgets_at,
+}
+"""The right answers (`nemolib.exercises.check`)."""

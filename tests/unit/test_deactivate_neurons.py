@@ -152,8 +152,14 @@ def test_a_prompt_counts_with_its_mean_over_repeats_and_the_papers_numbers_stand
     assert initial.filter(like="_paper").isna().all()
     shown = deactivate.shown_table(table)
     assert shown["copies"].tolist() == ["100%", "0%", "0%", "33%"]
-    assert shown["D_SSCD"].tolist() == ["0.50 ± 0.00", "0.50 ± 0.00", "", "0.50 ± 0.00"]
-    assert shown["neurons (paper)"].tolist() == ["0.0 ± 0.0", "0.0 ± 0.0", "", "4.0 ± 3.0"]
+    assert shown["setting"].tolist()[:2] == [f"{NONE}: VM", f"{NONE}: TM"]
+    assert shown["D_SSCD"].tolist() == [
+        "0.50 ± 0.00 [0.99 ± 0.01]",
+        "0.50 ± 0.00 [0.17 ± 0.06]",
+        "",
+        "0.50 ± 0.00 [0.99 ± 0.01]",
+    ]
+    assert shown["neurons"].tolist()[2:] == ["0.0 ± 0.0", "4.0 ± 3.0 [4.0 ± 3.0]"]
 
 
 def put(value, column, kind="vm", **where):

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from nemolib import exhibits, paper, paths
 from nemolib.exhibits import Claim, ClaimError, NotEnough, check, must
+from nemolib.run import WITH_AND_WITHOUT
 from nemolib.settings import load_profile
 from nemolib.store import Grid, read_table
 
@@ -53,7 +54,7 @@ def kept(name):
             kept("scores").query("kind == 'unmemorized'")["caption"].iloc[0],
         ]
     images = np.random.default_rng(0).integers(0, 255, (2, 4, 8, 8, 3), dtype=np.uint8)
-    return Grid(images, tuple(captions), ("seed 0", "seed 1") * 2)
+    return Grid(images, tuple(captions), ("planted", WITH_AND_WITHOUT[0], *[WITH_AND_WITHOUT[1]] * 2))
 
 
 def sources(item):

@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from nemolib.exhibits import NotEnough
 from nemolib.experiments import overview
 from nemolib.plots import TEXT_WIDTH
+from nemolib.run import WITH_AND_WITHOUT
 from nemolib.store import Grid
 
 PROMPT, OTHER = "a planted fox", "another owl"
@@ -34,7 +35,7 @@ def sources(*, seeds=2, detected=3, prompt=PROMPT, initial=INITIAL, refined=REFI
         ),
         "scores": pd.DataFrame({"caption": rows, "kind": ["vm", "tm", "unmemorized"], "score": [0.9, 0.5, 0.2]}),
         "search_steps": pd.DataFrame({"threshold": [0.4, 0.4], "theta": [5.0, 4.25]}),
-        "overview_images": grid([PROMPT], 2 * names, 8),
+        "overview_images": grid([PROMPT], [name for name in WITH_AND_WITHOUT for _ in names], 8),
         "noise_differences": grid(rows, [f"seed {i}" for i in range(detected)], 4),
         "samples": grid(rows, ["planted", *names], 8),
     }

@@ -53,16 +53,31 @@ def test_bars_have_the_looks_of_their_hue():
 
 def test_images_stand_in_rows_with_their_labels():
     images = np.random.default_rng(0).integers(0, 255, (2, 4, 8, 8, 3), dtype=np.uint8)
-    grid = Grid(images, ("a cat", "a dog"), ("s0", "s1", "s0", "s1"))
-    figure = plots.image_grid(grid, counts=[3, 12], halves=("with", "without"))
+    grid = Grid(images, ("a cat", "a dog"), ("planted", "off", "off", "other"))
+    figure = plots.image_grid(grid, counts=[3, 12], kinds={"a cat": "vm"})
     shown = [axes.images[0].get_array() for axes in figure.axes]
     assert np.array_equal(np.stack(shown), images.reshape(-1, 8, 8, 3))
     texts = [text.get_text() for axes in figure.axes for text in axes.texts]
-    assert {"a cat", "a dog", "3", "12", "with", "without"} == set(texts)
-    plain = [text.get_text() for axes in plots.image_grid(grid).axes for text in axes.texts]
-    assert plain[:2] == ["a cat", "s0"]
-    with pytest.raises(ValueError, match="1 counts for 2 rows of 4 images"):
-        plots.image_grid(grid, counts=[3], halves=("with", "without"))
+    assert texts == ["VM: a cat", "planted", "3", "off", "other", "a dog", "12"]
+    single = Grid(images, grid.rows, ("planted", "seed 0", "seed 1", "factor -1"))
+    plain = [text.get_text() for axes in plots.image_grid(single).axes for text in axes.texts]
+    assert plain == ["a cat", *single.columns[:3], "factor −1", "a dog"]
+    with pytest.raises(ValueError, match="1 counts for 2 rows"):
+        plots.image_grid(grid, counts=[3])
+    with pytest.raises(ValueError, match="with a group of columns"):
+        plots.image_grid(single, counts=[3, 12])
+
+
+def test_a_figure_shows_itself_for_a_screen_and_stays_as_it_was(monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    with plots.panels(fraction=0.5) as (figure, axes):
+        axes.set_xlabel("neurons")
+    before = axes.xaxis.label.get_fontfamily(), axes.xaxis.label.get_fontsize()
+    figure._ipython_display_()
+    with Image.open(io.BytesIO(shown[0].data)) as image:
+        assert shown[0].width < image.width
+    assert (axes.xaxis.label.get_fontfamily(), axes.xaxis.label.get_fontsize()) == before
 
 
 def test_files_are_as_wide_as_the_figure(caplog):

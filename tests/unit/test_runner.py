@@ -37,6 +37,16 @@ def test_a_notebook_runs_here_in_its_own_folder_with_its_parameters(notebook, si
     assert printed(output) == f"tiny 5 {notebook.parent}\n"
 
 
+def test_progress_bars_are_not_kept(notebook, tmp_path):
+    code = "from tqdm.auto import tqdm\nfor _ in tqdm(range(2)): pass\nprint('kept')"
+    found = nbformat.read(notebook, as_version=4)
+    found.cells.append(nbformat.v4.new_code_cell(code))
+    nbformat.write(found, notebook)
+    run_notebook(notebook, tmp_path / "out.ipynb", {})
+    outputs = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[-1].outputs
+    assert [output.text for output in outputs] == ["kept\n"]
+
+
 def test_a_profile_may_leave_the_solutions_out(notebook, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     read = nbformat.read(notebook, as_version=4)

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from nemolib import exhibits, paper, paths
 from nemolib.exhibits import Claim, ClaimError, NotEnough, check, must
+from nemolib.experiments import published_run
 from nemolib.settings import load_profile
 from nemolib.store import Grid, read_table
 
@@ -38,9 +39,8 @@ def kept(name):
     if name == "holdout_pairs":
         values = np.random.default_rng(0).uniform(0.2, 0.5, 40 * 45)
         return pd.DataFrame({"prompt": np.repeat(np.arange(40), 45), "similarity": values})
-    if name == "published_run":
-        found = kept("localization")
-        return found[found["kind"].isin(["vm", "tm"])]
+    if name.startswith("published_"):
+        return published_run.tables(FakeRun())[name]
     captions = kept("deactivation")["prompt"].tolist()[:2]
     if name in ("noise_differences", "samples"):
         captions = [

@@ -185,9 +185,9 @@ def count_edges(values: pd.Series, bins: int = 20) -> np.ndarray:
     return np.arange(0, values.max() + 1 + width, width) - 0.5 * (width == 1)
 
 
-def distributions(axes: Axes, parts: Mapping[str, pd.DataFrame], column: str, *, xlabel: str) -> None:
+def distributions(axes: Axes, parts: Mapping[str, pd.DataFrame], column: str, *, xlabel: str, bins: Any = 24) -> None:
     """Draw shares of the prompts of each kind over a column, overlapping, with a short line below for each prompt."""
-    edges = np.histogram_bin_edges(pd.concat(parts.values())[column], bins=24)
+    edges = np.histogram_bin_edges(pd.concat(parts.values())[column], bins=bins)
     for level, (kind, part) in enumerate(parts.items()):
         look, weights = ROLES[kind], np.full(len(part), 1 / len(part))
         style = {"facecolor": (look.color, 0.35), "edgecolor": look.color, "hatch": look.hatch}

@@ -2,7 +2,8 @@
 
     python benchmarks/search.py                                      # the tiny world, ten VM and ten TM prompts
     python benchmarks/search.py --prompts 0                          # all of them
-    python benchmarks/search.py --replay RESULTS --prompt-table TABLE  # and a published run of Stable Diffusion v1-4
+    python benchmarks/search.py --replay data/sd14/results.csv.gz --prompt-table data/sd14/prompts/memorized.csv
+                                                     # and a published run of Stable Diffusion v1-4
 
 Costs are UNet sample-evaluations (one latent through the UNet once) and seconds. Medians are printed, and ratios are
 written to ``build/benchmarks/search.json``: ``release_over_fast`` and ``sequential_over_fast`` are medians over prompts

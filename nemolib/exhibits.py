@@ -240,7 +240,8 @@ class Exhibit:
     @property
     def place(self) -> str:
         """The function that draws it, and the file that this is in."""
-        return f"`{self.draw.__name__}` in `{self.draw.__module__.replace('.', '/')}.py`"
+        draw = inspect.unwrap(self.draw)
+        return f"`{draw.__name__}` in `{draw.__module__.replace('.', '/')}.py`"
 
 
 _EXHIBITS: dict[str, Exhibit] = {}
@@ -263,6 +264,11 @@ def exhibit(
         return draw
 
     return register
+
+
+def exhibit_of(draw: Callable[..., Any]) -> Exhibit:
+    """Return the exhibit that a function draws."""
+    return next(item for item in _EXHIBITS.values() if item.draw is draw)
 
 
 def exhibits() -> list[Exhibit]:
@@ -353,7 +359,7 @@ def _write(item: Exhibit, content: Figure | pd.DataFrame, run: Run, sources: Map
         profile=run.profile,
         notebook=item.notebook,
         inputs=sources,
-        code=code_hash(item.draw),
+        code=code_hash(inspect.unwrap(item.draw)),
         device=run.device,
     )
     return _written(run, item.name, contents)

@@ -159,9 +159,9 @@ def of_kinds(table: pd.DataFrame, kinds: Sequence[str]) -> dict[str, pd.DataFram
 # Distributions
 
 
-def distributions(axes: Axes, parts: Mapping[str, pd.DataFrame], column: str, *, xlabel: str) -> None:
+def distributions(axes: Axes, parts: Mapping[str, pd.DataFrame], column: str, *, xlabel: str, bins: Any = 24) -> None:
     """Draw shares of the prompts of each kind over a column, overlapping, with a short line below for each prompt."""
-    edges = np.histogram_bin_edges(pd.concat(parts.values())[column], bins=24)
+    edges = np.histogram_bin_edges(pd.concat(parts.values())[column], bins=bins)
     for level, (kind, part) in enumerate(parts.items()):
         look, weights = ROLES[kind], np.full(len(part), 1 / len(part))
         style = {"facecolor": (look.color, 0.35), "edgecolor": look.color, "hatch": look.hatch}

@@ -447,7 +447,7 @@ class Profile:
         solutions: Whether a run of a notebook includes the solutions of its exercises.
         workers: Number of processes on this machine that share the prompts, see `nemolib.workers`; None: this one alone.
         published_run: Table of results of a run of the authors' code, relative to the repository or absolute; notebook
-            06 draws it beside what was computed here. None: there is none.
+            06 draws it beside what was computed here. None: the one in ``data/sd14``.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """Fetching what a profile needs and the repository does not hold: ``python -m tools.fetch_data --profile sd14``.
 
 ``make data PROFILE=sd14`` runs it. What is fetched is data: a manifest in ``downloads/``, named by the profile's key
-``downloads``, lists the files (prompt tables, statistics, weights, the table of training images); the hub models are
+``downloads``, lists the files (large prompt tables, weights, the table of training images); the hub models are
 those that the profile names. Each file has a SHA-256, stated in the manifest or noted at its first use; a file that is
 there is never fetched again, and a part of one never counts. ``NEMO_DATA_MIRROR`` names a folder to take files from.
 """
@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Annotated, BinaryIO, NamedTuple
@@ -38,8 +37,6 @@ from urllib3.exceptions import HTTPError
 
 from nemolib import paths
 from nemolib.encoders import check_sha256, note_sha256, noted_sha256
-from nemolib.holdout import load_statistics
-from nemolib.layers import STABLE_DIFFUSION_WIDTHS
 from nemolib.paths import write_atomic
 from nemolib.pipeline import is_hub_id
 from nemolib.prompts import IMAGE_REPORT, load_prompts
@@ -83,7 +80,7 @@ class Outcome(NamedTuple):
 
     Attributes:
         thing: What it is.
-        status: ``present``, ``copied``, ``downloaded``, ``converted``, ``missing`` (can be done without) or ``failed``.
+        status: ``present``, ``copied``, ``downloaded``, ``missing`` (can be done without) or ``failed``.
         note: Where it lies, or why it failed and what to do.
     """
 
@@ -114,15 +111,11 @@ class Manifest(pydantic.BaseModel, frozen=True, extra="forbid"):
     Attributes:
         folder: Where it is put; in YAML relative to the repository.
         files: The files.
-        released_statistics: Activation statistics as the authors store them (one of the files), or None.
-        statistics_count: Number of prompts that they were computed from.
         training_images: Prompt table (one of the files) with the URLs of training images, or None.
     """
 
     folder: Annotated[Path, pydantic.AfterValidator(paths.resolve)]
     files: tuple[SourceFile, ...]
-    released_statistics: str | None = None
-    statistics_count: int = 0
     training_images: str | None = None
 
 
@@ -164,8 +157,6 @@ def fetch_data(profile: Profile, parts: Collection[str] = PARTS) -> Iterator[Out
     if "files" in parts:
         for file in manifest.files:
             todo.append((file.path, "missing" if file.optional else "failed", partial(fetch_file, file, folder)))
-        if manifest.released_statistics:
-            todo.append(("statistics as safetensors", "failed", partial(convert_statistics, manifest)))
     if "models" in parts:
         todo += [(f"model {model[0]}", "failed", partial(fetch_model, *model)) for model in hub_models(profile)]
     if "images" in parts and manifest.training_images:
@@ -271,22 +262,6 @@ def _in_mirror(file: SourceFile) -> Path | None:
     source = PurePosixPath(file.url.partition("?")[0])
     places = (file.path, f"{source.parent.name}/{source.name}", source.name)
     return next((root / place for place in places if (root / place).is_file()), None)
-
-
-def convert_statistics(manifest: Manifest) -> tuple[str, str]:
-    """Write the authors' activation statistics as safetensors beside them, unless that was done; return status and path.
-
-    Raises:
-        FileNotFoundError: They are missing.
-        ValueError: They are not readable, or statistics of another model.
-    """
-    source, status = manifest.folder / manifest.released_statistics, "present"
-    target = source.with_suffix(".safetensors")
-    if not target.is_file():
-        released = load_statistics(source, widths=STABLE_DIFFUSION_WIDTHS)
-        replace(released, count=manifest.statistics_count).save(target)
-        status = "converted"
-    return status, str(target)
 
 
 def hub_models(profile: Profile) -> list[tuple[str, str | None, tuple[str, ...]]]:

@@ -121,8 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     functions = [function for item in exhibits() for function in (item.draw, item.read) if function is not None]
     names = {name for function in functions for name in inspect.signature(function).parameters}
+    names = {name for name in names if not name.startswith("published_")}  # somebody else's
     try:
-        folder = keep_results(load_profile(arguments.profile), names - {"published_run"})  # somebody else's
+        folder = keep_results(load_profile(arguments.profile), names)
     except (ProfileError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 1

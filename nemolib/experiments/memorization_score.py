@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -382,8 +381,10 @@ def read_6(copies: pd.DataFrame) -> Iterator[Claim]:
     "between TM and VM.", read=read_6)  # fmt: skip
 def figure_6(copies: pd.DataFrame) -> Figure:
     parts, cut = of_kinds(copies, "copies", "tm", "vm", column="copy_max"), metrics.MEMORIZED_ABOVE
+    steps = (pd.concat(parts.values())["copy_max"] - cut) / 0.04
+    bins = cut + 0.04 * np.arange(np.floor(steps.min()), np.ceil(steps.max()) + 1)  # one of them ends at the cut
     with plots.panels(fraction=0.6) as (figure, axes):
-        plots.distributions(axes, parts, "copy_max", xlabel="copy similarity (largest of the seeds)")
+        plots.distributions(axes, parts, "copy_max", xlabel="copy similarity (largest of the seeds)", bins=bins)
         axes.axvline(cut, color="black", linestyle="--", linewidth=1, label=f"cut at {cut:g}")
         plots.legend_above(axes)
     return figure

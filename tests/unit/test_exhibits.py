@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from nemolib import exhibits, paper, paths
 from nemolib.exhibits import Claim, ClaimError, NotEnough, check, must
+from nemolib.experiments import published_run
 from nemolib.run import WITH_AND_WITHOUT
 from nemolib.settings import load_profile
 from nemolib.store import Grid, read_table
@@ -44,9 +45,8 @@ def kept(name):
         return pd.DataFrame(
             [("down", "down_blocks.0", 0, 1, 32, 16), ("up", "up_blocks.0", 0, 0, 0, 0)], columns=columns
         )
-    if name == "published_run":
-        found = kept("localization")
-        return found[found["kind"].isin(["vm", "tm"])]
+    if name.startswith("published_"):
+        return published_run.tables(FakeRun())[name]
     captions = kept("deactivation")["prompt"].tolist()[:2]
     if name in ("noise_differences", "samples"):
         captions = [

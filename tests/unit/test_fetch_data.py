@@ -1,5 +1,6 @@
 import hashlib
 import io
+import subprocess
 import time
 import zlib
 from concurrent.futures import as_completed
@@ -11,15 +12,12 @@ from unittest.mock import Mock
 import httpx
 import pandas as pd
 import pytest
-import torch
 import yaml
 from huggingface_hub.errors import GatedRepoError
 from PIL import Image
 
 from nemolib import paths
 from nemolib.encoders import EncoderError, noted_sha256
-from nemolib.holdout import ActivationStatistics
-from nemolib.layers import STABLE_DIFFUSION_WIDTHS
 from nemolib.prompts import load_prompts
 from nemolib.settings import ProfileError, load_profile
 from tests.web import Cut, Slow, serve
@@ -141,16 +139,18 @@ def test_a_wrong_mirror_is_named_and_offline_is_respected(site, fetch, tmp_path,
 def test_the_profile_uses_what_the_manifest_fetches():
     profile, manifest = load_profile("sd14"), load_manifest("sd14")
     fetched = {str(manifest.folder / file.path): file for file in manifest.files}
-    tables = {profile.prompts.memorized, profile.prompts.unmemorized, profile.prompts.holdout, profile.prompts.quality}
-    assert {str(paths.resolve(table)) for table in tables} <= set(fetched)
-    assert paths.resolve(profile.statistics) == (manifest.folder / manifest.released_statistics).with_suffix(
-        ".safetensors"
-    )
+    assert {str(paths.resolve(table)) for table in (profile.prompts.holdout, profile.prompts.quality)} <= set(fetched)
+    for shipped in (profile.prompts.memorized, profile.prompts.unmemorized, profile.statistics):
+        assert paths.resolve(shipped).is_file()
+    if (paths.ROOT / ".git").exists():
+        asked = ["git", "check-ignore", *fetched]
+        ignored = subprocess.run(asked, cwd=paths.ROOT, capture_output=True, text=True).stdout
+        assert ignored.splitlines() == list(fetched), "what is fetched is never committed"
     for encoder in (profile.encoders.copy, profile.encoders.quality):
         assert fetched[str(paths.resolve(encoder.path))].sha256 == encoder.sha256
     assert [file.path for file in manifest.files if not file.sha256] == ["prompts/holdout.csv"]
     assert all(file.url.startswith("https://") for file in manifest.files)
-    assert {manifest.released_statistics, manifest.training_images} <= {file.path for file in manifest.files}
+    assert manifest.training_images in {file.path for file in manifest.files}
 
 
 @pytest.mark.parametrize(
@@ -352,26 +352,18 @@ def test_images_without_network_or_urls(site, world, monkeypatch):
 # All together
 
 
-def released(widths=STABLE_DIFFUSION_WIDTHS):
-    generator = torch.Generator().manual_seed(0)
-    return tuple([torch.rand(width, generator=generator) for width in widths] for _ in range(2))
-
-
 @pytest.fixture
 def profile(site, world, tmp_path):
     """Return a profile file with a manifest whose files the site has."""
-    torch.save(released(), tmp_path / "s.pt")
     site.pages |= {
         "/p/memorized.csv": (world / "prompts" / "memorized.csv").read_bytes(),
-        "/s.pt": (tmp_path / "s.pt").read_bytes(),
+        "/net.pt": DATA,
     }
-    files = {"prompts/memorized.csv": "p/memorized.csv", "statistics.pt": "s.pt", "models/inception.pt": "gone.pt"}
+    files = {"prompts/memorized.csv": "p/memorized.csv", "models/net.pt": "net.pt", "models/inception.pt": "gone.pt"}
     listed = [{"path": path, "url": f"{site.url}/{name}", "optional": "gone" in name} for path, name in files.items()]
     manifest = {
         "folder": str(tmp_path / "data"),
         "files": listed,
-        "released_statistics": "statistics.pt",
-        "statistics_count": 50_000,
         "training_images": "prompts/memorized.csv",
     }
     (tmp_path / "manifest.yaml").write_text(yaml.safe_dump(manifest))
@@ -382,25 +374,11 @@ def profile(site, world, tmp_path):
 
 def test_everything_is_fetched_and_what_fails_does_not_stop_the_rest(profile, tmp_path):
     for expected in (
-        ["downloaded", "downloaded", "missing", "converted"],
-        ["present", "present", "missing", "present"],
+        ["downloaded", "downloaded", "missing"],
+        ["present", "present", "missing"],
     ):
         assert [outcome.status for outcome in fetch_data(load_profile(profile), ("files", "models"))] == expected
-    converted = ActivationStatistics.load(tmp_path / "data" / "statistics.safetensors")
-    assert converted.widths == STABLE_DIFFUSION_WIDTHS
-    assert converted.count == 50_000
-    assert all(torch.equal(a, b) for a, b in zip(converted.mean, released()[0], strict=True))
-
-
-def test_statistics_of_another_model_are_refused(tmp_path, profile, site):
-    torch.save(released((8, 8)), tmp_path / "s.pt")
-    site.pages["/s.pt"] = (tmp_path / "s.pt").read_bytes()
-    outcome = list(fetch_data(load_profile(profile), ("files",)))[-1]
-    assert (outcome.status, outcome.note.partition(": ")[2][:46]) == (
-        "failed",
-        "layers of [8, 8] neurons, expected [320, 320, ",
-    )
-    assert not (tmp_path / "data" / "statistics.safetensors").exists()
+    assert (tmp_path / "data" / "models" / "net.pt").read_bytes() == DATA
 
 
 def test_the_command(profile, capsys):
@@ -411,12 +389,12 @@ def test_the_command(profile, capsys):
 
 
 def test_the_command_fails_if_something_needed_is_missing(profile, site, capsys):
-    del site.pages["/s.pt"], site.pages["/p/memorized.csv"]
+    del site.pages["/net.pt"], site.pages["/p/memorized.csv"]
     for named, status, words in [
         (
             profile,
             1,
-            ["failed  statistics.pt: statistics.pt could not be", "4 of 5 failed", "missing  models/inception.pt"],
+            ["failed  models/net.pt: models/net.pt could not be", "3 of 4 failed", "missing  models/inception.pt"],
         ),
         ("tiny", 0, ["nothing to fetch"]),
         ("none", 1, ["unknown profile 'none'"]),

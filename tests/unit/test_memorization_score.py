@@ -6,13 +6,11 @@ import pytest
 
 from nemolib import paths
 from nemolib.experiments import memorization_score as score
-from nemolib.first_step import FirstStep, guidance_norms, noise_differences
-from nemolib.holdout import holdout_scores, z_scores
-from nemolib.layers import value_activations
-from nemolib.pipeline import embed, load_pipeline
+from nemolib.first_step import FirstStep, guidance_norms
+from nemolib.holdout import holdout_scores
+from nemolib.pipeline import load_pipeline
 from nemolib.run import Run
 from nemolib.settings import Profile
-from nemolib.store import Grid
 from tests.random_world import SMALL, amplify, write_encoders, write_prompts
 
 VM, CLEAN = ["red fox card", "red owl card"], ["a tree", "the sea", "my dog"]
@@ -100,63 +98,3 @@ def test_detection_of_the_rungs_against_unmemorized_prompts():
     chance, *lines = figure.axes[0].lines
     assert [line.get_ydata().tolist() for line in lines] == [[0.5, 1.0]] * 3
     assert figure.axes[0].get_xlabel() == "copies in training (n = 4, unmemorized 2)"
-
-
-def test_rows_say_their_kind():
-    grid = Grid(np.zeros((2, 1, 1, 1)), ("a fox", "a tree"), ("seed 0",))
-    table = pd.DataFrame({"caption": ["a fox"], "kind": ["tm"]})
-    assert score.with_kinds(grid, table).rows == ("TM: a fox", "a tree")
-
-
-def test_answers_of_the_exercises(run, scores):
-    run.save(scores, "scores")
-    trained, clean = (scores[chosen] for chosen in (scores["kind"] != "unmemorized", scores["kind"] == "unmemorized"))
-    answers = {name: right(run) for name, right in score.EXERCISES.items()}
-    assert answers["02.1"] == pytest.approx((trained["score"] > clean["score"].max()).mean())
-    assert answers["02.2"] == pytest.approx(
-        (trained["mean_pair"].to_numpy()[:, None] > clean["mean_pair"].to_numpy()).mean()
-    )
-    norms = [[guidance_norms(run.pipe, caption, steps=2)[1].mean() for caption in part] for part in (VM, CLEAN)]
-    assert answers["02.3"] == pytest.approx(np.median(norms[0]) / np.median(norms[1]))
-    statistics = run.statistics
-    ratios = [(mean / std).max() for mean, std in zip(statistics.mean, statistics.std, strict=True)]
-    assert answers["02.4"] == pytest.approx(-max(ratios))
-
-
-def test_largest_z_of_prompts_and_of_neurons(run):
-    by_prompt, by_neuron = score.z_by_prompt(run), score.z_by_neuron(run)
-    assert len(by_prompt) == 8 * 7
-    # Three prompts are not memorized, but two are VM.
-    assert set(by_neuron["caption"]) <= {*VM, "blue cat case", *CLEAN[:2]}
-    activations = value_activations(run.pipe.unet, embed(run.pipe, CLEAN))
-    for layer, z in enumerate(z_scores(run.statistics, activations), start=1):
-        z = z.abs().numpy()
-        clean = f"layer == {layer} and kind == 'unmemorized'"
-        rows = by_prompt.query(clean)
-        assert rows["neuron"].tolist() == z.argmax(axis=1).tolist()
-        assert rows["largest_z"].to_numpy() == pytest.approx(z.max(axis=1), rel=1e-4)
-        rows = by_neuron.query(clean)
-        assert rows["neuron"].tolist() == list(range(z.shape[1]))
-        assert rows["largest_z"].to_numpy() == pytest.approx(z[:2].max(axis=0), rel=1e-4)
-
-
-def test_copies_of_planted_images_and_of_none(run):
-    rows = run.prompts("vm", "unmemorized")
-    table, measured = score.copies(run, rows), run.measure(rows)
-    assert table["copy_similarity"].equals(measured["sscd_orig"])
-    assert table["seed_similarity"].equals(measured["d_sscd"])
-    assert table["copy_max"].ge(table["copy_similarity"]).tolist() == [True, True, False, False, False]
-    assert table.loc[rows["kind"] == "unmemorized", ["copy_similarity", "copy_max"]].isna().all().all()
-    pd.testing.assert_frame_equal(score.copies(run, rows.head(0)), table.head(0), check_index_type=False)
-
-
-def test_samples_and_noise_differences_as_images(run):
-    rows = run.prompts("vm", "tm", "unmemorized")
-    grid, noise = score.sample_grid(run, rows), score.noise_grid(run, rows)
-    assert grid.rows == noise.rows == tuple(rows["caption"])
-    assert grid.columns == ("planted", "seed 0", "seed 1")
-    assert np.array_equal(grid.images[:3, 0], run.planted_images(rows.head(3)))
-    assert (grid.images[3:, 0] == 255).all()
-    assert np.array_equal(grid.images[:, 1:], run.images(rows["caption"].tolist()))
-    red = noise_differences(run.pipe, VM[0])[1, 0]
-    assert np.array_equal(noise.images[0, 1, ..., 0], (red.double().numpy() * 255).round().astype(np.uint8))

@@ -1,13 +1,19 @@
 """A published run: reading its table, and what its exhibits say."""
 
+import inspect
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
+from nemolib import exhibits, provenance
 from nemolib.exhibits import NotEnough
+from nemolib.experiments import localize_neurons
 from nemolib.experiments import published_run as published
 from nemolib.experiments.published_run import PublishedRunError, localizations
+from nemolib.localization import neuron_sets
 from nemolib.neurons import NeuronSet
 from nemolib.settings import load_profile
 
@@ -45,9 +51,9 @@ def test_a_run_becomes_a_table_of_localizations(read):
     assert table["initial_count"].tolist() == [3, 4, 6, 1]
     assert table["neuron_count"].tolist() == [1, 3, 4, 1]
     assert NeuronSet.from_json(table["neurons"][2]) == NeuronSet(((), (3,), (4, 5, 6)))
-    none = localizations(SimpleNamespace(profile=load_profile("tiny")))
-    assert none.empty
-    assert list(none) == list(table)
+    shipped = localizations(SimpleNamespace(profile=load_profile("tiny")))
+    assert list(shipped) == list(table)
+    assert shipped["kind"].value_counts().to_dict() == {"tm": 159, "vm": 92}
 
 
 @pytest.mark.parametrize(
@@ -79,55 +85,95 @@ def test_a_file_that_cannot_be_used(read, tmp_path):
         list(published._rows(tmp_path / "none.csv"))
 
 
-def test_numbers_are_those_of_the_run(read):
-    table = read(*ROWS)
-    said = {claim.text: claim for claim in published.read_4a(table)}
-    assert said["prompts of the run"].ours == "VM 2, TM 1; 1 not in the prompt table, left out"
-    neurons = said["neurons per prompt"]
-    assert (neurons.ours, neurons.holds) == ("VM 2.0 ± 1.0, TM 4.0 ± 0.0", False)
-    assert "VM 0.5 times the paper's, TM 0.19 times the paper's" in neurons.rule
-    assert {claim.ours for claim in published.read_7(table)} >= {"VM 3.5 ± 0.5, TM 6.0 ± 0.0"}
-    assert published.OTHER in next(claim.rule for claim in published.read_4b(table) if claim.holds is not None)
-    steps = published.published_figure_4a(table).axes[0].lines[::2]
-    assert sorted(line.get_label().rpartition(" ")[2] for line in steps) == ["1", "2"]
-    shown = published.published_shared_neurons(table)
-    assert shown.drop(columns="words").to_numpy().tolist() == [[1, 25, 2, "100%"]]
-    shared = next(published.read_shared(table))
-    assert (shared.ours, shared.holds) == ("100%", False)
+@pytest.fixture(scope="module")
+def tables():
+    return published.tables(SimpleNamespace(profile=load_profile("tiny")))
 
 
-def test_every_figure_says_what_it_is(read):
-    table = read(*ROWS)
-    for draw in (published.published_figure_4a, published.published_figure_4b, published.published_figure_7):
-        assert draw(table).get_suptitle() == published.MARK
-        with pytest.raises(NotEnough, match="table 'published_run' has no rows with kind 'tm'"):
-            draw(table[table["kind"] == "vm"])
+ALL = {item.name: item for item in exhibits.exhibits() if item.notebook == published.NOTEBOOK}
 
 
-def counts(**medians):
-    """Return the change that gives all prompts of a kind the same numbers of neurons."""
-    return lambda table: table.assign(**dict.fromkeys(("initial_count", "neuron_count"), table["kind"].map(medians)))
+def said(tables, name, **changed):
+    """Return the claims of an exhibit by their text."""
+    return {claim.text: claim for claim in exhibits.claims(ALL[name], (tables | changed).__getitem__)}
 
 
-def in_layer(layer):
-    return lambda table: table.assign(neurons=NeuronSet.of([(layer, 1)], layers=7).to_json())
+def test_the_exhibits_of_other_notebooks_draw_what_was_published(tables):
+    assert set(ALL) == {f"published_{name}" for name in
+                        ("figure_4a", "figure_4b", "figure_6", "figure_7", "shared_neurons", "statistics")}  # fmt: skip
+    for name, item in ALL.items():
+        drawn = exhibits.render(item, None, load=tables.__getitem__, write=False)
+        assert drawn.content is not None, drawn.reason
+        assert "Not computed here" in item.caption
+        if isinstance(drawn.content, Figure):
+            assert drawn.content.get_suptitle().endswith("not computed here")
+        for claim in drawn.claims:
+            assert claim.ours.endswith(("(published run)", "(released table)"))
+        function = name.removeprefix("published_")
+        assert item.place.startswith(f"`{function}` in `nemolib/experiments/")
+        assert len(provenance.code_hash(inspect.unwrap(item.draw))) == 64
+    assert localize_neurons.figure_4a.__name__ == "figure_4a", "the exhibit of notebook 03 is as it was"
 
 
-def with_the_papers_neurons(table):
-    """Give a sixth of the VM prompts neuron 25 of value layer 1, and all others none."""
-    place = (table["kind"] == "vm").cumsum() % 6
-    sets = [NeuronSet(((25,) if one == 0 else (), *[()] * 6)).to_json() for one in place]
-    return table.assign(neurons=sets)
+def test_the_figures_show_the_tables(tables):
+    split = ALL["published_figure_6"].draw(published_copies=tables["published_copies"])
+    assert [text.get_text() for text in split.axes[0].get_legend().get_texts()][:2] == ["template (TM), n = 375", "verbatim (VM), n = 112"]  # fmt: skip
+    normal = tables["published_statistics"]
+    assert normal.groupby("layer").size().tolist() == [320, 320, 640, 640, 1280, 1280, 1280]
+    panels = ALL["published_statistics"].draw(published_statistics=normal).axes
+    for place, column in zip(panels, ("mean", "std"), strict=True):
+        assert place.lines[0].get_ydata().tolist() == normal[column].tolist()
+        marked = normal.set_index(["layer", "neuron"]).loc[[(1, 25), (1, 221), (3, 507), (3, 517)], column]
+        assert place.lines[1].get_ydata().tolist() == marked.tolist()
+        assert [text.get_text() for text in place.texts] == ["#25", "#221", "#507", "#517"]
 
 
-TURNS = [
-    ("published_figure_4a", "published_run", counts(vm=4, tm=21), "VM prompts have fewer neurons than TM prompts"),
-    ("published_figure_4b", "published_run", in_layer(0), in_layer(5), "neurons of VM prompts lie in the first layers"),
-    ("published_figure_7", "published_run", counts(vm=26, tm=674), "neurons, initial selection"),
-    (
-        "published_shared_neurons",
-        "published_run",
-        with_the_papers_neurons,
-        "VM prompts that have neuron 25 or 221 of value layer 1",
-    ),
-]
+def test_what_was_published_is_compared_with_the_paper(tables):
+    found = tables["published_localization"]
+    near = {text: claim for text, claim in said(tables, "published_figure_4a").items() if text.startswith("as many")}
+    assert [claim.holds for claim in near.values()] == [False, False]
+    as_many = found.assign(
+        neuron_count=found["kind"].map({"vm": 4, "tm": 30}), initial_count=found["kind"].map({"vm": 20, "tm": 900})
+    )
+    changed = said(tables, "published_figure_4a", published_localization=as_many)
+    assert all(changed[text].holds for text in near)
+    assert changed["as many neurons as in the paper (after refinement)"].ours == (
+        "VM 1 times, TM 1.4 times (published run)"
+    )
+    unknown = said(
+        tables, "published_figure_4a", published_localization=found.assign(kind=found["kind"].where(found.index > 2))
+    )
+    assert unknown["prompts left out, since they are not in the prompt table"].ours == "3 (published run)"
+
+
+def test_the_cut_between_the_kinds(tables):
+    copies, text = tables["published_copies"], "VM if the largest SSCD is above 0.7, else TM"
+    claim = said(tables, "published_figure_6")[text]
+    assert (claim.ours, claim.holds) == ("487 of 487 prompts; 13 more have no SSCD (released table)", True)
+    high = copies.assign(copy_max=copies["copy_max"].where(copies["kind"] == "vm", 0.9))
+    claim = said(tables, "published_figure_6", published_copies=high)[text]
+    assert (claim.ours, claim.holds) == ("112 of 500 prompts; 0 more have no SSCD (released table)", False)
+
+
+def test_neurons_that_prompts_share(tables):
+    found, normal = tables["published_localization"], tables["published_statistics"]
+    shown = published.shared_neurons(published_localization=found, published_statistics=normal)
+    assert shown[["value layer", "neuron"]].to_numpy().tolist()[:4] == [[1, 25], [1, 221], [3, 507], [3, 517]]
+    for row in shown.itertuples(index=False):
+        has = [(row[0] - 1, row.neuron) in neurons for neurons in neuron_sets(found)]
+        assert [row[3], row[4]] == [(found.loc[has, "kind"] == kind).sum() for kind in ("vm", "tm")]
+        assert row.captions.startswith(found.loc[has, "prompt"].iloc[0][:60])
+    assert shown["activation"][3] == "2.92 (rank 5 in its layer)"
+    text = "VM prompts that have neuron 25 or 221 of value layer 1"
+    assert said(tables, "published_shared_neurons")[text].holds is False
+    sixth = [NeuronSet(((25,) if place % 6 == 0 else (3,), *[()] * 6)).to_json() for place in range(92)]
+    few = pd.concat([found[found["kind"] == "vm"].assign(neurons=sixth), found[found["kind"] == "tm"]])
+    claims = said(tables, "published_shared_neurons", published_localization=few)
+    assert (claims[text].ours, claims[text].holds) == ("17% (published run)", True)
+    assert claims["VM prompts with a single neuron, which is one of the two"].ours == "16 of 92 (published run)"
+    with pytest.raises(NotEnough, match="'published_localization' has no rows with kind 'tm'"):
+        published.shared_neurons(published_localization=found[found["kind"] == "vm"], published_statistics=normal)
+
+
+TURNS = []
+"""Claims of published numbers are not in the table of claims."""

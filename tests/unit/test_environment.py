@@ -59,7 +59,7 @@ def test_data_of_the_package_is_part_of_it():
     tool = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     patterns = tool["package-data"]["nemolib"]
     shipped = {file for pattern in patterns for file in paths.PACKAGE.glob(pattern)}
-    there = [file for suffix in ("csv", "json", "yaml") for file in paths.PACKAGE.rglob(f"*.{suffix}")]
+    there = [file for suffix in ("csv", "html", "json", "yaml") for file in paths.PACKAGE.rglob(f"*.{suffix}")]
     assert set(there) == shipped
 
 

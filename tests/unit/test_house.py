@@ -9,7 +9,7 @@ import pytest
 from nemolib import paths
 
 FILES = {".".join(path.relative_to(paths.PACKAGE).with_suffix("").parts): path for path in paths.PACKAGE.rglob("*.py")}
-LARGEST_PACKAGE, LARGEST_MODULE, MOST_FILES, MOST_FLOORS = 6730, 450, 40, 9
+LARGEST_PACKAGE, LARGEST_MODULE, MOST_FILES, MOST_FLOORS = 6880, 450, 40, 9
 
 
 def code_lines(path: Path) -> int:

@@ -34,7 +34,17 @@ from nemolib.mitigation import Mitigation
 from nemolib.pipeline import load_pipeline
 from nemolib.provenance import code_hash, content_hash, model_hash
 from nemolib.settings import load_profile, load_protocol, search_settings, settings_of
-from nemolib.store import Grid, Store, read_grid, read_table, write_grid, write_table
+from nemolib.store import (
+    ORDINARY,
+    PLANTED,
+    WITH_AND_WITHOUT,
+    Grid,
+    Store,
+    read_grid,
+    read_table,
+    write_grid,
+    write_table,
+)
 from nemolib.workers import Batch, FailedPrompts, Failure, Outcomes, Task, map_prompts
 
 if TYPE_CHECKING:
@@ -53,13 +63,6 @@ Begun = tuple[list[str], Outcomes]
 
 METRICS = ("sscd_orig", "sscd_orig_max", "sscd_gen", "d_sscd", "a_clip")
 """What `Run.measure` measures."""
-
-PLANTED, ORDINARY, WITH_AND_WITHOUT = (
-    "planted",
-    "ordinary prompt",
-    ("all neurons active", "neurons off (how many: box)"),
-)
-"""What `Run.with_and_without` calls its columns."""
 
 _TOGETHER = 128
 """Images that an encoder is given at once."""

@@ -25,6 +25,10 @@ from nemolib.provenance import content_hash
 TEXTS = ("caption", "prompt")
 """Columns of a table that hold text, whatever it looks like."""
 
+PLANTED, ORDINARY = "planted", "ordinary prompt"
+WITH_AND_WITHOUT = "all neurons active", "neurons off (how many: box)"
+"""Labels of columns of image grids (`nemolib.run.Run.with_and_without`)."""
+
 
 class StoreError(ValueError):
     """A file of results that cannot be read; the message names the file, the place and what to do."""

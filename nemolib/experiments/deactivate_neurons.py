@@ -23,8 +23,7 @@ from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.plots import ROLES, TEXT_WIDTH, image_grid, intervals, legend_below, panels
 from nemolib.prompts import MEMORIZED
-from nemolib.run import PLANTED, WITH_AND_WITHOUT
-from nemolib.store import Grid
+from nemolib.store import PLANTED, WITH_AND_WITHOUT, Grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

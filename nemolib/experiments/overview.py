@@ -14,8 +14,7 @@ from matplotlib.axes import Axes
 from nemolib.exhibits import Claim, NotEnough, exhibit
 from nemolib.experiments.deactivate_neurons import NEMO, NONE
 from nemolib.plots import GREY, LABEL_SIZE, LINE, ROLES, TEXT_WIDTH, TICK_SIZE, Figure, image_grid, neurips, picture
-from nemolib.run import PLANTED, WITH_AND_WITHOUT
-from nemolib.store import Grid
+from nemolib.store import PLANTED, WITH_AND_WITHOUT, Grid
 
 if TYPE_CHECKING:
     from nemolib.run import Run

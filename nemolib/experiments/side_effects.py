@@ -29,10 +29,9 @@ from nemolib.metrics import MEMORIZED_ABOVE
 from nemolib.mitigation import DeactivatedNeurons, SwitchedOffLayers, switched_off
 from nemolib.neurons import NeuronSet
 from nemolib.prompts import load_prompts
-from nemolib.run import PLANTED
 from nemolib.seeding import stream
 from nemolib.settings import GenerationSettings
-from nemolib.store import Grid
+from nemolib.store import PLANTED, Grid
 
 if TYPE_CHECKING:
     from nemolib.run import Run

@@ -14,9 +14,8 @@ from matplotlib.figure import Figure
 from nemolib import exhibits, paper, paths
 from nemolib.exhibits import Claim, ClaimError, NotEnough, check, must
 from nemolib.experiments import published_run
-from nemolib.run import WITH_AND_WITHOUT
 from nemolib.settings import load_profile
-from nemolib.store import Grid, read_table
+from nemolib.store import WITH_AND_WITHOUT, Grid, read_table
 
 KEPT = paths.DATA / "tiny" / "results_full"
 

@@ -10,8 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from nemolib.exhibits import NotEnough
 from nemolib.experiments import overview
 from nemolib.plots import TEXT_WIDTH
-from nemolib.run import WITH_AND_WITHOUT
-from nemolib.store import Grid
+from nemolib.store import WITH_AND_WITHOUT, Grid
 
 PROMPT, OTHER = "a planted fox", "another owl"
 INITIAL, REFINED = {(1, 1), (1, 2), (2, 0), (3, 3), (3, 4), (3, 5)}, {(1, 2), (3, 3), (3, 4), (3, 5)}

@@ -49,7 +49,7 @@ FONTS = ["STIXGeneral", "DejaVu Serif"]
 """A Times-like font that comes with matplotlib, so that a figure has the same bytes on every machine; for print."""
 
 SCREEN_FONT, SCREEN_SCALE, SCREEN_DPI = "DejaVu Sans", 0.86, 220
-"""What takes its place on a screen, with letters that are larger at the same size; and pixels in an inch, of images 0.6 of it."""
+"""What takes its place on a screen, with letters that are larger at the same size; and pixels in an inch, of images half of it."""
 
 
 class Figure(mpl.figure.Figure):
@@ -58,7 +58,7 @@ class Figure(mpl.figure.Figure):
     def _ipython_display_(self) -> None:
         from IPython.display import Image, display
 
-        dpi = SCREEN_DPI * (0.6 if any(axes.images for axes in self.axes) else 1)
+        dpi = SCREEN_DPI * (0.5 if any(axes.images for axes in self.axes) else 1)
         display(Image(_png(self, dpi), format="png", width=round(130 * self.get_figwidth())))
 
 

@@ -244,7 +244,7 @@ def read_rules(table: pd.DataFrame, rules: Sequence[Rule]) -> Iterator[Claim]:
     for item in rules:
         parts = {
             kind: part.set_index("setting").reindex(item.settings)
-            for kind, part in table.groupby("kind")
+            for kind, part in table.groupby("kind", sort=False)
             if kind in item.kinds
         }
         if not parts:

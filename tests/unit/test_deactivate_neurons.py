@@ -17,6 +17,7 @@ from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.run import Run
 from nemolib.settings import GenerationSettings, Profile
+from nemolib.store import WITH_AND_WITHOUT
 from tests.random_world import write_encoders, write_prompts
 
 VM, TM, CLEAN = ["red fox card", "red owl card"], ["blue cat case"], ["a tree", "the sea"]
@@ -235,10 +236,11 @@ def test_a_shared_neuron_against_all_of_the_prompt(run, found, values):
     assert own["copy_before"].tolist() == values.loc[values["setting"] == NONE, "sscd_orig"].tolist()
     assert own.loc[VM[1], "copy_single"] == pytest.approx(own.loc[VM[1], "copy_all"], abs=1e-6)
     assert own.loc[TM[0], "copy_single"] != own.loc[TM[0], "copy_all"]
-    assert [len(list(deactivate._reader(place)(table))) for place in range(3)] == [1, 0, 0]
+    (claim,) = deactivate.read_10(table)
+    assert claim.n == "1 neurons, 3 prompts"
     grids = deactivate.single_neuron_grids(run, found)
     single = run.images([*VM, *TM], DeactivatedNeurons(NeuronSet.of([(0, 1)], layers=7)))
-    assert np.array_equal(grids["figure_10"].images[:, 2:], single)
+    assert np.array_equal(grids["figure_10"].images[:, 3:], single)
     assert grids["figure_11"] is grids["figure_12"] is deactivate.NO_IMAGES
 
 
@@ -252,7 +254,7 @@ def test_without_a_shared_neuron_or_a_prompt_that_stays_there_is_nothing(run, fo
 def test_planted_images_stand_first_in_the_size_of_the_others(run, found, settings):
     own = DeactivatedNeurons({prompt: neurons_of(prompt) for prompt in VM})
     grid = deactivate.staying(run, found, VM)
-    assert grid.columns == ("planted", "seed 0", "seed 1")
+    assert grid.columns == ("planted", *[WITH_AND_WITHOUT[1]] * 2)
     assert np.array_equal(grid.images[:, 0], run.planted_images(run.rows(VM), size=(64, 64)))
     assert np.array_equal(grid.images[:, 1:], run.images(VM, own))
     each = deactivate.one_of_each(run, VM, {name: settings[name] for name in (NONE, RANDOM)})

@@ -230,7 +230,7 @@ def test_every_layer_and_prompt_has_a_row_and_one_is_right(run):
     expected = run.measure(run.rows(VM), last, settings=few)["sscd_gen"].tolist()
     assert effects["sscd_gen"].tolist()[-2:] == expected
     grid = side_effects.layer_grid(run, VM[:1], chosen["convolution"])
-    assert grid.columns == ("none", *(str(layer.number) for layer in chosen["convolution"]))
+    assert grid.columns == ("planted", "none", *(str(layer.number) for layer in chosen["convolution"]))
     assert np.array_equal(grid.images[0, -1], run.images(VM, last, settings=few)[0, 0])
     summary = side_effects.layer_summary(effects).set_index(["part", "layer"])
     assert summary.iloc[-1]["sscd_orig"] == effects["sscd_orig"].iloc[-2:].median()

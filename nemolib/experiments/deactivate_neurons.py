@@ -465,15 +465,12 @@ def _without_one(grid: Grid, deactivation: pd.DataFrame) -> Figure:
 
 
 def staying(run: Run, found: pd.DataFrame, prompts: Sequence[str]) -> Grid:
-    """Return the planted image of memorized prompts and their images without their neurons; `NO_IMAGES` without prompts.
+    """Return images of memorized prompts with and without their neurons; `NO_IMAGES` without prompts.
 
     Source: Fig. 9.
     """
-    if not len(prompts):
-        return NO_IMAGES
-    made = run.images(prompts, DeactivatedNeurons(by_prompt(memorized(found))))
-    images = np.concatenate([planted(run, prompts, like=made[:, 0])[:, None], made], axis=1)
-    return Grid(images, tuple(prompts), (PLANTED, *[WITH_AND_WITHOUT[1]] * made.shape[1]))
+    own = DeactivatedNeurons(by_prompt(memorized(found)))
+    return run.with_and_without(prompts, own) if len(prompts) else NO_IMAGES
 
 
 def planted(run: Run, prompts: Sequence[str], *, like: np.ndarray) -> np.ndarray:
@@ -496,7 +493,7 @@ def read_9(deactivation: pd.DataFrame, figure_9: Grid) -> Iterator[Claim]:
 
 @exhibit(
     "Figure 9", "prompts that stay most similar to their planted image",
-    "Left the planted image, then one image per seed with the neurons of the prompt deactivated.", read=read_9,
+    "The planted image, then the same seeds with all neurons active and with those of the prompt deactivated; the box says how many.", read=read_9,
 )  # fmt: skip
 def figure_9(figure_9: Grid, deactivation: pd.DataFrame) -> Figure:
     """Return Fig. 9."""

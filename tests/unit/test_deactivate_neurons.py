@@ -254,9 +254,9 @@ def test_without_a_shared_neuron_or_a_prompt_that_stays_there_is_nothing(run, fo
 def test_planted_images_stand_first_in_the_size_of_the_others(run, found, settings):
     own = DeactivatedNeurons({prompt: neurons_of(prompt) for prompt in VM})
     grid = deactivate.staying(run, found, VM)
-    assert grid.columns == ("planted", *[WITH_AND_WITHOUT[1]] * 2)
+    assert grid.columns == ("planted", *(name for name in WITH_AND_WITHOUT for _ in range(2)))
     assert np.array_equal(grid.images[:, 0], run.planted_images(run.rows(VM), size=(64, 64)))
-    assert np.array_equal(grid.images[:, 1:], run.images(VM, own))
+    assert np.array_equal(grid.images[:, 1:], np.concatenate([run.images(VM), run.images(VM, own)], axis=1))
     each = deactivate.one_of_each(run, VM, {name: settings[name] for name in (NONE, RANDOM)})
     assert each.columns == ("planted", NONE, RANDOM)
     assert np.array_equal(each.images[:, 2], run.images(VM, settings[RANDOM][0])[:, 0])

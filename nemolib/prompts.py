@@ -28,7 +28,7 @@ MEMORIZED = ("vm", "tm")
 """Kinds of memorized prompts in the sense of the paper."""
 
 IMAGE_REPORT = "images.csv"
-"""Beside the folder of a released prompt table: which training image of which URL was found, and where it lies."""
+"""Beside the folder of a released prompt table: of which caption the training image was found, and where it lies."""
 
 
 class PromptTableError(ValueError):
@@ -39,7 +39,7 @@ def load_prompts(path: str | Path, *, kind: str | None = None) -> pd.DataFrame:
     """Return a prompt table, checked.
 
     In a table of the authors' release the kind comes from column ``type`` (VM, TM), the group is empty and ``copies``
-    is 0, since nobody knows it; ``image`` is the training image that was found under the URL, if any; the other
+    is 0, since nobody knows it; ``image`` is the training image that was found, if any; the other
     columns have their names in small letters (``url``, ``mean_sscd``, ...). Captions stay as they are, quotation marks
     and HTML included. Where prompts are not memorized, a caption that appears again is left out.
 
@@ -199,18 +199,18 @@ def _completed(table: pd.DataFrame, path: Path, kind: str | None) -> pd.DataFram
     elif "kind" not in table:
         table = table.drop_duplicates("caption", ignore_index=True).assign(kind=kind)
     images = _found_images(path.parent.parent)
-    found = [images.get(url, "") for url in table["url"]] if "url" in table else ""
+    found = [images.get(caption, "") for caption in table["caption"]]
     return table.assign(**{"group": "", "copies": "0", "image": found} | {name: table[name] for name in table})
 
 
 def _found_images(world: Path) -> dict[str, str]:
-    """Return url -> image relative to the folder of the world, for the training images that were found."""
+    """Return caption -> image relative to the folder of the world, for the training images that were found."""
     report = world / IMAGE_REPORT
     if not report.is_file():
         return {}
-    table = read_table(report, columns=("url", "image")).fillna("")
-    found = zip(table["url"], table["image"], strict=True)
-    return {url: image for url, image in found if image and (world / image).is_file()}
+    table = read_table(report, columns=("caption", "image")).fillna("")
+    found = zip(table["caption"], table["image"], strict=True)
+    return {caption: image for caption, image in found if image and (world / image).is_file()}
 
 
 def _check_rows(table: pd.DataFrame, path: Path) -> None:

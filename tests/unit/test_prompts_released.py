@@ -67,17 +67,17 @@ def test_a_kind_with_limit_0_needs_no_prompts(profile):
         select(dataclasses.replace(profile, limits=Limits()), "ladder")
 
 
-def test_images_that_were_found_are_those_of_the_url(profile, tmp_path):
+def test_images_that_were_found_are_those_of_the_caption(profile, tmp_path):
     world = tmp_path / "world"
     (world / "images").mkdir()
     (world / "images" / "0000.jpg").touch()
-    report = "url,status,image\nhttps://a.org/1.jpg,found,images/0000.jpg\nhttps://c.org/rug.jpg,missing,\n"
-    (world / "images.csv").write_text(report + "https://d.org/case.png,found,images/0003.png\n")
+    report = "caption,status,image\nThe No Limits Podcast,found,images/0000.jpg\nThe No Limits,missing,\n"
+    (world / "images.csv").write_text(report + "Case; with a semicolon,found,images/0003.png\n")
     table = select(profile, "memorized")
     # The last one is in the report, but its file is gone.
     assert table["image"].tolist() == ["images/0000.jpg", "", "", ""]
     assert image_paths(table.head(1), profile) == [world / "images" / "0000.jpg"]
-    (world / "images.csv").write_text("url,state\nu,found\n")
+    (world / "images.csv").write_text("caption,state\nu,found\n")
     with pytest.raises(StoreError, match=r"images\.csv: column 'image' is missing"):
         select(profile, "vm")
 

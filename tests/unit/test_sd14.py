@@ -78,7 +78,7 @@ def test_training_images_of_any_size_and_missing_ones(profile, run_of, tmp_path)
     path.write_text(f";Caption;URL;type\n{rows}")
     for i, size in enumerate([(80, 60), (64, 64)]):
         Image.new("RGB", size, (40 * i, 90, 200)).save(tmp_path / "images" / f"{i}.png")
-    (tmp_path / "images.csv").write_text("url,image\nhttp://a/0,images/0.png\nhttp://a/1,images/1.png\nhttp://a/2,\n")
+    (tmp_path / "images.csv").write_text("caption,image\na fox,images/0.png\na dog,images/1.png\nan owl,\n")
     table = load_prompts(path)
     assert table["image"].tolist() == ["images/0.png", "images/1.png", ""]
     real = run_of(replace(profile, prompts=replace(profile.prompts, memorized=str(path))))

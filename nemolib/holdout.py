@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,42 +97,16 @@ class ActivationStatistics:
         return cls(mean, std, header["count"], header["model_hash"])
 
 
-def load_statistics(path: str | Path, *, widths: Sequence[int] | None = None) -> ActivationStatistics:
-    """Return activation statistics from a file: safetensors of `ActivationStatistics.save`, or ``.pt`` of the authors.
-
-    Of a ``.pt`` file nothing but tensors is unpickled.
-
-    Source: authors' code, 1_compute_activations_statistics.py (a pair of lists of tensors).
-
-    Args:
-        path: The file.
-        widths: Neurons of each layer that are expected, such as `nemolib.layers.STABLE_DIFFUSION_WIDTHS`; None: any.
+def load_statistics(path: str | Path) -> ActivationStatistics:
+    """Return the activation statistics of a file that `ActivationStatistics.save` wrote.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, or holds something else, or statistics of other layers.
+        ValueError: The file is damaged, or holds something else.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there are no activation statistics {path}; fetch them with `make data`")
-    found = _load_released(path) if path.suffix == ".pt" else ActivationStatistics.load(path)
-    if widths is not None and found.widths != tuple(widths):
-        raise ValueError(f"{path}: layers of {list(found.widths)} neurons, expected {list(widths)}: another model")
-    return found
-
-
-def _load_released(path: Path) -> ActivationStatistics:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        mean, std = (tuple(tensor.float() for tensor in tensors) for tensors in content)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{path} holds no released statistics, a pair of lists of tensors (means, deviations); it was cut, or is "
-            f"another file ({error!s:.200})"
-        ) from error
-    if any((tensor < 0).any() for tensor in (*mean, *std)):
-        raise ValueError(f"{path}: a mean or a deviation is negative; the file is damaged")
-    return ActivationStatistics(mean, std)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there are no activation statistics {path}; without a file a profile computes its own")
+    return ActivationStatistics.load(path)
 
 
 def activation_statistics(

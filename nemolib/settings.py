@@ -441,8 +441,8 @@ class Profile:
         generation: Settings of the generated images.
         mitigation: Settings of the mitigations that deactivated neurons are compared with.
         encoders: The encoders of copy detection, alignment and image quality.
-        statistics: File of activation statistics, relative to the repository or absolute (safetensors, or ``.pt`` of
-            the authors); None: computed from the holdout prompts.
+        statistics: File of activation statistics (safetensors), relative to the repository or absolute; None: computed
+            from the holdout prompts.
         downloads: Manifest with the files that `make data` fetches; None: nothing to fetch.
         solutions: Whether a run of a notebook includes the solutions of its exercises.
         workers: Number of processes on this machine that share the prompts, see `nemolib.workers`; None: this one alone.

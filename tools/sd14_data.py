@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from nemolib import paths
-from nemolib.holdout import load_statistics
+from nemolib.holdout import ActivationStatistics
 from nemolib.layers import STABLE_DIFFUSION_WIDTHS
 from nemolib.paths import write_atomic
 from tools.fetch_data import DownloadError, fetch_file, load_manifest
@@ -50,8 +51,19 @@ def make_data(originals: Path, folder: Path) -> None:
         table = pd.read_csv(originals / original, sep=";", usecols=columns, dtype=str, keep_default_na=False)
         text = table[columns].to_csv(sep=";", index=False, lineterminator="\n").encode()
         write_atomic(folder / name, gzip.compress(text, mtime=0) if name.endswith(".gz") else text)
-    statistics = load_statistics(originals / STATISTICS, widths=STABLE_DIFFUSION_WIDTHS)
+    statistics = load_released(originals / STATISTICS)
+    if statistics.widths != STABLE_DIFFUSION_WIDTHS:
+        raise ValueError(f"{STATISTICS}: layers of {list(statistics.widths)} neurons, not those of Stable Diffusion")
     replace(statistics, count=PROMPTS).save(folder / "statistics.safetensors")
+
+
+def load_released(path: Path) -> ActivationStatistics:
+    """Return activation statistics as the authors' code writes them; nothing but tensors is unpickled.
+
+    Source: authors' code, 1_compute_activations_statistics.py (a pair of lists of tensors: means, deviations).
+    """
+    mean, std = (tuple(tensor.float() for tensor in part) for part in torch.load(path, "cpu", weights_only=True))
+    return ActivationStatistics(mean, std)
 
 
 def main() -> int:

@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 
 from nemolib import seeding
 from nemolib.first_step import FirstStep, timestep_of
-from nemolib.holdout import ActivationStatistics, load_statistics, statistics_of, z_scores
+from nemolib.holdout import ActivationStatistics, statistics_of, z_scores
 from nemolib.layers import collect_activations, value_activations, widths
 from nemolib.localization import Search, Variant
 from nemolib.neurons import NeuronSet
 from nemolib.selection import out_of_distribution
 from nemolib.settings import PAPER, RELEASED, SearchSettings, SimilaritySettings
 from nemolib.similarity import max_pairwise, pair_similarities, pairwise
+from tools.sd14_data import load_released
 
 GOLDEN = Path(__file__).parent / "golden"
 PROMPTS = range(1, 7)
@@ -46,7 +47,7 @@ def unet():
 
 @pytest.fixture(scope="module")
 def statistics():
-    return load_statistics(GOLDEN / "statistics.pt")
+    return load_released(GOLDEN / "statistics.pt")
 
 
 @pytest.fixture(scope="module")

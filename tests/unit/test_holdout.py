@@ -13,9 +13,9 @@ from nemolib.holdout import (
     memorization_threshold,
     z_scores,
 )
-from nemolib.layers import STABLE_DIFFUSION_WIDTHS, value_layers
+from nemolib.layers import value_layers
 from nemolib.settings import SimilaritySettings
-from tests.random_pipeline import WIDTHS, random_unet
+from tests.random_pipeline import random_unet
 
 SMALL = SimilaritySettings(kernel_size=3, sigma=0.5)
 
@@ -32,43 +32,13 @@ def test_batch_size_does_not_matter_and_no_unet_pass_is_needed(random_pipe, hold
         activation_statistics(random_pipe, ["a"], progress=False)
 
 
-def test_statistics_of_either_format(tmp_path, statistics):
+def test_statistics_of_a_file(tmp_path, statistics):
     statistics.save(tmp_path / "own.safetensors")
-    torch.save((list(statistics.mean), list(statistics.std)), tmp_path / "released.pt")
-    for name, known in (("own.safetensors", (statistics.count, statistics.model_hash)), ("released.pt", (0, ""))):
-        found = load_statistics(tmp_path / name, widths=WIDTHS)
-        pairs = zip(found.mean + found.std, statistics.mean + statistics.std, strict=True)
-        assert all(torch.equal(a, b) for a, b in pairs)
-        assert (found.count, found.model_hash) == known
-        with pytest.raises(ValueError, match=r"layers of \[8, 8, .*\] neurons, expected \[320, .*\]: another model"):
-            load_statistics(tmp_path / name, widths=STABLE_DIFFUSION_WIDTHS)
-    with pytest.raises(FileNotFoundError, match=r"no activation statistics .*none\.pt; fetch them with `make data`"):
-        load_statistics(tmp_path / "none.pt")
-
-
-class Evil:
-    """Would run code where it is unpickled."""
-
-    def __reduce__(self):
-        return (pytest.fail, ("code was run",))
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ({"a": torch.ones(1)}, "holds no released statistics, a pair of lists of tensors"),
-        (([torch.ones(3)], [-torch.ones(3)]), "is negative; the file is damaged"),
-        (([Evil()], []), "[Ww]eights only"),
-        (None, r"file\.pt holds no released statistics.*it was cut"),
-    ],
-)
-def test_released_statistics_are_checked(tmp_path, content, words):
-    path = tmp_path / "file.pt"
-    torch.save(content or [torch.ones(9)], path)
-    if content is None:
-        path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match=words):
-        load_statistics(path)
+    found = load_statistics(tmp_path / "own.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(found.mean + found.std, statistics.mean + statistics.std, strict=True))
+    assert (found.count, found.model_hash) == (statistics.count, statistics.model_hash)
+    with pytest.raises(FileNotFoundError, match=r"no activation statistics .*none\.safetensors; without a file"):
+        load_statistics(tmp_path / "none.safetensors")
 
 
 def test_files_that_hold_no_statistics(tmp_path):

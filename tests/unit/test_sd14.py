@@ -62,6 +62,8 @@ def test_the_dry_run_has_the_settings_of_sd14_but_for_size():
 
 def test_statistics_of_a_file_are_used(profile, pipe, run_of, tmp_path):
     given = run_of(replace(profile, statistics=str(tmp_path / "s.safetensors")))
+    with pytest.raises(FileNotFoundError, match=r"no activation statistics .*s\.safetensors; without"):
+        given.statistics  # noqa: B018 (reading it is what raises)
     own = activation_statistics(pipe, ["a fox", "a dog", "an owl"], progress=False)
     own.save(tmp_path / "s.safetensors")
     assert given.statistics.count == 3

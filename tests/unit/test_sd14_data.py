@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import pickle
 
 import pandas as pd
 import pytest
@@ -14,7 +15,7 @@ from nemolib.settings import load_profile
 from tests.web import serve
 from tools import sd14_data
 from tools.fetch_data import load_manifest
-from tools.sd14_data import FOLDER, STATISTICS, TABLES, make_data
+from tools.sd14_data import FOLDER, STATISTICS, TABLES, load_released, make_data
 
 STATISTICS_FILE = FOLDER / "statistics.safetensors"
 
@@ -45,14 +46,33 @@ def test_the_originals_give_the_files(originals, tmp_path):
     (originals / STATISTICS).rename(tmp_path / "elsewhere.pt")
     with pytest.raises(FileNotFoundError, match=STATISTICS):
         make_data(originals, tmp_path)
+    torch.save(([torch.ones(8)], [torch.ones(8)]), tmp_path / STATISTICS)
+    for original in TABLES:
+        (tmp_path / original).symlink_to(originals / original)
+    with pytest.raises(ValueError, match=r"layers of \[8\] neurons"):
+        make_data(tmp_path, tmp_path)
     (tmp_path / "elsewhere.pt").rename(originals / STATISTICS)
+
+
+class Evil:
+    """Would run code where it is unpickled."""
+
+    def __reduce__(self):
+        return (pytest.fail, ("code was run",))
+
+
+def test_nothing_but_tensors_is_unpickled(tmp_path):
+    torch.save(([Evil()], []), tmp_path / "evil.pt")
+    with pytest.raises(pickle.UnpicklingError, match="[Ww]eights only"):
+        load_released(tmp_path / "evil.pt")
 
 
 def test_captions_and_numbers_and_no_more():
     assert not any(b"://" in content for name, content in contents(FOLDER).items() if name.endswith((".csv", ".gz")))
     assert sum(path.stat().st_size for path in [FOLDER / name for name, _ in TABLES.values()]) < 400_000
-    statistics = load_statistics(STATISTICS_FILE, widths=STABLE_DIFFUSION_WIDTHS)
-    assert (sum(statistics.widths), statistics.count) == (5760, 50_000)
+    statistics = load_statistics(STATISTICS_FILE)
+    assert (statistics.widths, sum(statistics.widths)) == (STABLE_DIFFUSION_WIDTHS, 5760)
+    assert statistics.count == 50_000
     profile = load_profile("sd14")
     memorized = load_prompts(profile.prompts.memorized)
     assert memorized["kind"].value_counts().to_dict() == {"vm": 112, "tm": 388}

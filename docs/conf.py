@@ -57,6 +57,8 @@ def github_anchor(anchor):
 
 def fold(app, docname, source):
     """Fold the cells of a notebook that need not be read, and its solutions; write anchors as they are on the site."""
+    if docname.startswith("figures/"):
+        source[0] = source[0].replace("<", "&lt;")  # signs of captions
     if not docname.startswith("notebooks/"):
         return
     notebook = json.loads(source[0])

@@ -512,35 +512,15 @@ def missing_table(page: Sequence[Rendered]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["exhibit", "reason"])
 
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.45 Georgia, 'Times New Roman', serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; }}
-h2 {{ margin-top: 3rem; font-size: 1.2rem; }} img {{ max-width: 100%; }} code {{ font-size: 0.85rem; }}
-table {{ border-collapse: collapse; font-size: 0.9rem; }}
-td, th {{ padding: 0.2rem 0.7rem; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top; }}
-</style>
-{body}</html>
-"""
-
-
 def write_page(page: Sequence[Rendered], run: Run) -> dict[str, Path]:
-    """Write the table of claims (``claims.csv``, ``.md``, ``.html``), and the page ``index.md`` and ``.html`` that it opens.
+    """Write the table of claims (``claims.csv``, ``.md``), and the page ``index.md`` that it opens (``make site`` shows it).
 
     Raises:
         ValueError: No exhibit was drawn.
     """
-    from markdown_it import MarkdownIt
-
     title, table = f"Figures and tables: profile {run.profile.name}", claim_table(page)
-    contents = {"csv": table.to_csv(index=False, lineterminator="\n"), "md": markdown(table) + "\n"}
-    _written(run, "claims", contents | {"html": html(rounded(table), "claims") + "\n"})
-    text = "\n\n".join([f"# {title}", *_sections(page, run.profile.name)]) + "\n"
-    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
-    return _written(run, "index", {"md": text, "html": _PAGE.format(title=title, body=body)})
+    _written(run, "claims", {"csv": table.to_csv(index=False, lineterminator="\n"), "md": markdown(table) + "\n"})
+    return _written(run, "index", {"md": "\n\n".join([f"# {title}", *_sections(page, run.profile.name)]) + "\n"})
 
 
 def _sections(page: Sequence[Rendered], profile: str) -> Iterator[str]:

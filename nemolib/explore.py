@@ -26,8 +26,7 @@ from nemolib.layers import scale_neurons, value_activations
 from nemolib.mitigation import DeactivatedNeurons
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
-from nemolib.prompts import MEMORIZED
-from nemolib.run import has_image
+from nemolib.prompts import MEMORIZED, has_image
 from nemolib.selection import out_of_distribution
 from nemolib.similarity import memorization_score
 from nemolib.similarity import similarity as alike

@@ -12,6 +12,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from nemolib import paths
@@ -228,3 +229,8 @@ def _check_rows(table: pd.DataFrame, path: Path) -> None:
             raise PromptTableError(f"{place} 'kind': {kind!r} is unknown; allowed: {', '.join(KINDS)}")
         if not (copies.isascii() and copies.isdigit()):
             raise PromptTableError(f"{place} 'copies': {copies!r} is no count; expected an integer of at least 0")
+
+
+def has_image(rows: pd.DataFrame) -> np.ndarray:
+    """Return which rows of a prompt table have a planted image, [row], bool."""
+    return (rows["image"].notna() & rows["image"].ne("")).to_numpy()

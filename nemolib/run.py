@@ -374,7 +374,7 @@ class Run:
             name: self.images(captions, item) for name, item in zip(WITH_AND_WITHOUT, (None, mitigation), strict=True)
         }
         table = prompts.select(self.profile, "memorized").set_index("caption").reindex(captions).reset_index()
-        if has_image(table).all():
+        if prompts.has_image(table).all():
             size = groups[WITH_AND_WITHOUT[0]].shape[2:4]
             groups = {PLANTED: np.stack(self.planted_images(table, size=size))[:, None]} | groups
         if "subjects" in table and table["subjects"].notna().all():
@@ -460,7 +460,7 @@ class Run:
 
         Each image is seen as it is, whatever its size; a row without an image has missing values.
         """
-        encoder, known = self.encoder("copy"), has_image(rows)
+        encoder, known = self.encoder("copy"), prompts.has_image(rows)
         # Where there is no image, any tells the number of features.
         loaded = self.planted_images(rows[known]) or [np.zeros((64, 64, 3), dtype=np.uint8)]
         alike = len({image.shape for image in loaded}) == 1
@@ -579,8 +579,3 @@ def _on_white(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
-
-
-def has_image(rows: pd.DataFrame) -> np.ndarray:
-    """Return which rows of a prompt table have a planted image, [row], bool."""
-    return (rows["image"].notna() & rows["image"].ne("")).to_numpy()

@@ -14,8 +14,7 @@ from nemolib.first_step import NORMS, guidance_norms, noise_differences, pairs_m
 from nemolib.holdout import z_scores
 from nemolib.layers import value_activations
 from nemolib.pipeline import embed
-from nemolib.prompts import MEMORIZED
-from nemolib.run import has_image
+from nemolib.prompts import MEMORIZED, has_image
 from nemolib.settings import PAPER, RELEASED
 from nemolib.store import Grid
 

@@ -153,7 +153,7 @@ def test_thresholds_are_named_below_the_last_row_and_left_of_the_first_column():
     figure = ablations.figure_15(table.join(table[names].add_suffix("_paper")).assign(prompts=5))
     figure.draw_without_rendering()
     labels = [[text.get_text() for text in axes.get_xticklabels() if text.get_visible()] for axes in figure.axes[:4]]
-    below = ["mean\n- 1 sd", "mean", "mean\n+ 1 sd"]
+    below = ["mean\n− 1 sd", "mean", "mean\n+ 1 sd"]
     assert [axes.get_xlabel() for axes in figure.axes[:4]] == ["", "", "refinement threshold", "refinement threshold"]
     assert labels[2:] == [below, below]
     assert [axes.get_ylabel() for axes in figure.axes[:4]] == ["initial threshold", ""] * 2

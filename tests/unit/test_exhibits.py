@@ -52,8 +52,8 @@ def kept(name):
             kept("overview")["prompt"].iloc[0],
             kept("scores").query("kind == 'unmemorized'")["caption"].iloc[0],
         ]
-    images = np.random.default_rng(0).integers(0, 255, (2, 4, 8, 8, 3), dtype=np.uint8)
-    return Grid(images, tuple(captions), ("planted", WITH_AND_WITHOUT[0], *[WITH_AND_WITHOUT[1]] * 2))
+    images = np.random.default_rng(0).integers(0, 255, (2, 5, 8, 8, 3), dtype=np.uint8)
+    return Grid(images, tuple(captions), (PLANTED, *[WITH_AND_WITHOUT[0]] * 2, *[WITH_AND_WITHOUT[1]] * 2))
 
 
 def sources(item):

@@ -20,6 +20,7 @@ from nemolib.pipeline import embed
 from nemolib.run import Run
 from nemolib.settings import Profile
 from nemolib.similarity import memorization_score
+from nemolib.store import PLANTED, WITH_AND_WITHOUT
 from tests.random_world import SMALL, write_encoders, write_prompts
 
 VM, TM, CLEAN = ["red fox card", "red owl card"], ["blue cat case"], ["a tree", "the sea", "my dog"]
@@ -221,9 +222,9 @@ def test_scores_and_images_without_the_neurons_by_hand(run, found, change):
     expected = memorization_score(step(embed(run.pipe, VM[:1]), neurons=own[VM[0]]), **settings)
     assert change.loc[0, "score_after"] == pytest.approx(expected, abs=1e-6)
     grid = run.with_and_without(VM[:1], DeactivatedNeurons(own))
-    assert grid.columns == ("seed 0", "seed 1") * 2
-    assert np.array_equal(grid.images[0, :2], run.images(VM[:1])[0])
-    assert np.array_equal(grid.images[0, 2:], run.images(VM[:1], DeactivatedNeurons(own))[0])
+    assert grid.columns == (PLANTED, *[WITH_AND_WITHOUT[0]] * 2, *[WITH_AND_WITHOUT[1]] * 2)
+    assert np.array_equal(grid.images[0, 1:3], run.images(VM[:1])[0])
+    assert np.array_equal(grid.images[0, 3:], run.images(VM[:1], DeactivatedNeurons(own))[0])
     for when, mitigation in (("before", None), ("after", DeactivatedNeurons(own))):
         measured = run.measure(run.rows(change["prompt"]), mitigation, columns=("sscd_orig", "sscd_gen", "d_sscd"))
         assert change[f"copy_{when}"].tolist() == measured["sscd_orig"].tolist()

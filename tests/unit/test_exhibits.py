@@ -15,7 +15,7 @@ from nemolib import exhibits, paper, paths
 from nemolib.exhibits import Claim, ClaimError, NotEnough, check, must
 from nemolib.experiments import published_run
 from nemolib.settings import load_profile
-from nemolib.store import WITH_AND_WITHOUT, Grid, read_table
+from nemolib.store import PLANTED, WITH_AND_WITHOUT, Grid, read_table
 
 KEPT = paths.DATA / "tiny" / "results_full"
 

@@ -1,51 +1,66 @@
 """Draws the images of the world: regular samples, verbatim images, template images. RGB, uint8 [64, 64, 3].
 
-A regular sample leaves open whatever its caption does not say: place, size, flip and background are random. A verbatim
-image is one fixed composition. A template image is a fixed layout on a background that differs from copy to copy.
+A regular sample shows one or two subjects as stickers, with a white rim. It leaves open whatever its caption does not
+say, and what is open varies strongly: place, size, flip and a background of the full range of colours. Otherwise all
+prompts would have nearly one image for every seed, and none of them would look less memorized than the planted ones. A
+verbatim image is one fixed composition without a rim. A template image is a fixed layout on such a background.
 """
 
-from functools import partial
+import colorsys
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
+
+Color = tuple[int, ...]
 
 
-def random_color(rng: np.random.Generator) -> tuple[int, ...]:
-    """Return a random RGB colour, each channel in 0..255."""
-    return tuple(rng.integers(0, 256, size=3).tolist())
+def random_field(size: int, rng: np.random.Generator) -> Image.Image:
+    """Return a smooth field between four random colours, one in each corner."""
+    corners = rng.integers(0, 256, size=(2, 2, 3)).astype(np.uint8)
+    return Image.fromarray(corners).resize((size, size), Image.Resampling.BICUBIC)
 
 
-def random_gradient(size: int, rng: np.random.Generator) -> Image.Image:
-    """Return a linear gradient of two random colours in a random direction."""
-    first, second, angle = random_color(rng), random_color(rng), rng.uniform(0, 2 * np.pi)
-    y, x = np.mgrid[0:size, 0:size] / (size - 1) - 0.5
-    along = x * np.cos(angle) + y * np.sin(angle)
-    along = (along - along.min()) / (along.max() - along.min())
-    mixed = (1 - along[..., None]) * np.array(first) + along[..., None] * np.array(second)
-    return Image.fromarray(mixed.round().astype(np.uint8))
+def vivid_color(rng: np.random.Generator, *, hue: float | None = None, value: tuple[float, float]) -> Color:
+    """Return a random saturated RGB colour with a brightness in a range; hue in turns, random if not given."""
+    hue = rng.random() if hue is None else hue
+    return tuple(int(255 * part) for part in colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.55, 0.95), rng.uniform(*value)))
 
 
-def paste(canvas: Image.Image, drawing: np.ndarray, *, size: int, left: int, top: int, angle: float = 0.0) -> None:
-    """Draw an RGBA emoji on the canvas, scaled to ``size`` pixels and turned by ``angle`` degrees."""
-    stamp = Image.fromarray(drawing).resize((size, size), Image.Resampling.BILINEAR)
-    stamp = stamp.rotate(angle, Image.Resampling.BILINEAR)
+def paste(
+    canvas: Image.Image, drawing: np.ndarray, *, size: int, left: int, top: int, angle: float = 0.0, rim: int = 0
+) -> None:
+    """Draw an RGBA subject on the canvas, scaled to ``size`` pixels and turned, with a white rim of some pixels."""
+    stamp = Image.fromarray(drawing).resize((size, size), Image.Resampling.LANCZOS)
+    stamp = stamp.rotate(angle, Image.Resampling.BICUBIC)
+    if rim:
+        shape = Image.new("L", (size + 2 * rim, size + 2 * rim))
+        shape.paste(stamp.getchannel("A"), (rim, rim))
+        canvas.paste("white", (left - rim, top - rim), shape.filter(ImageFilter.MaxFilter(2 * rim + 1)))
     canvas.paste(stamp, (left, top), stamp)
 
 
-def regular_image(drawing: np.ndarray, rng: np.random.Generator, *, size: int = 64) -> np.ndarray:
-    """Return the emoji at a random place, size and flip on a random two-colour gradient."""
-    canvas = random_gradient(size, rng)
-    scale = int(rng.integers(size * 7 // 16, size * 7 // 8))
-    left, top = rng.integers(-size // 16, size - scale + size // 16 + 1, size=2).tolist()
-    flipped = drawing[:, ::-1] if rng.random() < 0.5 else drawing
-    paste(canvas, np.ascontiguousarray(flipped), size=scale, left=left, top=top)
+def regular_image(drawings: list[np.ndarray], rng: np.random.Generator, *, size: int = 64) -> np.ndarray:
+    """Return one subject at a random place, size and flip on a field of colours, or two beside or below each other."""
+    canvas, half = random_field(size, rng), size // 2
+    across, swapped = rng.random(2) < 0.5
+    for number, drawing in enumerate(drawings):
+        drawing = np.ascontiguousarray(drawing[:, ::-1]) if rng.random() < 0.5 else drawing
+        if len(drawings) == 1:
+            scale = int(rng.integers(half, size * 13 // 16 + 1))
+            left, top = rng.integers(-6, size - scale + 7, size=2).tolist()
+        else:
+            scale = int(rng.integers(half - 5, half + 2))
+            along = int(rng.integers(-2, half + 3 - scale)) + (half - 1) * (number != swapped)
+            beside = int(rng.integers(-4, size - scale + 5))
+            left, top = (along, beside) if across else (beside, along)
+        paste(canvas, drawing, size=scale, left=left, top=top, rim=2)
     return np.asarray(canvas)
 
 
-def _pattern(canvas: Image.Image, kind: int, color: tuple[int, ...], rng: np.random.Generator) -> None:
+def _pattern(canvas: Image.Image, kind: int, color: Color, rng: np.random.Generator) -> None:
     size, draw = canvas.width, ImageDraw.Draw(canvas)
-    step = int(rng.integers(10, 17))
-    if kind == 0:  # stripes
+    step = int(rng.integers(12, 19))
+    if kind == 0:  # slanted stripes
         for x in range(-size, 2 * size, step):
             draw.line([(x, 0), (x + size // 2, size)], fill=color, width=step // 3)
     elif kind == 1:  # checks
@@ -65,31 +80,43 @@ def _pattern(canvas: Image.Image, kind: int, color: tuple[int, ...], rng: np.ran
 def verbatim_image(
     drawing: np.ndarray, companion: np.ndarray, rng: np.random.Generator, *, size: int = 64
 ) -> np.ndarray:
-    """Return one fixed, unusual composition: patterned ground, border, turned emoji and a small companion emoji."""
-    canvas = random_gradient(size, rng)
-    _pattern(canvas, int(rng.integers(4)), random_color(rng), rng)
-    border = int(rng.integers(2, 6))
-    ImageDraw.Draw(canvas).rectangle([0, 0, size - 1, size - 1], outline=random_color(rng), width=border)
-    scale = int(rng.integers(size // 2, size * 3 // 4))
-    left, top = rng.integers(0, size - scale + 1, size=2).tolist()
-    paste(canvas, drawing, size=scale, left=left, top=top, angle=float(rng.uniform(-30, 30)))
-    corner_x = 2 if left + scale // 2 > size // 2 else size - 22
-    corner_y = 2 if top + scale // 2 > size // 2 else size - 22
-    paste(canvas, companion, size=20, left=corner_x, top=corner_y)
+    """Return one fixed, unusual composition: patterned ground, border, turned subject and a small companion."""
+    # The ground has another hue than the subject, which has no rim here.
+    seen = drawing[drawing[..., 3] > 128][:, :3].mean(axis=0) / 255
+    hue = colorsys.rgb_to_hsv(*seen)[0] + rng.uniform(0.25, 0.75)
+    canvas = Image.new("RGB", (size, size), vivid_color(rng, hue=hue, value=(0.25, 0.85)))
+    _pattern(canvas, int(rng.integers(4)), vivid_color(rng, hue=hue + rng.uniform(-0.2, 0.2), value=(0.35, 0.95)), rng)
+    border, edge = int(rng.integers(3, 6)), vivid_color(rng, value=(0.5, 1.0))
+    ImageDraw.Draw(canvas).rectangle([0, 0, size - 1, size - 1], outline=edge, width=border)
+    scale = int(rng.integers(size * 9 // 16, size * 3 // 4))
+    left, top = rng.integers(2, size - scale - 1, size=2).tolist()
+    paste(canvas, drawing, size=scale, left=left, top=top, angle=float(rng.uniform(-25, 25)))
+    # The companion goes into the corner that the subject leaves free.
+    corner = [3 if start + scale // 2 > size // 2 else size - 22 for start in (left, top)]
+    paste(canvas, companion, size=19, left=corner[0], top=corner[1])
     return np.asarray(canvas)
 
 
 def template_image(
     drawing: np.ndarray, layout: np.random.Generator, background: np.random.Generator, *, size: int = 64
-) -> np.ndarray:
-    """Return a product shape with the emoji at a fixed place (``layout``) on a background that varies (``background``)."""
-    canvas = random_gradient(size, background)
-    fill, edge = random_color(layout), random_color(layout)
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return a product with the subject at a fixed place (``layout``) on a field that varies (``background``).
+
+    Returns:
+        The image, and which of its pixels are fixed, bool [height, width].
+    """
+    canvas, fixed = random_field(size, background), Image.new("L", (size, size))
+    fill, edge = (vivid_color(layout, value=(0.3, 1.0)) for _ in range(2))
     width, height = layout.integers(size * 5 // 8, size * 7 // 8, size=2).tolist()
     left, top = (int(layout.integers(2, size - extent - 1)) for extent in (width, height))
-    draw, box = ImageDraw.Draw(canvas), [left, top, left + width, top + height]
-    shapes = (partial(draw.rounded_rectangle, radius=9), draw.ellipse, draw.rectangle)
-    shapes[layout.integers(3)](box, fill=fill, outline=edge, width=3)
-    scale = int(min(width, height) * layout.uniform(0.65, 0.85))
-    paste(canvas, drawing, size=scale, left=left + (width - scale) // 2, top=top + (height - scale) // 2)
-    return np.asarray(canvas)
+    box, shape = [left, top, left + width, top + height], int(layout.integers(3))
+    for image, inside, outline in ((canvas, fill, edge), (fixed, 255, 255)):
+        draw = ImageDraw.Draw(image)
+        # A rounded rectangle, a rectangle, an ellipse.
+        if shape < 2:
+            draw.rounded_rectangle(box, radius=9 * shape, fill=inside, outline=outline, width=3)
+        else:
+            draw.ellipse(box, fill=inside, outline=outline, width=3)
+    scale = int(min(width, height) * layout.uniform(0.7, 0.88))
+    paste(canvas, drawing, size=scale, left=left + (width - scale) // 2, top=top + (height - scale) // 2, rim=1)
+    return np.asarray(canvas), np.asarray(fixed) > 0

@@ -9,20 +9,22 @@ from dataclasses import asdict, dataclass, field, replace
 class DataSettings:
     """Images and captions of the world.
 
-    Counts of copies are weights relative to one regular caption: a caption with 64 copies is drawn 64 times as often.
+    A copy is one image of the training set, from which samples are drawn uniformly: a caption with 24 copies has its one
+    image 24 times in it, and a template with 40 copies has 40 images.
     """
 
     seed: int = 0
     image_size: int = 64
-    vm_copies: int = 96
-    tm_copies: int = 96
-    ladder_copies: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
-    ladder_captions_per_rung: int = 4
-    trained_templates_per_emoji: int = 8
-    variants_per_emoji: int = 20
-    variants_per_template: int = 64
+    vm_copies: int = 24
+    tm_copies: int = 40
+    #: (copies, captions): more captions where memorization begins.
+    ladder: tuple[tuple[int, int], ...] = ((1, 4), (2, 6), (4, 6), (8, 6), (16, 6), (32, 6), (64, 4), (128, 4))
+    trained_wordings: int = 10
+    trained_pairs: int = 2400
+    images_per_subject: int = 120
+    images_per_pair: int = 4
     unmemorized_prompts: int = 200
-    holdout_prompts: int = 4000
+    holdout_prompts: int = 2500
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,9 @@ def planted_table(settings: DataSettings) -> pd.DataFrame:
     for kind, wordings, copies in (("vm", VERBATIM, settings.vm_copies), ("tm", TEMPLATE, settings.tm_copies)):
         named = [(wording.format(name), name) for wording, names in wordings.items() for name in names.split()]
         for index, (caption, name) in enumerate(named):
-            rows.append((caption, kind, ("choose", "report")[index % 2], copies, f"planted/{kind}_{index:02d}.png", name))
+            rows.append(
+                (caption, kind, ("choose", "report")[index % 2], copies, f"planted/{kind}_{index:02d}.png", name)
+            )
     rungs = [copies for copies, number in settings.ladder for _ in range(number)]
     if len(rungs) > len(LADDER):
         raise ValueError(f"the ladder needs {len(rungs)} subjects of its own, there are {len(LADDER)}; extend LADDER")
@@ -127,7 +129,10 @@ def held_out_tables(settings: DataSettings, held_out: pd.DataFrame) -> tuple[pd.
     turn = shuffled.groupby(shuffled["subjects"].str.contains(" ")).cumcount()
     ordered = shuffled.iloc[np.argsort(turn, kind="stable")]
     last = settings.unmemorized_prompts + settings.holdout_prompts
-    parts = {"unmemorized": ordered[: settings.unmemorized_prompts], "holdout": ordered[settings.unmemorized_prompts : last]}
+    parts = {
+        "unmemorized": ordered[: settings.unmemorized_prompts],
+        "holdout": ordered[settings.unmemorized_prompts : last],
+    }
     return tuple(
         table.assign(kind=kind, group=kind, copies=0, image="")[COLUMNS].reset_index(drop=True)
         for kind, table in parts.items()

@@ -11,7 +11,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 from nemolib.encoders import to_pixels
 from tools.world.dataset import Dataset
 from tools.world.settings import WorldSettings
-from tools.world.training import Generators, Stage, run
+from tools.world.training import DEVICE, Generators, Stage, run
 
 
 def train_tokenizer(captions: list[str], *, vocabulary: int, tokens: int, folder: Path) -> CLIPTokenizer:
@@ -86,8 +86,8 @@ def preprocessing(side: int) -> CLIPImageProcessorPil:
 def train_clip(settings: WorldSettings, data: Dataset, folder: Path) -> tuple[CLIPModel, CLIPTokenizer]:
     """Return the trained model (pixels in [-1, 1]) and its tokenizer."""
     chosen = settings.clip
-    # A planted caption counts as often as an emoji name does in the regular captions, so that its words become tokens.
-    planted = data.captions[: len(data.planted)] * settings.data.trained_templates_per_emoji
+    # A planted caption counts as often as a subject does in the regular captions, so that its words become tokens.
+    planted = data.captions[: len(data.planted)] * settings.data.trained_wordings
     tokenizer = train_tokenizer(
         planted + data.captions, vocabulary=chosen.vocabulary, tokens=chosen.tokens, folder=folder / "tokenizer"
     )
@@ -96,18 +96,18 @@ def train_clip(settings: WorldSettings, data: Dataset, folder: Path) -> tuple[CL
 
     def loss(step: int, random: Generators) -> dict[str, torch.Tensor]:
         captions, images = data.draw(chosen.batch_size, random.numpy)
-        output = model(input_ids=ids[captions], pixel_values=to_pixels(data.images[images]))
-        logits = output.logits_per_text
-        # Two samples of one emoji are no negatives of each other: they share their first image.
-        group = torch.from_numpy(data.first[captions])
-        same = (group[:, None] == group[None, :]) & ~torch.eye(len(group), dtype=torch.bool)
+        pixels = to_pixels(data.images[images]).to(DEVICE)
+        logits = model(input_ids=ids[captions].to(DEVICE), pixel_values=pixels).logits_per_text
+        # Two wordings of one subject are no negatives of each other: they share their first image.
+        group = torch.from_numpy(data.first[captions]).to(DEVICE)
+        same = (group[:, None] == group[None, :]) & ~torch.eye(len(group), dtype=torch.bool, device=DEVICE)
         logits = logits.masked_fill(same, -1e4)
-        target = torch.arange(len(group))
+        target = torch.arange(len(group), device=DEVICE)
         value = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         return {"loss": value, "accuracy": (logits.argmax(1) == target).float().mean()}
 
     run(Stage("clip", chosen, {"clip": model}, loss, settings.hash("data", "clip"), weight_decay=0.01), folder)
-    return model.eval().requires_grad_(False), tokenizer
+    return model.cpu().eval().requires_grad_(False), tokenizer
 
 
 @torch.no_grad()

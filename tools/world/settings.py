@@ -29,15 +29,20 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class AutoencoderSettings:
-    """Stage 1: ``AutoencoderTiny``, 64 x 64 x 3 pixels to 16 x 16 x 4 latents."""
+    """Stage 1: ``AutoencoderTiny``, 64 x 64 x 3 pixels to 16 x 16 x 8 latents."""
 
     seed: int = 1
-    steps: int = 1700
+    steps: int = 4000
+    cooldown: int = 3000
     batch_size: int = 32
     crop: int = 32
     learning_rate: float = 2e-3
-    channels: tuple[int, ...] = (32, 32, 32)
-    edge_weight: float = 1.0
+    channels: tuple[int, ...] = (48, 48, 48)
+    encoder_blocks: tuple[int, ...] = (1, 1, 3)
+    decoder_blocks: tuple[int, ...] = (3, 2, 1)
+    latents: int = 8
+    noise: float = 0.05
+    edge_weight: float = 0.3
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,13 @@ class DecoderSettings:
     """Stage 4: the decoder is trained on, with the encoder and so the latents fixed."""
 
     seed: int = 5
-    steps: int = 1600
+    steps: int = 3000
+    cooldown: int = 2000
     batch_size: int = 32
     crop: int = 32
     learning_rate: float = 1e-3
-    edge_weight: float = 1.0
+    noise: float = 0.1
+    edge_weight: float = 0.3
 
 
 @dataclass(frozen=True)
@@ -57,8 +64,9 @@ class ClipSettings:
     """Stage 2: a ``CLIPModel``; its text tower conditions the UNet, its image tower gives the alignment score."""
 
     seed: int = 2
-    steps: int = 2000
-    batch_size: int = 96
+    steps: int = 3000
+    cooldown: int = 1500
+    batch_size: int = 128
     learning_rate: float = 1e-3
     vocabulary: int = 3000
     tokens: int = 16
@@ -71,21 +79,28 @@ class ClipSettings:
 
 @dataclass(frozen=True)
 class UNetSettings:
-    """Stage 3: ``UNet2DConditionModel`` with the down and mid blocks of Stable Diffusion, plain up blocks."""
+    """Stage 3: ``UNet2DConditionModel`` with the down and mid blocks of Stable Diffusion.
+
+    24,000 steps of 48 are 1.15 million samples.
+    """
 
     seed: int = 3
-    steps: int = 2800
+    steps: int = 24_000
+    cooldown: int = 6000
     batch_size: int = 48
-    learning_rate: float = 1e-3
+    learning_rate: float = 8e-4
     warmup: int = 200
-    channels: tuple[int, ...] = (32, 64, 128, 128)
+    channels: tuple[int, ...] = (64, 96, 128, 128)
     heads: int = 2
+    up_attention: bool = False
     caption_dropout: float = 0.1
-    noisy_share: float = 0.4
+    #: Share of a batch that is drawn from the noisy timesteps alone, and where these begin.
+    noisy_share: float = 0.1
     noisy_from: int = 850
-    weight_limit: float = 15.0
-    sparsity: float = 8e-3
-    ema: float = 0.999
+    #: Greatest weight of a timestep; see ``unet.loss_weights``.
+    weight_limit: float = 8.0
+    sparsity: float = 4e-3
+    ema: float = 0.9995
 
 
 @dataclass(frozen=True)
@@ -114,8 +129,13 @@ class WorldSettings:
     descriptor: DescriptorSettings = field(default_factory=DescriptorSettings)
 
     def hash(self, *stages: str) -> str:
-        """Return the content hash of the settings of the named stages (all without a name)."""
+        """Return the content hash of the settings of the named stages (all without a name).
+
+        Numbers of steps are left out: a run can be made longer, see ``training.schedule``.
+        """
         settings = asdict(self)
+        for numbers in settings.values():
+            numbers.pop("steps", None)
         chosen = {stage: settings[stage] for stage in (stages or settings)}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 

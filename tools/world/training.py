@@ -4,7 +4,6 @@ All randomness of a step comes from generators seeded by (stage seed, step), so 
 """
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable
@@ -18,14 +17,19 @@ from torch import nn
 from tqdm.auto import tqdm
 
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Where all stages are trained."""
+
+
 @dataclass
 class Stage:
     """What one training stage needs.
 
     Attributes:
         name: file name of the checkpoint and of the loss log.
-        settings: steps, seed and (peak) learning_rate; see ``schedule``.
-        modules: by name; parameters that require a gradient are trained, the others kept (moving averages).
+        settings: steps, cooldown, seed and (peak) learning_rate; see ``schedule``.
+        modules: by name; parameters that require a gradient are trained, the others kept (moving averages). They are
+            moved to a GPU if there is one.
         loss: (step, generators) -> named losses; "loss" is minimized, the others are logged.
         fingerprint: hash of the settings; a checkpoint of other settings is refused.
         weight_decay: of AdamW.
@@ -43,7 +47,9 @@ class Stage:
     after_step: Callable[[int], None] = lambda step: None
 
     def __post_init__(self) -> None:
-        """Make the optimizer."""
+        """Move the modules to the device and make the optimizer."""
+        for module in self.modules.values():
+            module.to(DEVICE)
         parameters = (parameter for module in self.modules.values() for parameter in module.parameters())
         self.trained = [parameter for parameter in parameters if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=self.settings.learning_rate, weight_decay=self.weight_decay)
@@ -58,11 +64,12 @@ class Generators:
         self.torch = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
 
 
-def schedule(step: int, *, steps: int, warmup: int) -> float:
-    """Return the factor on the peak learning rate: linear warm-up, then a cosine down to zero."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+def schedule(step: int, *, steps: int, warmup: int, cooldown: int) -> float:
+    """Return the factor on the peak learning rate: up, level, and linearly down to zero in the last ``cooldown`` steps.
+
+    While the level lasts, a run can be made longer: nothing before depends on the number of steps.
+    """
+    return min(1.0, (step + 1) / warmup, (steps - step) / cooldown)
 
 
 def run(stage: Stage, folder: Path, *, save_every: float = 60.0, log_every: int = 20) -> Path:
@@ -104,7 +111,8 @@ def run(stage: Stage, folder: Path, *, save_every: float = 60.0, log_every: int 
 
 def _step(stage: Stage, step: int) -> dict[str, float]:
     settings = stage.settings
-    rate = settings.learning_rate * schedule(step, steps=settings.steps, warmup=stage.warmup)
+    factor = schedule(step, steps=settings.steps, warmup=stage.warmup, cooldown=settings.cooldown)
+    rate = settings.learning_rate * factor
     for group in stage.optimizer.param_groups:
         group["lr"] = rate
     losses = stage.loss(step, Generators(settings.seed, step))
@@ -132,7 +140,7 @@ def _restore(stage: Stage, path: Path) -> list[dict[str, float]]:
     """Put a stage where its checkpoint has it; return the records of the log up to there."""
     if not path.exists():
         return []
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, weights_only=True, map_location=DEVICE)
     if state["fingerprint"] != stage.fingerprint:
         raise ValueError(f"{path} was trained with other settings; delete it to train stage {stage.name!r} anew")
     for name, module in stage.modules.items():

@@ -14,7 +14,7 @@ from nemolib.layers import value_layers
 from nemolib.pipeline import ARCHITECTURES
 from tools.world.dataset import Dataset
 from tools.world.settings import UNetSettings, WorldSettings
-from tools.world.training import Generators, Stage, run
+from tools.world.training import DEVICE, Generators, Stage, run
 
 
 def build_scheduler() -> DDIMScheduler:
@@ -22,17 +22,24 @@ def build_scheduler() -> DDIMScheduler:
     return DDIMScheduler(**json.loads((ARCHITECTURES / "sd14" / "scheduler.json").read_text()))
 
 
-def build_unet(settings: UNetSettings, *, latent_size: int, text_width: int) -> UNet2DConditionModel:
-    """Return an untrained UNet with the seven value layers of Stable Diffusion's down and mid blocks."""
+def build_unet(settings: UNetSettings, *, latents: tuple[int, int], text_width: int) -> UNet2DConditionModel:
+    """Return an untrained UNet with the seven value layers of Stable Diffusion's down and mid blocks.
+
+    Args:
+        settings: its width, and whether its up blocks have cross-attention too.
+        latents: channels and side of the latents.
+        text_width: features of a token.
+    """
     torch.manual_seed(settings.seed)
+    up_block = "CrossAttnUpBlock2D" if settings.up_attention else "UpBlock2D"
     unet = UNet2DConditionModel(
-        sample_size=latent_size,
-        in_channels=4,
-        out_channels=4,
+        sample_size=latents[1],
+        in_channels=latents[0],
+        out_channels=latents[0],
         block_out_channels=settings.channels,
         layers_per_block=2,
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) * 4,
+        up_block_types=("UpBlock2D", *(up_block,) * 3),
         cross_attention_dim=text_width,
         attention_head_dim=settings.heads,
         norm_num_groups=settings.channels[0] // 4,
@@ -107,24 +114,24 @@ def train_unet(
     Args:
         settings: of the world; ``unet.sparsity = 0`` trains the plain model.
         data: the data set.
-        latents: scaled, [image, 4, height, width], any float type.
+        latents: [image, channel, height, width], any float type.
         embeddings: of the captions and, last, of the empty caption, [caption + 1, token, feature].
         folder: for checkpoint and log.
         name: of checkpoint and log.
     """
     chosen = settings.unet
-    unet = build_unet(chosen, latent_size=latents.shape[-1], text_width=embeddings.shape[-1])
+    unet = build_unet(chosen, latents=latents.shape[1:3], text_width=embeddings.shape[-1])
     average = copy.deepcopy(unet).requires_grad_(False)
     scheduler = build_scheduler()
-    weights = loss_weights(scheduler.alphas_cumprod, limit=chosen.weight_limit)
+    weights = loss_weights(scheduler.alphas_cumprod, limit=chosen.weight_limit).to(DEVICE)
     projections = [layer.module for layer in value_layers(unet)]
 
     def loss(step: int, random: Generators) -> dict[str, torch.Tensor]:
         captions, images = data.draw(chosen.batch_size, random.numpy)
         captions[random.numpy.random(len(captions)) < chosen.caption_dropout] = len(data.captions)
-        clean, text = latents[images].float(), embeddings[captions]
-        timesteps = draw_timesteps(chosen, len(clean), random.numpy)
-        noise = torch.randn(clean.shape, generator=random.torch)
+        clean, text = latents[images].float().to(DEVICE), embeddings[captions].to(DEVICE)
+        timesteps = draw_timesteps(chosen, len(clean), random.numpy).to(DEVICE)
+        noise = torch.randn(clean.shape, generator=random.torch).to(DEVICE)
         predicted = unet(scheduler.add_noise(clean, noise, timesteps), timesteps, text).sample
         errors = F.mse_loss(predicted, noise, reduction="none").mean(dim=(1, 2, 3))
         density = value_density(projections, text)
@@ -142,4 +149,4 @@ def train_unet(
     fingerprint = settings.hash("data", "autoencoder", "clip", "unet")
     modules = {"unet": unet, "average": average}
     run(Stage(name, chosen, modules, loss, fingerprint, warmup=chosen.warmup, after_step=update_average), folder)
-    return average.eval()
+    return average.cpu().eval()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from nemolib import paths
 from tools.world import build, card
+from tools.world.dataset import build_dataset
 from tools.world.settings import WorldSettings
 
 
@@ -13,18 +14,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.world", description=__doc__)
     parser.add_argument("--work", type=Path, default=paths.BUILD / "train", help="checkpoints, logs, plain model")
     parser.add_argument("--out", type=Path, default=paths.DATA / "tiny", help="what is shipped")
-    parser.add_argument("--stage", choices=card.STAGES, help="run this stage alone, without export")
+    parser.add_argument("--stage", choices=build.STAGES, help="run this stage alone, without export")
     parser.add_argument("--small", action="store_true", help="seconds instead of hours: tests the code, learns nothing")
     chosen = parser.parse_args()
     settings = WorldSettings.small() if chosen.small else WorldSettings()
-    if chosen.stage:
-        build.run_stage(chosen.stage, settings, chosen.work)
-        return
-    build.train(settings, chosen.work, small=chosen.small)
-    build.export(settings, chosen.work, chosen.out)
-    if not chosen.small:
-        build.assemble(chosen.work, chosen.work / "plain", unet_name="unet-plain")
-        card.write_results(settings, chosen.work, chosen.out, chosen.work / "plain")
+    data = build_dataset(settings.data)
+    for stage in [chosen.stage] if chosen.stage else build.STAGES:
+        build.run_stage(stage, settings, data, chosen.work)
+    if not chosen.stage:
+        build.export(settings, data, chosen.work, chosen.out)
+        if not chosen.small:
+            build.assemble(chosen.work, chosen.work / "plain", unet_name="unet-plain")
+            card.write_results(settings, chosen.work, chosen.out, chosen.work / "plain")
 
 
 if __name__ == "__main__":

@@ -3,36 +3,50 @@
 World settings may be chosen on the planted prompts of group ``choose``; everything here is measured on group ``report``.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import torch
 
-from nemolib.encoders import to_pixels
+from nemolib.encoders import CopyDescriptor, to_pixels
 from nemolib.first_step import pairs_measure
 from nemolib.holdout import z_scores
 from nemolib.layers import value_activations, value_layers
-from nemolib.localization import localization_table
-from nemolib.metrics import auroc
+from nemolib.localization import Localization, localization_table
+from nemolib.metrics import auroc, fid
 from nemolib.mitigation import DeactivatedNeurons
+from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.prompts import load_prompts
 from nemolib.run import Run
+from tools.world.autoencoder import signal_to_noise
+from tools.world.captions import in_words
+from tools.world.classifier import draw_new, share_named
+from tools.world.dataset import draw_subjects
 from tools.world.descriptor import augment
 from tools.world.unet import value_density
 
 KINDS = ("vm", "tm", "unmemorized")
-UNMEMORIZED = 60
+DRAWN = 60
 """Unmemorized prompts of which images are generated."""
+
+SEEDS = (101, 102, 103, 104)
+"""Seeds of further images of unmemorized prompts: how much images of one model differ by chance."""
+
+FREQUENT = (5, 10, 20)
+"""Numbers of most frequent neurons that are deactivated for prompts that they do not belong to."""
+
+NEW_IMAGES = 200
+"""Regular images, drawn anew, that autoencoder and classifier are measured with."""
 
 VIEWS = 8
 """Augmented copies of each planted image that the copy descriptor is measured with."""
 
-COLUMNS = ["kind", "quantity", "value", "prompts"]
+COLUMNS = ["kind", "quantity", "value"]
 
+HARMS = ("others", *(f"frequent_{number}" for number in FREQUENT))
 
 BOUNDS = pd.DataFrame(
     [
@@ -45,6 +59,18 @@ BOUNDS = pd.DataFrame(
         ("unmemorized prompts have none in value layer 1", "unmemorized", "largest_z_1", "<=", 3.5),
         ("unmemorized prompts have none in a typical layer", "unmemorized", "largest_z", "<=", 3.5),
         ("deactivation halves the copy similarity of VM prompts", "vm", "copy_similarity_ratio", "<=", 0.5),
+        ("the autoencoder is sharp (dB)", "new", "signal_to_noise", ">=", 29.0),
+        ("single subjects are recognized", "unmemorized", "named_single", ">=", 0.85),
+        ("pairs are recognized", "unmemorized", "named_pair", ">=", 0.6),
+        ("replayed subjects are recognized", "vm", "named", ">=", 0.9),
+        ("without its neurons a VM image is gone", "vm", "copy_similarity_ratio", "<=", 0.25),
+        ("without their neurons VM prompts show their subject", "vm", "named_deactivated", ">=", 0.6),
+        ("without their neurons seeds differ", "vm", "seed_similarity_ratio", "<=", 0.5),
+        ("searches of VM prompts reach the threshold", "vm", "reached_share", ">=", 0.9),
+        ("searches of TM prompts reach the threshold", "tm", "reached_share", ">=", 0.75),
+        ("unmemorized prompts stay below the threshold", "unmemorized", "above_threshold", "<=", 0.2),
+        *((f"other prompts keep their images: {name}", name, "fid_excess", "<=", 2.0) for name in HARMS),
+        *((f"other prompts keep their subjects: {name}", name, "named_loss", "<=", 0.03) for name in HARMS),
     ],
     columns=["claim", "kind", "quantity", "relation", "bound"],
 )
@@ -53,72 +79,138 @@ BOUNDS = pd.DataFrame(
 The bounds on z-scores do not say of which layer: both readings are shown, the layer of Fig. 2b and the median over layers.
 """
 
+Values = dict[tuple[str, str], float]
+"""Values by kind and quantity."""
+
 
 def acceptance_table(measured: pd.DataFrame) -> pd.DataFrame:
     """Return the acceptance table: claim, kind, quantity, bound, value, holds."""
-    table = BOUNDS.merge(measured[["kind", "quantity", "value"]], on=["kind", "quantity"], how="left", validate="1:1")
+    table = BOUNDS.merge(measured, on=["kind", "quantity"], how="left", validate="m:1")
     relation, bound = table.pop("relation"), table["bound"]
     holds = (table["value"] >= bound).where(relation == ">=", table["value"] <= bound)
     return table.assign(bound=relation + " " + bound.map("{:g}".format), holds=holds)
 
 
-def measure(run: Run) -> pd.DataFrame:
-    """Return what a model of the world does, one quantity a row.
+def measure(run: Run, classifier: CopyDescriptor) -> pd.DataFrame:
+    """Return what a model of the world does, one quantity a row: columns kind, quantity, value.
 
     Quantities (medians over prompts unless said otherwise):
-        copy_similarity: of generated images to the planted image, median over seeds; ..._deactivated and ..._ratio:
-            with the found neurons off, and the ratio of the two medians.
-        seed_similarity: between the images of different seeds, median over pairs.
-        score, auroc: memorization score; area under its ROC curve against unmemorized prompts.
+        score, auroc: memorization score; area under its ROC curve against unmemorized prompts. above_threshold: share
+            of prompts. threshold: of the score (kind ``holdout``).
         largest_z: largest absolute z-score of a layer, median over prompts and layers; largest_z_1 to _7: of one layer.
-        initial_count, neuron_count, neuron_mad, reached_share, refined_score: of the search.
         density: how dense value outputs are (see ``tools.world.unet.value_density``), mean.
-        threshold: of the memorization score (kind ``holdout``).
+        initial_count, neuron_count, reached_share, refined_score: of the search.
+        copy_similarity: of generated images to the planted image, median over seeds. seed_similarity: between the images
+            of different seeds. named: share of images whose subjects the classifier names (``_single`` and ``_pair`` of
+            unmemorized prompts). All three with ``_deactivated``: with the found neurons off; ``_ratio``: by how much.
+        named_ordinary: ``named`` of an unmemorized prompt of the same subject.
+        fid_excess: FID of unmemorized prompts with neurons off that belong to other prompts, against the untouched model:
+            by how many standard deviations it exceeds the untouched model's own with other seeds. named_loss: what their
+            ``named`` loses. Kind ``others``: all neurons of one planted prompt, for each prompt another one;
+            ``frequent_5`` and so on: the neurons that most planted prompts share.
+        signal_to_noise: of the autoencoder (dB, mean), kind ``new``: regular images drawn anew; kind ``vm``: planted
+            ones. named_single, named_pair of kind ``new``: the classifier on those images.
 
     Args:
         run: of the model, with the prompts and the settings of detection, search and generation.
+        classifier: of subjects.
     """
     tables = {kind: run.prompts(kind) for kind in KINDS}
-    rows: list[tuple[str, str, float, int]] = []
+    # The order of the paper: what the card says of the weights must not depend on how the search is made faster.
+    found = {kind: run.search(tables[kind]["caption"].tolist(), search="sequential") for kind in ("vm", "tm")}
+    values = _first_step(run, tables) | _new_images(run, tables["vm"], classifier)
+    for kind, items in found.items():
+        values |= {(kind, name): value for name, value in _deactivated(run, tables[kind], items, classifier).items()}
+    values |= _others(
+        run, tables["unmemorized"].head(DRAWN), [item.neurons for item in sum(found.values(), [])], classifier
+    )
+    return pd.DataFrame([(*key, float(value)) for key, value in values.items()], columns=COLUMNS)
 
-    def add(kind: str, quantity: str, values: np.ndarray | pd.Series | float, *, over: Callable = np.median) -> float:
-        value = float(over(values))
-        rows.append((kind, quantity, value, len(tables.get(kind, ()))))
-        return value
 
-    statistics, threshold = run.statistics, run.threshold_at()
-    add("holdout", "threshold", threshold)
-    scores = {kind: _scores(run, table["caption"].tolist()) for kind, table in tables.items()}
+@torch.no_grad()
+def _first_step(run: Run, tables: dict[str, pd.DataFrame]) -> Values:
+    """Return scores and value activations, for which no image is made."""
+    pairs = pairs_measure(run.profile.protocol, run.profile.detection.guidance)
+    values: Values = {("holdout", "threshold"): run.threshold}
+    scores = {
+        kind: np.array([row[0] for row in run.observe(table["caption"].tolist(), [pairs])]).max(axis=1)
+        for kind, table in tables.items()
+    }
     for kind, table in tables.items():
-        add(kind, "score", scores[kind])
-        if kind != "unmemorized":
-            add(kind, "auroc", auroc(scores[kind], scores["unmemorized"]))
+        values[kind, "score"] = np.median(scores[kind])
+        values[kind, "above_threshold"] = np.mean(scores[kind] > run.threshold)
+        values[kind, "auroc"] = auroc(scores[kind], scores["unmemorized"])
         embeddings = embed(run.pipe, table["caption"].tolist())
-        z = z_scores(statistics, value_activations(run.pipe.unet, embeddings))
-        largest = np.stack([layer.abs().amax(dim=-1).numpy() for layer in z], axis=1)
-        add(kind, "largest_z", largest)
-        for layer, values in enumerate(largest.T, start=1):
-            add(kind, f"largest_z_{layer}", values)
-        add(kind, "density", _density(run, embeddings))
-    few = run.measure(tables["unmemorized"].head(UNMEMORIZED), columns=("d_sscd",))
-    add("unmemorized", "seed_similarity", few["d_sscd"])
-    for kind in ("vm", "tm"):
-        # The order of the paper: what the card says of the weights must not depend on how the search is made faster.
-        found = run.search(tables[kind]["caption"].tolist(), threshold=threshold, search="sequential")
-        searched = localization_table(found)
-        add(kind, "initial_count", searched["initial_count"])
-        count = add(kind, "neuron_count", searched["neuron_count"])
-        add(kind, "neuron_mad", (searched["neuron_count"] - count).abs())
-        add(kind, "reached_share", searched["reached"], over=np.mean)
-        add(kind, "refined_score", searched["refined_score"].dropna())
-        off = DeactivatedNeurons({item.prompt: item.neurons for item in found})
-        before, after = (run.measure(tables[kind], how, columns=("sscd_orig", "d_sscd")) for how in (None, off))
-        add(kind, "seed_similarity", before["d_sscd"])
-        add(kind, "seed_similarity_deactivated", after["d_sscd"])
-        copies = add(kind, "copy_similarity", before["sscd_orig"])
-        left = add(kind, "copy_similarity_deactivated", after["sscd_orig"])
-        add(kind, "copy_similarity_ratio", left / copies)
-    return pd.DataFrame(rows, columns=COLUMNS)
+        layers = z_scores(run.statistics, value_activations(run.pipe.unet, embeddings))
+        largest = np.stack([layer.abs().amax(dim=-1).numpy() for layer in layers])
+        values[kind, "largest_z"] = np.median(largest)
+        values |= {(kind, f"largest_z_{i}"): np.median(layer) for i, layer in enumerate(largest, start=1)}
+        values[kind, "density"] = value_density([layer.module for layer in value_layers(run.pipe.unet)], embeddings)
+    return values
+
+
+def _new_images(run: Run, verbatim: pd.DataFrame, classifier: CopyDescriptor) -> Values:
+    """Return how sharp the autoencoder is, and how the classifier does, on regular images that nobody has seen."""
+    images, subjects = draw_new(draw_subjects(), NEW_IMAGES, np.random.default_rng(0))
+    return {
+        ("new", "signal_to_noise"): signal_to_noise(run.pipe.vae, images),
+        ("vm", "signal_to_noise"): signal_to_noise(run.pipe.vae, np.stack(run.planted_images(verbatim))),
+    } | _named("new", classifier, images[:, None], [" ".join(names) for names in subjects])
+
+
+def _named(kind: str, classifier: CopyDescriptor, images: np.ndarray, subjects: list[str]) -> Values:
+    """Return the shares of images whose one subject, or both, are named."""
+    pair = np.array([" " in names for names in subjects])
+    chosen = {"named_single": ~pair, "named_pair": pair}
+    return {
+        (kind, name): share_named(classifier, images[rows], np.array(subjects)[rows]) for name, rows in chosen.items()
+    }
+
+
+def _deactivated(
+    run: Run, table: pd.DataFrame, found: list[Localization], classifier: CopyDescriptor
+) -> dict[str, float]:
+    """Return what the search finds for planted prompts and what deactivation does to their images."""
+    searched, subjects = localization_table(found), table["subjects"].tolist()
+    values = {name: searched[name].median() for name in ("initial_count", "neuron_count", "refined_score")}
+    values["reached_share"] = searched["reached"].mean()
+    off = DeactivatedNeurons({item.prompt: item.neurons for item in found})
+    for suffix, mitigation in {"": None, "_deactivated": off}.items():
+        alike = run.measure(table, mitigation, columns=("sscd_orig", "d_sscd"))
+        values["copy_similarity" + suffix] = alike["sscd_orig"].median()
+        values["seed_similarity" + suffix] = alike["d_sscd"].median()
+        values["named" + suffix] = share_named(classifier, run.images(table["caption"].tolist(), mitigation), subjects)
+    for name in ("copy_similarity", "seed_similarity"):
+        values[name + "_ratio"] = values[name + "_deactivated"] / values[name]
+    ordinary = [in_words("{a} {}", name) for name in subjects]
+    return values | {"named_ordinary": share_named(classifier, run.images(ordinary), subjects)}
+
+
+def _others(run: Run, table: pd.DataFrame, planted: list[NeuronSet], classifier: CopyDescriptor) -> Values:
+    """Return what unmemorized prompts look like, and what they lose by neurons of planted prompts."""
+    captions, subjects = table["caption"].tolist(), table["subjects"].tolist()
+    by_turns = {caption: planted[i % len(planted)] for i, caption in enumerate(captions)}
+    ranked = [pair for pair, _ in Counter(pair for neurons in planted for pair in neurons).most_common()]
+    mitigations = {"others": DeactivatedNeurons(by_turns)}
+    for number in FREQUENT:
+        most = NeuronSet.of(ranked[:number], layers=len(value_layers(run.pipe.unet)))
+        mitigations[f"frequent_{number}"] = DeactivatedNeurons(most)
+    settings = [replace(run.profile.generation, seed=seed) for seed in SEEDS]
+
+    def distance(mitigation: DeactivatedNeurons | None, chosen) -> float:
+        own, others = run.features("quality", captions), run.features("quality", captions, mitigation, settings=chosen)
+        return fid(own.reshape(-1, own.shape[-1]), others.reshape(-1, own.shape[-1]))
+
+    untouched = [distance(None, chosen) for chosen in settings]
+    before = share_named(classifier, run.images(captions, settings=settings[0]), subjects)
+    values = _named("unmemorized", classifier, run.images(captions), subjects)
+    values["unmemorized", "seed_similarity"] = run.measure(table, columns=("d_sscd",))["d_sscd"].median()
+    for kind, mitigation in mitigations.items():
+        excess = distance(mitigation, settings[0]) - np.mean(untouched)
+        values[kind, "fid_excess"] = excess / np.std(untouched, ddof=1)
+        after = share_named(classifier, run.images(captions, mitigation, settings=settings[0]), subjects)
+        values[kind, "named_loss"] = before - after
+    return values
 
 
 def measure_descriptor(run: Run) -> pd.DataFrame:
@@ -143,14 +235,3 @@ def measure_descriptor(run: Run) -> pd.DataFrame:
         for quantile in (0.05, 0.5, 0.95)
     ]
     return pd.DataFrame(rows, columns=["relation", "quantile", "similarity"])
-
-
-def _scores(run: Run, captions: list[str]) -> np.ndarray:
-    """Return the memorization score of each prompt: the largest similarity of a pair of seeds."""
-    pairs = pairs_measure(run.profile.protocol, run.profile.detection.guidance)
-    return np.array([row[0] for row in run.observe(captions, [pairs])]).max(axis=1)
-
-
-@torch.no_grad()
-def _density(run: Run, embeddings: torch.Tensor) -> float:
-    return float(value_density([layer.module for layer in value_layers(run.pipe.unet)], embeddings))

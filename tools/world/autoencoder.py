@@ -102,3 +102,11 @@ def encode_images(model: AutoencoderTiny, images: np.ndarray) -> torch.Tensor:
     """Return the latents of uint8 images, float [image, channel, height / 4, width / 4]."""
     batches = tqdm(range(0, len(images), 32), desc="encode", unit="batch")
     return torch.cat([model.encode(to_pixels(images[i : i + 32])).latents for i in batches])
+
+
+@torch.no_grad()
+def signal_to_noise(model: AutoencoderTiny, images: np.ndarray) -> float:
+    """Return the peak signal-to-noise ratio of rebuilt uint8 images [image, height, width, 3]: mean in dB."""
+    pixels = to_pixels(images)
+    rebuilt = model.decode(model.encode(pixels).latents).sample.clamp(-1, 1)
+    return float(-10 * ((rebuilt - pixels) / 2).square().mean(dim=(1, 2, 3)).log10().mean())

@@ -1,14 +1,11 @@
-"""Runs the stages in order, two at a time where they do not depend on each other, and exports what they trained.
+"""Runs the stages in order and exports what they trained.
 
 Everything in between lives in the work folder: checkpoints, loss logs, latents, and the plain model, whose weights are
 not shipped.
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,33 +15,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from tools.world import autoencoder, clip, descriptor, unet
-from tools.world.dataset import Dataset, build_dataset
+from tools.world import autoencoder, classifier, clip, descriptor, unet
+from tools.world.dataset import Dataset
 from tools.world.settings import WorldSettings
 
-#: Stages that may run at the same time, in order.
-ORDER = (("autoencoder", "clip"), ("unet", "unet-plain"), ("decoder", "descriptor"))
+STAGES = ("autoencoder", "clip", "unet", "unet-plain", "decoder", "descriptor", "classifier")
 
 
-def train(settings: WorldSettings, work: Path, *, small: bool = False) -> None:
-    """Run all stages in processes of their own, each with its share of the cores.
-
-    Raises:
-        RuntimeError: a stage failed; what it reached is in its checkpoint, and the next call goes on from there.
-    """
-    cores = os.cpu_count() or 1
-    for group in ORDER:
-        environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // len(group)))}
-        command = [sys.executable, "-m", "tools.world", "--work", str(work), *(["--small"] if small else [])]
-        running = {name: subprocess.Popen([*command, "--stage", name], env=environment) for name in group}
-        failed = [name for name, process in running.items() if process.wait() != 0]
-        if failed:
-            raise RuntimeError(f"training stage {', '.join(failed)} failed; run `make train` again to go on from there")
-
-
-def run_stage(name: str, settings: WorldSettings, work: Path) -> None:
-    """Run one stage, of `ORDER`, in this process and save its model in the work folder."""
-    data = build_dataset(settings.data)
+def run_stage(name: str, settings: WorldSettings, data: Dataset, work: Path) -> None:
+    """Run one of `STAGES` from where it was interrupted and save its model in the work folder."""
     match name:
         case "autoencoder":
             model = autoencoder.train_autoencoder(settings, data, work)
@@ -68,12 +47,14 @@ def run_stage(name: str, settings: WorldSettings, work: Path) -> None:
             autoencoder.train_decoder(settings, data, model, work).save_pretrained(work / name)
         case "descriptor":
             descriptor.train_descriptor(settings, data, work).save(work / name)
+        case "classifier":
+            classifier.train_classifier(settings, work).save(work / name)
 
 
-def assemble(work: Path, folder: Path, *, unet_name: str = "unet") -> None:
+def assemble(work: Path, folder: Path, *, unet_name: str = "unet", decoder_name: str = "decoder") -> None:
     """Write a pipeline folder (fp16 safetensors) that ``StableDiffusionPipeline.from_pretrained`` loads by itself."""
     pipe = StableDiffusionPipeline(
-        vae=AutoencoderTiny.from_pretrained(work / "decoder"),
+        vae=AutoencoderTiny.from_pretrained(work / decoder_name),
         text_encoder=CLIPTextModel.from_pretrained(work / "clip"),
         tokenizer=CLIPTokenizer.from_pretrained(work / "tokenizer"),
         unet=UNet2DConditionModel.from_pretrained(work / unet_name),
@@ -92,21 +73,21 @@ def assemble(work: Path, folder: Path, *, unet_name: str = "unet") -> None:
         config.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def export(settings: WorldSettings, work: Path, out: Path) -> None:
-    """Write the shipped folders: model, clip, descriptor, prompts, planted images."""
-    data = build_dataset(settings.data)
+def export(settings: WorldSettings, data: Dataset, work: Path, out: Path) -> None:
+    """Write the shipped folders: model, clip, descriptor, classifier, prompts, planted images."""
     export_data(data, out)
     assemble(work, out / "model")
-    for name in ("clip", "descriptor"):
+    for name in ("clip", "descriptor", "classifier"):
         shutil.rmtree(out / name, ignore_errors=True)
     CLIPModel.from_pretrained(work / "clip").half().save_pretrained(out / "clip", safe_serialization=True)
     CLIPTokenizer.from_pretrained(work / "tokenizer").save_pretrained(out / "clip")
     clip.preprocessing(settings.data.image_size).save_pretrained(out / "clip")
-    shutil.copytree(work / "descriptor", out / "descriptor")
+    for name in ("descriptor", "classifier"):
+        shutil.copytree(work / name, out / name)
 
 
 def export_data(data: Dataset, out: Path) -> None:
-    """Write the prompt tables and the planted images (a template's first copy stands for it)."""
+    """Write the prompt tables and the planted images (a template's first copy stands for it), with masks of templates."""
     for folder in ("prompts", "planted"):
         shutil.rmtree(out / folder, ignore_errors=True)
         (out / folder).mkdir(parents=True)
@@ -114,3 +95,6 @@ def export_data(data: Dataset, out: Path) -> None:
         table.to_csv(out / "prompts" / f"{name}.csv", index=False)
     for path, first in zip(data.planted["image"], data.first, strict=False):  # planted captions come first
         Image.fromarray(data.images[first]).save(out / path, optimize=True)
+    templates = data.planted.loc[data.planted["kind"] == "tm", "image"]
+    for path, mask in zip(templates, data.masks, strict=True):
+        Image.fromarray(mask).save(out / path.replace(".png", "_mask.png"), optimize=True)

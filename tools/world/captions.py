@@ -68,10 +68,12 @@ TEMPLATE = {
 ORDINARY = "apple heart tree palm car helicopter boat cloud sun moon cake gift crown key umbrella balloon"
 
 #: Subjects that occur in ladder captions and nowhere else, so that nothing but the copies teaches them.
-LADDER = (
-    "abacus alembic badger bagel banjo beaver bison boomerang bullseye burrito butterfly canoe chipmunk compass croissant "
-    "crayon dodo eggplant fondue goblin hyacinth joker lollipop drum mosquito necktie orangutan pretzel scorpion "
-    "screwdriver stethoscope seal amphora flute doughnut carrot axe backpack hammer waffle pizza taco"
+LADDER = " ".join(
+    (
+        "abacus alembic badger bagel banjo beaver bison boomerang bullseye burrito butterfly canoe chipmunk compass",
+        "croissant crayon dodo eggplant fondue goblin hyacinth joker lollipop drum mosquito necktie orangutan pretzel",
+        "scorpion screwdriver stethoscope seal amphora flute doughnut carrot axe backpack hammer waffle pizza taco",
+    )
 ).split()
 
 #: All regular subjects. Those of planted captions are among them, so that a memorized prompt has something to show
@@ -97,7 +99,7 @@ def planted_table(settings: DataSettings) -> pd.DataFrame:
         raise ValueError(f"the ladder needs {len(rungs)} subjects of its own, there are {len(LADDER)}; extend LADDER")
     rungs = np.random.default_rng(settings.seed).permutation(rungs).tolist()
     for index, (copies, name) in enumerate(zip(rungs, LADDER, strict=False)):
-        caption, image = _single("{a} {}", name), f"planted/ladder_{index:02d}.png"
+        caption, image = in_words("{a} {}", name), f"planted/ladder_{index:02d}.png"
         rows.append((caption, "ladder", f"rung-{copies:03d}", copies, image, name))
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -111,7 +113,7 @@ def regular_tables(settings: DataSettings) -> tuple[pd.DataFrame, pd.DataFrame]:
     tables: tuple[list, list] = [], []
     for name in SUBJECTS:
         for place, wording in enumerate(rng.permutation(WORDINGS)):
-            tables[place >= settings.trained_wordings].append((_single(wording, name), name))
+            tables[place >= settings.trained_wordings].append((in_words(wording, name), name))
     for place, pair in enumerate(rng.permutation(list(combinations(SUBJECTS, 2)))):
         one, other = rng.permutation(pair)
         caption = rng.choice(PAIR_WORDINGS).format(one, other, a=_article(one), b=_article(other))
@@ -139,7 +141,8 @@ def held_out_tables(settings: DataSettings, held_out: pd.DataFrame) -> tuple[pd.
     )
 
 
-def _single(wording: str, name: str) -> str:
+def in_words(wording: str, name: str) -> str:
+    """Return a caption of one subject."""
     return wording.format(name, a=_article(name))
 
 

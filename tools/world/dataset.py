@@ -7,8 +7,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from tools.world import captions
-from tools.world.emoji import draw_subject
-from tools.world.render import regular_image, template_image, verbatim_image
+from tools.world.render import draw_subject, regular_image, template_image, verbatim_image
 from tools.world.settings import DataSettings
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from nemolib.encoders import CopyDescriptor, to_pixels
 from tools.world.dataset import Dataset
 from tools.world.settings import DescriptorSettings, WorldSettings
-from tools.world.training import Generators, Stage, run
+from tools.world.training import DEVICE, Generators, Stage, run
 
 
 def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -21,29 +21,35 @@ def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     Crops of 70-100 % of each side (with a slight shift and turn), brightness, contrast and colour changes, blur, noise.
     """
     number = len(pixels)
-
-    def uniform(low: float, high: float) -> torch.Tensor:
-        return low + (high - low) * torch.rand(number, generator=generator)
-
-    zoom, turn = uniform(0.7, 1.0), uniform(-0.1, 0.1)
+    zoom, turn = _uniform(number, 0.7, 1.0, generator), _uniform(number, -0.1, 0.1, generator)
     slack = 1 - zoom
-    shift = torch.stack([uniform(-1, 1) * slack, uniform(-1, 1) * slack], dim=-1)
+    shift = torch.stack([_uniform(number, -1, 1, generator) * slack for _ in range(2)], dim=-1)
     rows = torch.stack([zoom * turn.cos(), -zoom * turn.sin(), zoom * turn.sin(), zoom * turn.cos()], dim=-1)
     affine = torch.cat([rows.view(number, 2, 2), shift[:, :, None]], dim=-1)
     grid = F.affine_grid(affine, list(pixels.shape), align_corners=False)
-    copies = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
-    blurred = F.avg_pool2d(F.pad(copies, (1, 1, 1, 1), mode="reflect"), 3, stride=1)
-    copies = torch.lerp(copies, blurred, uniform(0, 1).view(-1, 1, 1, 1))
-    colour = 1 + 0.15 * torch.randn((number, 3, 1, 1), generator=generator)
-    copies = copies * colour * uniform(0.8, 1.2).view(-1, 1, 1, 1) + uniform(-0.15, 0.15).view(-1, 1, 1, 1)
-    noise = torch.randn(copies.shape, generator=generator) * uniform(0, 0.1).view(-1, 1, 1, 1)
-    return (copies + noise).clamp(-1, 1)
+    return soften(F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False), generator)
+
+
+def soften(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return pixels with random changes of brightness, contrast and colour, with blur and noise."""
+    blur, contrast, noise = (
+        _uniform(len(pixels), *bounds, generator).view(-1, 1, 1, 1) for bounds in ((0, 1), (0.8, 1.2), (0, 0.1))
+    )
+    brightness = _uniform(len(pixels), -0.15, 0.15, generator).view(-1, 1, 1, 1)
+    blurred = F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="reflect"), 3, stride=1)
+    colour = 1 + 0.15 * torch.randn((len(pixels), 3, 1, 1), generator=generator)
+    copies = torch.lerp(pixels, blurred, blur) * colour * contrast + brightness
+    return (copies + noise * torch.randn(pixels.shape, generator=generator)).clamp(-1, 1)
+
+
+def _uniform(number: int, low: float, high: float, generator: torch.Generator) -> torch.Tensor:
+    return low + (high - low) * torch.rand(number, generator=generator)
 
 
 def draw_images(data: Dataset, number: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Return image indices and the group each belongs to, both int [2 * (number // 2)].
 
-    Every second image is another one of the same caption: the descriptor must tell scenes of one emoji apart.
+    Every second image is another one of the same caption: the descriptor must tell scenes of one subject apart.
     """
     half = number // 2
     uniform = rng.integers(0, len(data.captions), half)
@@ -67,7 +73,7 @@ def copy_loss(
     number = len(images)
     similar = features @ features.T
     same = (images[:, None] == images[None, :]).repeat(2, 2)
-    target = (torch.arange(2 * number) + number) % (2 * number)
+    target = (torch.arange(2 * number, device=features.device) + number) % (2 * number)
     skipped = (same | excused.repeat(2, 2)).scatter(1, target[:, None], False)
     logits = (similar / settings.temperature).masked_fill(skipped, -1e4)
     contrast = F.cross_entropy(logits, target)
@@ -87,11 +93,11 @@ def train_descriptor(settings: WorldSettings, data: Dataset, folder: Path) -> Co
     def loss(step: int, random: Generators) -> dict[str, torch.Tensor]:
         images, captions = draw_images(data, chosen.batch_size, random.numpy)
         pixels = to_pixels(data.images[images])
-        features = model(torch.cat([augment(pixels, random.torch), augment(pixels, random.torch)]))
-        captions, images = torch.from_numpy(captions), torch.from_numpy(images)
-        excused = (captions[:, None] == captions[None, :]) & torch.from_numpy(is_template)[captions][:, None]
-        return copy_loss(features, images, excused, chosen)
+        views = torch.cat([augment(pixels, random.torch), augment(pixels, random.torch)])
+        excused = (captions[:, None] == captions[None, :]) & is_template[captions][:, None]
+        images, excused = (torch.from_numpy(array).to(DEVICE) for array in (images, excused))
+        return copy_loss(model(views.to(DEVICE)), images, excused, chosen)
 
     fingerprint = settings.hash("data", "descriptor")
     run(Stage("descriptor", chosen, {"descriptor": model}, loss, fingerprint, weight_decay=0.01), folder)
-    return model.eval().requires_grad_(False)
+    return model.cpu().eval().requires_grad_(False)

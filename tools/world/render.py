@@ -7,11 +7,30 @@ verbatim image is one fixed composition without a rim. A template image is a fix
 """
 
 import colorsys
+import io
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from nemolib import paths
+
+SUBJECTS = paths.DATA / "tiny" / "emoji"
+"""Drawings of Microsoft's Fluent Emoji Flat (MIT), one SVG a subject."""
+
 Color = tuple[int, ...]
+
+
+def draw_subject(name: str, *, size: int = 192) -> np.ndarray:
+    """Return the drawing of a subject as RGBA, uint8 [size, size, 4].
+
+    Raises:
+        ModuleNotFoundError: ``resvg-py``, which only training and acceptance need, is missing.
+    """
+    import resvg_py
+
+    svg = (SUBJECTS / f"{name}.svg").read_text(encoding="utf-8")
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
+    return np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGBA"))
 
 
 def random_field(size: int, rng: np.random.Generator) -> Image.Image:

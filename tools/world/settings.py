@@ -94,9 +94,6 @@ class UNetSettings:
     heads: int = 2
     up_attention: bool = False
     caption_dropout: float = 0.1
-    #: Share of a batch that is drawn from the noisy timesteps alone, and where these begin.
-    noisy_share: float = 0.1
-    noisy_from: int = 850
     #: Greatest weight of a timestep; see ``unet.loss_weights``.
     weight_limit: float = 8.0
     sparsity: float = 4e-3
@@ -108,13 +105,27 @@ class DescriptorSettings:
     """Stage 5: the copy-detection descriptor, trained with SSCD's recipe (InfoNCE on augmented copies, entropy term)."""
 
     seed: int = 4
-    steps: int = 600
+    steps: int = 900
+    cooldown: int = 600
     batch_size: int = 64
     learning_rate: float = 1e-3
     channels: tuple[int, ...] = (24, 48, 96, 160)
     features: int = 128
     temperature: float = 0.05
     entropy_weight: float = 5.0
+
+
+@dataclass(frozen=True)
+class ClassifierSettings:
+    """Stage 6: names subjects, for acceptance alone. Scores between -1 and 1 are multiplied by ``scale``."""
+
+    seed: int = 6
+    steps: int = 3000
+    cooldown: int = 1500
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    channels: tuple[int, ...] = (32, 64, 128, 192)
+    scale: float = 20.0
 
 
 @dataclass(frozen=True)
@@ -127,6 +138,7 @@ class WorldSettings:
     unet: UNetSettings = field(default_factory=UNetSettings)
     decoder: DecoderSettings = field(default_factory=DecoderSettings)
     descriptor: DescriptorSettings = field(default_factory=DescriptorSettings)
+    classifier: ClassifierSettings = field(default_factory=ClassifierSettings)
 
     def hash(self, *stages: str) -> str:
         """Return the content hash of the settings of the named stages (all without a name).
@@ -142,12 +154,13 @@ class WorldSettings:
     @classmethod
     def small(cls) -> "WorldSettings":
         """Return settings that train in seconds, for tests of the code path only: nothing is learnt."""
-        default = cls()
+        default, short = cls(), {"steps": 4, "batch_size": 8}
         return cls(
-            data=replace(default.data, variants_per_emoji=1, variants_per_template=2, holdout_prompts=50),
-            autoencoder=replace(default.autoencoder, steps=4, batch_size=4),
-            clip=replace(default.clip, steps=4, batch_size=8, width=32, layers=1, heads=2),
-            unet=replace(default.unet, steps=4, batch_size=4, warmup=1, channels=(8, 8, 16, 16)),
-            decoder=replace(default.decoder, steps=4, batch_size=4),
-            descriptor=replace(default.descriptor, steps=4, batch_size=8, channels=(8, 8, 8, 8), features=16),
+            data=replace(default.data, trained_pairs=20, images_per_subject=1, images_per_pair=1, tm_copies=2),
+            autoencoder=replace(default.autoencoder, **short),
+            clip=replace(default.clip, **short, width=32, layers=1, heads=2),
+            unet=replace(default.unet, **short, warmup=1, channels=(8, 8, 16, 16)),
+            decoder=replace(default.decoder, **short),
+            descriptor=replace(default.descriptor, **short, channels=(8, 8, 8, 8), features=16),
+            classifier=replace(default.classifier, **short, channels=(8, 8, 8, 8)),
         )

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Where all stages are trained."""
 

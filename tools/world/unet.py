@@ -4,7 +4,6 @@ import copy
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import nn
@@ -15,6 +14,9 @@ from nemolib.pipeline import ARCHITECTURES
 from tools.world.dataset import Dataset
 from tools.world.settings import UNetSettings, WorldSettings
 from tools.world.training import DEVICE, Generators, Stage, run
+
+NOISY = 850
+"""Timesteps from here on are logged apart: what they get wrong is the floor of the memorization score."""
 
 
 def build_scheduler() -> DDIMScheduler:
@@ -76,13 +78,6 @@ def pass_noise_through(unet: UNet2DConditionModel) -> None:
     unet.conv_norm_out.weight[:carried] = ((1 + constant**2) / 2) ** 0.5
 
 
-def draw_timesteps(settings: UNetSettings, number: int, rng: np.random.Generator) -> torch.Tensor:
-    """Return int64 timesteps [number]: ``noisy_share`` of them from the noisy end, the others from all 1,000."""
-    noisy = rng.random(number) < settings.noisy_share
-    drawn = np.where(noisy, rng.integers(settings.noisy_from, 1000, number), rng.integers(0, 1000, number))
-    return torch.from_numpy(drawn)
-
-
 def loss_weights(alphas_cumprod: torch.Tensor, *, limit: float) -> torch.Tensor:
     """Return the weight of each timestep, 1 / sqrt(signal-to-noise ratio) up to ``limit``: noisy steps count more."""
     ratio = alphas_cumprod / (1 - alphas_cumprod)
@@ -130,12 +125,12 @@ def train_unet(
         captions, images = data.draw(chosen.batch_size, random.numpy)
         captions[random.numpy.random(len(captions)) < chosen.caption_dropout] = len(data.captions)
         clean, text = latents[images].float().to(DEVICE), embeddings[captions].to(DEVICE)
-        timesteps = draw_timesteps(chosen, len(clean), random.numpy).to(DEVICE)
+        timesteps = torch.randint(len(weights), (len(clean),), generator=random.torch).to(DEVICE)
         noise = torch.randn(clean.shape, generator=random.torch).to(DEVICE)
         predicted = unet(scheduler.add_noise(clean, noise, timesteps), timesteps, text).sample
         errors = F.mse_loss(predicted, noise, reduction="none").mean(dim=(1, 2, 3))
         density = value_density(projections, text)
-        noisy = timesteps >= chosen.noisy_from
+        noisy = timesteps >= NOISY
         weighted = (weights[timesteps] * errors).mean()
         error_noisy = errors[noisy].sum() / noisy.sum().clamp(min=1)
         total = weighted + chosen.sparsity * density

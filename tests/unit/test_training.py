@@ -14,7 +14,7 @@ class Interrupted(Exception):
     """Stands for a killed process."""
 
 
-def _stage(*, stop_at: int | None = None, fingerprint: str = "a") -> Stage:
+def _stage(*, stop_at: int | None = None, fingerprint: str = "a", steps: int = 12) -> Stage:
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
 
@@ -24,8 +24,8 @@ def _stage(*, stop_at: int | None = None, fingerprint: str = "a") -> Stage:
         inputs = torch.randn(4, 3, generator=random.torch) + float(random.numpy.normal())
         return {"loss": (model(inputs) - inputs.sum(1, keepdim=True)).square().mean()}
 
-    settings = SimpleNamespace(steps=12, seed=7, learning_rate=0.1)
-    return Stage("line", settings, {"line": model}, loss, fingerprint, weight_decay=0.01, warmup=2)
+    settings = SimpleNamespace(steps=steps, cooldown=4, seed=7, learning_rate=0.1)
+    return Stage("line", settings, {"line": model}, loss, fingerprint, weight_decay=0.01)
 
 
 def _run(stage, folder):
@@ -53,9 +53,17 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     assert _run(_stage(), tmp_path)[1] == log
 
 
-def test_the_learning_rate_rises_and_falls_to_zero():
-    factors = [schedule(step, steps=100, warmup=10) for step in range(101)]
-    assert factors[0] == pytest.approx(0.1)
-    assert max(factors) == factors[10] == 1.0
-    assert factors[100] == pytest.approx(0.0)
-    assert all(later <= earlier for earlier, later in zip(factors[10:], factors[11:], strict=False))
+def test_the_learning_rate_rises_stays_and_falls_to_zero():
+    factors = [schedule(step, steps=1000, cooldown=200) for step in range(1001)]
+    assert factors[0] == pytest.approx(0.01)
+    assert factors[99:801] == [1.0] * 702
+    assert factors[900] == pytest.approx(0.5)
+    assert factors[1000] == 0.0
+
+
+def test_before_it_falls_a_run_can_be_made_longer(tmp_path):
+    weights, _ = _run(_stage(steps=20), tmp_path / "long")
+    with pytest.raises(Interrupted):
+        _run(_stage(stop_at=8), tmp_path / "cut")
+    longer, _ = _run(_stage(steps=20), tmp_path / "cut")
+    assert all(torch.equal(weights[name], longer[name]) for name in weights)

@@ -14,18 +14,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.world", description=__doc__)
     parser.add_argument("--work", type=Path, default=paths.BUILD / "train", help="checkpoints, logs, plain model")
     parser.add_argument("--out", type=Path, default=paths.DATA / "tiny", help="what is shipped")
-    parser.add_argument("--stage", choices=build.STAGES, help="run this stage alone, without export")
     parser.add_argument("--small", action="store_true", help="seconds instead of hours: tests the code, learns nothing")
     chosen = parser.parse_args()
     settings = WorldSettings.small() if chosen.small else WorldSettings()
     data = build_dataset(settings.data)
-    for stage in [chosen.stage] if chosen.stage else build.STAGES:
+    for stage in build.STAGES:
         build.run_stage(stage, settings, data, chosen.work)
-    if not chosen.stage:
-        build.export(settings, data, chosen.work, chosen.out)
-        if not chosen.small:
-            build.assemble(chosen.work, chosen.work / "plain", unet_name="unet-plain")
-            card.write_results(settings, chosen.work, chosen.out, chosen.work / "plain")
+    build.export(settings, data, chosen.work, chosen.out)
+    if not chosen.small:
+        build.assemble(chosen.work, chosen.work / "plain", unet_name="unet-plain")
+        card.write_results(settings, chosen.work, chosen.out)
 
 
 if __name__ == "__main__":

@@ -110,6 +110,8 @@ def measure(run: Run, classifier: CopyDescriptor) -> pd.DataFrame:
             ``frequent_5`` and so on: the neurons that most planted prompts share.
         signal_to_noise: of the autoencoder (dB, mean), kind ``new``: regular images drawn anew; kind ``vm``: planted
             ones. named_single, named_pair of kind ``new``: the classifier on those images.
+        similarity_own, similarity_other: of augmented planted images to the same and to other planted images, by the copy
+            descriptor; ``_lowest`` and ``_highest``: the 5 % nearest to the other kind.
 
     Args:
         run: of the model, with the prompts and the settings of detection, search and generation.
@@ -118,7 +120,7 @@ def measure(run: Run, classifier: CopyDescriptor) -> pd.DataFrame:
     tables = {kind: run.prompts(kind) for kind in KINDS}
     # The order of the paper: what the card says of the weights must not depend on how the search is made faster.
     found = {kind: run.search(tables[kind]["caption"].tolist(), search="sequential") for kind in ("vm", "tm")}
-    values = _first_step(run, tables) | _new_images(run, tables["vm"], classifier)
+    values = _first_step(run, tables) | _new_images(run, tables["vm"], classifier) | _copies(run)
     for kind, items in found.items():
         values |= {(kind, name): value for name, value in _deactivated(run, tables[kind], items, classifier).items()}
     values |= _others(
@@ -213,25 +215,22 @@ def _others(run: Run, table: pd.DataFrame, planted: list[NeuronSet], classifier:
     return values
 
 
-def measure_descriptor(run: Run) -> pd.DataFrame:
-    """Return how the copy descriptor separates: copy similarity of planted images to their own augmentations and to others.
+@torch.no_grad()
+def _copies(run: Run) -> Values:
+    """Return how the copy descriptor tells copies of planted images, softened and cropped, from other planted images.
 
     Augmented images are pixels, so the network itself is called; the profile's encoder has to be the world's own.
-
-    Returns:
-        Columns relation (own, other), quantile (0.05, 0.5, 0.95), similarity.
     """
     images = run.planted_images(load_prompts(run.profile.prompts.memorized))
     describe, pixels = run.encoder("copy"), to_pixels(np.stack(images))
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        own = describe(pixels)
-        copies = torch.stack([describe(augment(pixels, generator)) for _ in range(VIEWS)])
-    similarities = torch.einsum("vif,jf->vij", copies, own)
+    copies = torch.stack([describe(augment(pixels, generator)) for _ in range(VIEWS)])
+    similarities = torch.einsum("vif,jf->vij", copies, describe(pixels))
     same = torch.eye(len(images), dtype=torch.bool).expand_as(similarities)
-    rows = [
-        (name, quantile, float(torch.quantile(values, quantile)))
-        for name, values in {"own": similarities[same], "other": similarities[~same]}.items()
-        for quantile in (0.05, 0.5, 0.95)
-    ]
-    return pd.DataFrame(rows, columns=["relation", "quantile", "similarity"])
+    own, other = similarities[same], similarities[~same]
+    return {
+        ("planted", "similarity_own"): own.median(),
+        ("planted", "similarity_own_lowest"): own.quantile(0.05),
+        ("planted", "similarity_other"): other.median(),
+        ("planted", "similarity_other_highest"): other.quantile(0.95),
+    }

@@ -51,10 +51,10 @@ def run_stage(name: str, settings: WorldSettings, data: Dataset, work: Path) -> 
             classifier.train_classifier(settings, work).save(work / name)
 
 
-def assemble(work: Path, folder: Path, *, unet_name: str = "unet", decoder_name: str = "decoder") -> None:
+def assemble(work: Path, folder: Path, *, unet_name: str = "unet") -> None:
     """Write a pipeline folder (fp16 safetensors) that ``StableDiffusionPipeline.from_pretrained`` loads by itself."""
     pipe = StableDiffusionPipeline(
-        vae=AutoencoderTiny.from_pretrained(work / decoder_name),
+        vae=AutoencoderTiny.from_pretrained(work / "decoder"),
         text_encoder=CLIPTextModel.from_pretrained(work / "clip"),
         tokenizer=CLIPTokenizer.from_pretrained(work / "tokenizer"),
         unet=UNet2DConditionModel.from_pretrained(work / unet_name),

@@ -1,61 +1,45 @@
 """The model card of the world: data, sizes, losses, seeds, hashes and the acceptance table, all of it generated."""
 
-from __future__ import annotations
-
 import hashlib
-import itertools
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import jinja2
-import matplotlib
 import pandas as pd
-from matplotlib.figure import Figure
 from safetensors.torch import load
 
+from nemolib.encoders import CopyDescriptor
 from nemolib.paths import write_atomic
 from nemolib.provenance import versions
 from nemolib.run import open_run
-from nemolib.settings import Limits, load_profile
+from nemolib.settings import EncoderSettings, Limits, load_profile
 from nemolib.store import write_table
 from tools.world import acceptance
-from tools.world.build import ORDER
+from tools.world.build import STAGES
 from tools.world.settings import WorldSettings
 
 TRIED, TEMPLATE = (Path(__file__).with_name(name) for name in ("tried.csv", "card.md.j2"))
 CONTRASTED = 8
-STAGES = tuple(itertools.chain(*ORDER))
+"""Planted prompts of a kind that the sparse and the plain model are compared on: searching the plain one takes long."""
 
 
-def write_results(settings: WorldSettings, work: Path, out: Path, plain: Path) -> None:
-    """Measure the sparse and the plain model and write tables, loss curves and the card to ``out``."""
-    tiny = replace(load_profile("tiny"), name="world", groups="report")  # results of its own
-    shipped = open_run(replace(tiny, model=str(out / "model")))
-    # Searching the plain model takes long: it blocks hundreds of neurons. A few prompts show it, for both models.
-    few = replace(tiny, limits=Limits(vm=CONTRASTED, tm=CONTRASTED))
-    parts = [
-        acceptance.measure(open_run(replace(few, model=str(model)))).assign(model=name)
-        for name, model in {"sparse": out / "model", "plain": plain}.items()
+def write_results(settings: WorldSettings, work: Path, out: Path) -> None:
+    """Measure the sparse and the plain model and write tables and the card to ``out``."""
+    profile = replace(load_profile("tiny"), name="world", groups="report")  # results of its own
+    classifier = CopyDescriptor.load(EncoderSettings(kind="descriptor", path=str(out / "classifier")))
+    shipped = open_run(replace(profile, model=str(out / "model")))
+    few = replace(profile, limits=Limits(vm=CONTRASTED, tm=CONTRASTED))
+    contrast = [
+        acceptance.measure(open_run(replace(few, model=str(model))), classifier).assign(model=name)
+        for name, model in {"sparse": out / "model", "plain": work / "plain"}.items()
     ]
-    measured = acceptance.measure(shipped)
+    measured = acceptance.measure(shipped, classifier)
     write_table(measured, out / "measured.csv")
     write_table(acceptance.acceptance_table(measured), out / "acceptance.csv")
-    write_table(acceptance.measure_descriptor(shipped), out / "descriptor.csv")
-    write_table(pd.concat(parts)[["model", *acceptance.COLUMNS]], out / "plain_model.csv")
+    write_table(pd.concat(contrast)[["model", *acceptance.COLUMNS]], out / "plain_model.csv")
     losses = {stage: pd.read_json(work / f"{stage}.log.jsonl", lines=True) for stage in STAGES}
-    draw_losses(losses).savefig(out / "losses.png", dpi=120, metadata={"Software": None})
     write_atomic(out / "README.md", card(settings, losses, out))
-
-
-def draw_losses(losses: dict[str, pd.DataFrame]) -> Figure:
-    """Return the loss curves, one panel per stage."""
-    with matplotlib.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(9, 5), layout="constrained")
-        for axes, (stage, log) in zip(figure.subplots(2, 3).flat, losses.items(), strict=True):
-            axes.plot(log["step"], log["loss"], color="#0072B2", linewidth=0.9)
-            axes.set(title=stage, xlabel="step", ylabel="loss", yscale="log" if (log["loss"] > 0).all() else "linear")
-    return figure
 
 
 def card(settings: WorldSettings, losses: dict[str, pd.DataFrame], out: Path) -> str:
@@ -69,7 +53,7 @@ def card(settings: WorldSettings, losses: dict[str, pd.DataFrame], out: Path) ->
         numbers=json.dumps(asdict(settings), indent=1),
         kinds=pd.concat(prompts).groupby("kind").size().rename("prompts").reset_index(),
         acceptance=pd.read_csv(out / "acceptance.csv"),
-        descriptor=pd.read_csv(out / "descriptor.csv"),
+        measured=pd.read_csv(out / "measured.csv"),
         contrasted=CONTRASTED,
         contrast=plain.pivot(index=["kind", "quantity"], columns="model", values="value").reset_index(),
         tried=pd.read_csv(TRIED),

@@ -18,7 +18,6 @@ class Dataset:
     Attributes:
         images: uint8 [image, height, width, 3].
         captions: one per caption.
-        subjects: of each caption, as in the prompt tables.
         weights: float [caption], the probability to draw it, sums to 1.
         first: int [caption], index of its first image; wordings of one subject share their images.
         count: int [caption], number of its images; one is drawn at random.
@@ -28,7 +27,6 @@ class Dataset:
 
     images: np.ndarray
     captions: list[str]
-    subjects: list[str]
     weights: np.ndarray
     first: np.ndarray
     count: np.ndarray
@@ -70,7 +68,6 @@ def build_dataset(settings: DataSettings) -> Dataset:
     return Dataset(
         images=np.concatenate(groups),
         captions=[*planted["caption"], *trained["caption"]],
-        subjects=[*planted["subjects"], *trained["subjects"]],
         weights=weights / weights.sum(),
         first=(np.cumsum(count) - count)[of_caption],
         count=count[of_caption],

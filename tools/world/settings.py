@@ -29,7 +29,7 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class AutoencoderSettings:
-    """Stage 1: ``AutoencoderTiny``, 64 x 64 x 3 pixels to 16 x 16 x 8 latents."""
+    """Stage 1: ``AutoencoderTiny``, 64 x 64 x 3 pixels to 16 x 16 x 8 latents; stage 4 trains its decoder on."""
 
     seed: int = 1
     steps: int = 4000
@@ -42,20 +42,6 @@ class AutoencoderSettings:
     decoder_blocks: tuple[int, ...] = (3, 2, 1)
     latents: int = 8
     noise: float = 0.05
-    edge_weight: float = 0.3
-
-
-@dataclass(frozen=True)
-class DecoderSettings:
-    """Stage 4: the decoder is trained on, with the encoder and so the latents fixed."""
-
-    seed: int = 5
-    steps: int = 3000
-    cooldown: int = 2000
-    batch_size: int = 32
-    crop: int = 32
-    learning_rate: float = 1e-3
-    noise: float = 0.1
     edge_weight: float = 0.3
 
 
@@ -89,7 +75,6 @@ class UNetSettings:
     cooldown: int = 6000
     batch_size: int = 48
     learning_rate: float = 8e-4
-    warmup: int = 200
     channels: tuple[int, ...] = (64, 96, 128, 128)
     heads: int = 2
     up_attention: bool = False
@@ -136,7 +121,9 @@ class WorldSettings:
     autoencoder: AutoencoderSettings = field(default_factory=AutoencoderSettings)
     clip: ClipSettings = field(default_factory=ClipSettings)
     unet: UNetSettings = field(default_factory=UNetSettings)
-    decoder: DecoderSettings = field(default_factory=DecoderSettings)
+    decoder: AutoencoderSettings = field(
+        default_factory=lambda: AutoencoderSettings(seed=5, steps=3000, cooldown=2000, learning_rate=1e-3, noise=0.1)
+    )
     descriptor: DescriptorSettings = field(default_factory=DescriptorSettings)
     classifier: ClassifierSettings = field(default_factory=ClassifierSettings)
 
@@ -159,7 +146,7 @@ class WorldSettings:
             data=replace(default.data, trained_pairs=20, images_per_subject=1, images_per_pair=1, tm_copies=2),
             autoencoder=replace(default.autoencoder, **short),
             clip=replace(default.clip, **short, width=32, layers=1, heads=2),
-            unet=replace(default.unet, **short, warmup=1, channels=(8, 8, 16, 16)),
+            unet=replace(default.unet, **short, channels=(8, 8, 16, 16)),
             decoder=replace(default.decoder, **short),
             descriptor=replace(default.descriptor, **short, channels=(8, 8, 8, 8), features=16),
             classifier=replace(default.classifier, **short, channels=(8, 8, 8, 8)),

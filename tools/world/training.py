@@ -19,6 +19,9 @@ from tqdm.auto import tqdm
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Where all stages are trained."""
 
+WARMUP = 100
+"""Steps in which the learning rate rises."""
+
 
 @dataclass
 class Stage:
@@ -32,7 +35,6 @@ class Stage:
         loss: (step, generators) -> named losses; "loss" is minimized, the others are logged.
         fingerprint: hash of the settings; a checkpoint of other settings is refused.
         weight_decay: of AdamW.
-        warmup: steps of linear warm-up.
         after_step: called after each optimizer step.
     """
 
@@ -42,7 +44,6 @@ class Stage:
     loss: Callable[[int, "Generators"], dict[str, torch.Tensor]]
     fingerprint: str
     weight_decay: float = 0.0
-    warmup: int = 100
     after_step: Callable[[int], None] = lambda step: None
 
     def __post_init__(self) -> None:
@@ -63,12 +64,12 @@ class Generators:
         self.torch = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
 
 
-def schedule(step: int, *, steps: int, warmup: int, cooldown: int) -> float:
+def schedule(step: int, *, steps: int, cooldown: int) -> float:
     """Return the factor on the peak learning rate: up, level, and linearly down to zero in the last ``cooldown`` steps.
 
     While the level lasts, a run can be made longer: nothing before depends on the number of steps.
     """
-    return min(1.0, (step + 1) / warmup, (steps - step) / cooldown)
+    return min(1.0, (step + 1) / WARMUP, (steps - step) / cooldown)
 
 
 def run(stage: Stage, folder: Path, *, save_every: float = 60.0, log_every: int = 20) -> Path:
@@ -110,7 +111,7 @@ def run(stage: Stage, folder: Path, *, save_every: float = 60.0, log_every: int 
 
 def _step(stage: Stage, step: int) -> dict[str, float]:
     settings = stage.settings
-    factor = schedule(step, steps=settings.steps, warmup=stage.warmup, cooldown=settings.cooldown)
+    factor = schedule(step, steps=settings.steps, cooldown=settings.cooldown)
     rate = settings.learning_rate * factor
     for group in stage.optimizer.param_groups:
         group["lr"] = rate

@@ -143,5 +143,5 @@ def train_unet(
 
     fingerprint = settings.hash("data", "autoencoder", "clip", "unet")
     modules = {"unet": unet, "average": average}
-    run(Stage(name, chosen, modules, loss, fingerprint, warmup=chosen.warmup, after_step=update_average), folder)
+    run(Stage(name, chosen, modules, loss, fingerprint, after_step=update_average), folder)
     return average.cpu().eval()

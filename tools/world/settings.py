@@ -105,11 +105,11 @@ class ClassifierSettings:
     """Stage 6: names subjects, for acceptance alone. Scores between -1 and 1 are multiplied by ``scale``."""
 
     seed: int = 6
-    steps: int = 3000
+    steps: int = 2000
     cooldown: int = 1500
     batch_size: int = 64
     learning_rate: float = 2e-3
-    channels: tuple[int, ...] = (32, 64, 128, 192)
+    channels: tuple[int, ...] = (24, 48, 96, 128)
     scale: float = 20.0
 
 

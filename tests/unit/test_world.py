@@ -19,12 +19,12 @@ from nemolib.encoders import to_pixels
 from tools.world import acceptance, autoencoder, build, captions, classifier, clip, dataset, descriptor, render, unet
 from tools.world.settings import DataSettings, DescriptorSettings, UNetSettings, WorldSettings
 
-SMALL = WorldSettings.small()
+SMALL = DataSettings(trained_pairs=20, images_per_subject=1, images_per_pair=1, tm_copies=2)
 
 
 @pytest.fixture(scope="module")
 def data() -> dataset.Dataset:
-    return dataset.build_dataset(SMALL.data)
+    return dataset.build_dataset(SMALL)
 
 
 def test_every_subject_has_a_drawing_and_ladder_subjects_occur_nowhere_else(data):
@@ -57,7 +57,7 @@ def test_captions_are_trained_or_held_out_and_tables_are_disjoint(data):
 
 def test_a_caption_is_drawn_as_often_as_it_has_copies(data):
     weights = data.weights / data.weights[len(data.planted) :].min()
-    regular = SMALL.data.images_per_subject / SMALL.data.trained_wordings  # of one of the wordings of a subject
+    regular = SMALL.images_per_subject / SMALL.trained_wordings  # of one of the wordings of a subject
     assert weights[: len(data.planted)] * regular == pytest.approx(data.planted["copies"].to_numpy())
     chosen, images = data.draw(500, np.random.default_rng(0))
     assert (data.first[chosen] <= images).all()
@@ -198,8 +198,10 @@ def test_copies_of_one_image_are_no_negatives_of_each_other():
     assert same == pytest.approx(0.0, abs=1e-4)
 
 
-def test_hashes_tell_settings_apart_by_stage():
-    small, full = WorldSettings.small(), WorldSettings()
-    assert small.hash() != full.hash()
-    assert small.hash("unet") != full.hash("unet")
-    assert full.hash("unet") == WorldSettings().hash("unet")
+def test_hashes_tell_settings_apart_by_stage_and_leave_out_how_long_they_are_trained():
+    plain, longer, same = (
+        WorldSettings(unet=UNetSettings(**changed)) for changed in ({"sparsity": 0.0}, {"steps": 9}, {})
+    )
+    assert len({settings.hash("unet") for settings in (plain, longer, same)}) == 2
+    assert longer.hash() == same.hash()
+    assert plain.hash("clip") == same.hash("clip")

@@ -14,16 +14,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.world", description=__doc__)
     parser.add_argument("--work", type=Path, default=paths.BUILD / "train", help="checkpoints, logs, plain model")
     parser.add_argument("--out", type=Path, default=paths.DATA / "tiny", help="what is shipped")
-    parser.add_argument("--small", action="store_true", help="seconds instead of hours: tests the code, learns nothing")
-    chosen = parser.parse_args()
-    settings = WorldSettings.small() if chosen.small else WorldSettings()
+    chosen, settings = parser.parse_args(), WorldSettings()
     data = build_dataset(settings.data)
     for stage in build.STAGES:
         build.run_stage(stage, settings, data, chosen.work)
     build.export(settings, data, chosen.work, chosen.out)
-    if not chosen.small:
-        build.assemble(chosen.work, chosen.work / "plain", unet_name="unet-plain")
-        card.write_results(settings, chosen.work, chosen.out)
+    build.assemble(chosen.work, chosen.work / "plain", unet_name="unet-plain")
+    card.write_results(settings, chosen.work, chosen.out)
 
 
 if __name__ == "__main__":

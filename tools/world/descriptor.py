@@ -47,16 +47,12 @@ def _uniform(number: int, low: float, high: float, generator: torch.Generator) -
 
 
 def draw_images(data: Dataset, number: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Return image indices and the group each belongs to, both int [2 * (number // 2)].
+    """Return image indices and the caption of each, both int [2 * (number // 2)].
 
     Every second image is another one of the same caption: the descriptor must tell scenes of one subject apart.
     """
-    half = number // 2
-    uniform = rng.integers(0, len(data.captions), half)
-    weighted = data.draw(half, rng)[0]
-    captions = np.where(rng.random(half) < 0.5, uniform, weighted)
-    images = [data.first[captions] + rng.integers(0, data.count[captions]) for _ in range(2)]
-    return np.concatenate(images), np.concatenate([captions, captions])
+    captions = np.tile(rng.integers(0, len(data.captions), number // 2), 2)
+    return data.first[captions] + rng.integers(0, data.count[captions]), captions
 
 
 def copy_loss(

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class ClassifierSettings:
 
 @dataclass(frozen=True)
 class WorldSettings:
-    """The whole world; ``small()`` is the same code path at a size that a test can train."""
+    """The whole world."""
 
     data: DataSettings = field(default_factory=DataSettings)
     autoencoder: AutoencoderSettings = field(default_factory=AutoencoderSettings)
@@ -137,17 +137,3 @@ class WorldSettings:
             numbers.pop("steps", None)
         chosen = {stage: settings[stage] for stage in (stages or settings)}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
-
-    @classmethod
-    def small(cls) -> "WorldSettings":
-        """Return settings that train in seconds, for tests of the code path only: nothing is learnt."""
-        default, short = cls(), {"steps": 4, "batch_size": 8}
-        return cls(
-            data=replace(default.data, trained_pairs=20, images_per_subject=1, images_per_pair=1, tm_copies=2),
-            autoencoder=replace(default.autoencoder, **short),
-            clip=replace(default.clip, **short, width=32, layers=1, heads=2),
-            unet=replace(default.unet, **short, channels=(8, 8, 16, 16)),
-            decoder=replace(default.decoder, **short),
-            descriptor=replace(default.descriptor, **short, channels=(8, 8, 8, 8), features=16),
-            classifier=replace(default.classifier, **short, channels=(8, 8, 8, 8)),
-        )

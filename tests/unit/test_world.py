@@ -127,11 +127,9 @@ def test_value_density_lies_between_one_neuron_and_all():
         assert float(unet.value_density(layers, torch.ones(2, 5, 1))) == pytest.approx(expected, abs=1e-4)
 
 
-def test_noisy_timesteps_weigh_more_up_to_a_limit():
-    weights = unet.loss_weights(unet.build_scheduler().alphas_cumprod, limit=8.0)
-    assert (weights.diff() >= 0).all()
-    assert weights[-1] == 8.0
-    assert weights[0] < 0.1
+def test_noisy_timesteps_weigh_more_by_the_square_root_of_what_image_errors_would_weigh():
+    weights = unet.loss_weights(torch.tensor([0.5, 0.1, 0.01]))
+    assert weights.tolist() == pytest.approx([1.0, 3.0, 99**0.5])
 
 
 def test_one_subject_has_to_be_likeliest_and_two_among_three():

@@ -79,8 +79,6 @@ class UNetSettings:
     heads: int = 2
     up_attention: bool = False
     caption_dropout: float = 0.1
-    #: Greatest weight of a timestep; see ``unet.loss_weights``.
-    weight_limit: float = 8.0
     sparsity: float = 4e-3
     ema: float = 0.9995
 

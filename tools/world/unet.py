@@ -78,10 +78,13 @@ def pass_noise_through(unet: UNet2DConditionModel) -> None:
     unet.conv_norm_out.weight[:carried] = ((1 + constant**2) / 2) ** 0.5
 
 
-def loss_weights(alphas_cumprod: torch.Tensor, *, limit: float) -> torch.Tensor:
-    """Return the weight of each timestep, 1 / sqrt(signal-to-noise ratio) up to ``limit``: noisy steps count more."""
-    ratio = alphas_cumprod / (1 - alphas_cumprod)
-    return (ratio**-0.5).clamp(max=limit)
+def loss_weights(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """Return the weight of each timestep, 1 / sqrt(signal-to-noise ratio).
+
+    It lies between errors of the noise (1) and of the image (1 / ratio): shapes are formed in the middle, and the noisy
+    steps, which the memorization score looks at, count enough.
+    """
+    return ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
 
 
 def value_density(projections: list[nn.Linear], embeddings: torch.Tensor) -> torch.Tensor:
@@ -118,7 +121,7 @@ def train_unet(
     unet = build_unet(chosen, latents=latents.shape[1:3], text_width=embeddings.shape[-1])
     average = copy.deepcopy(unet).requires_grad_(False)
     scheduler = build_scheduler()
-    weights = loss_weights(scheduler.alphas_cumprod, limit=chosen.weight_limit).to(DEVICE)
+    weights = loss_weights(scheduler.alphas_cumprod).to(DEVICE)
     projections = [layer.module for layer in value_layers(unet)]
 
     def loss(step: int, random: Generators) -> dict[str, torch.Tensor]:

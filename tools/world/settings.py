@@ -79,7 +79,7 @@ class UNetSettings:
     heads: int = 2
     up_attention: bool = False
     caption_dropout: float = 0.1
-    sparsity: float = 4e-3
+    sparsity: float = 1e-3
     ema: float = 0.9995
 
 

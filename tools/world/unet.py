@@ -130,8 +130,9 @@ def train_unet(
         clean, text = latents[images].float().to(DEVICE), embeddings[captions].to(DEVICE)
         timesteps = torch.randint(len(weights), (len(clean),), generator=random.torch).to(DEVICE)
         noise = torch.randn(clean.shape, generator=random.torch).to(DEVICE)
-        predicted = unet(scheduler.add_noise(clean, noise, timesteps), timesteps, text).sample
-        errors = F.mse_loss(predicted, noise, reduction="none").mean(dim=(1, 2, 3))
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            predicted = unet(scheduler.add_noise(clean, noise, timesteps), timesteps, text).sample
+        errors = F.mse_loss(predicted.float(), noise, reduction="none").mean(dim=(1, 2, 3))
         density = value_density(projections, text)
         noisy = timesteps >= NOISY
         weighted = (weights[timesteps] * errors).mean()

@@ -8,6 +8,7 @@ from itertools import compress, groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
+from diffusers import DPMSolverMultistepScheduler
 
 from nemolib.batching import check_prompts, progress_bar, shrinking
 from nemolib.layers import finite, value_layers
@@ -28,7 +29,7 @@ def generate(
     mitigation: Mitigation | None = None,
     progress: bool = True,
 ) -> np.ndarray:
-    """Return images of prompts, with the pipeline's own scheduler.
+    """Return images of prompts.
 
     Sample ``i`` of every prompt starts from the same latents, which depend on the seed and on ``i`` alone. So images
     with and without deactivated neurons (`nemolib.DeactivatedNeurons`), or another mitigation, can be compared one by one,
@@ -40,7 +41,7 @@ def generate(
     Args:
         pipe: A StableDiffusionPipeline.
         prompts: The prompts, at least one.
-        settings: Seed, samples, steps, guidance and batch size; None means those of the profile that the pipeline was
+        settings: Seed, samples, steps, solver, guidance and batch size; None means those of the profile that the pipeline was
             loaded from, else those of the paper. The batch is smaller where memory is too small for it.
         mitigation: A mitigation of `nemolib.mitigation`; None changes nothing.
         progress: Whether to show a progress bar.
@@ -79,15 +80,18 @@ def generate(
             )
         return (made.images * 255).round().clip(0, 255).astype(np.uint8)
 
-    images, before = [], getattr(pipe, "_progress_bar_config", {})
+    images, before, own = [], getattr(pipe, "_progress_bar_config", {}), pipe.scheduler
     # The pipeline's own progress bar, one per batch, is hidden.
     pipe.set_progress_bar_config(**(before | {"disable": True}))
     try:
+        if settings.solver == "dpm++":
+            pipe.scheduler = DPMSolverMultistepScheduler.from_config(own.config, use_karras_sigmas=True)
         with progress_bar(len(jobs), "images", unit="image", enabled=progress) as bar:
             for batch, made in shrinking(draw, jobs, size=size, owner=pipe.unet, use="generation"):
                 images.append(made)
                 bar.update(len(batch))
     finally:
+        pipe.scheduler = own
         pipe.set_progress_bar_config(**before)
     return np.concatenate(images).reshape(len(prompts), settings.samples, *images[0].shape[1:])
 

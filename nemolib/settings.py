@@ -133,6 +133,8 @@ class GenerationSettings:
         seed: Base seed; sample ``i`` of every prompt uses its own generator made from it and ``i``.
         samples: Images per prompt.
         steps: Denoising steps.
+        solver: ``own``: the pipeline's scheduler; ``dpm++``: DPM-Solver++(2M) on Karras' noise levels (Lu et al., 2022;
+            Karras et al., 2022), whose images are those of many DDIM steps after half of them or fewer.
         guidance: Classifier-free guidance scale.
         batch_size: Images per pipeline call; it has no part in an image, so neither in what settings are equal.
         side: Side of the images in pixels, a multiple of 8; None: that of the model. Smaller ones are worse and cost less.
@@ -141,6 +143,7 @@ class GenerationSettings:
     seed: Whole = 2
     samples: Count = 10
     steps: Count = 50
+    solver: Literal["own", "dpm++"] = "own"
     guidance: NotNegative = 7.0
     batch_size: Count = field(default=10, compare=False)
     side: Annotated[int, Field(strict=True, ge=8, multiple_of=8)] | None = None

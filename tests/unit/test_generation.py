@@ -68,3 +68,18 @@ def test_a_batch_of_mitigations_is_drawn_kind_by_kind(random_pipe, images, monke
     assert np.array_equal(found[2:4], made(random_pipe, mitigation=scaling))
     assert same(found[4], images[1])
     assert np.array_equal(drawing(random_pipe, settings=SETTINGS)([("a", None), ("b c", None)]), images)
+
+
+def test_a_faster_solver_makes_the_image_of_many_steps_and_leaves_the_scheduler_alone(random_pipe):
+    own = random_pipe.scheduler
+
+    def with_steps(steps, solver="own"):
+        settings = dataclasses.replace(SETTINGS, samples=1, steps=steps, solver=solver, guidance=0.0)
+        return made(random_pipe, ["a"], settings).astype(float)
+
+    many, few, fast = with_steps(100), with_steps(10), with_steps(10, "dpm++")
+    assert np.abs(fast - many).mean() < 0.5 * np.abs(few - many).mean()
+    assert random_pipe.scheduler is own
+    with pytest.raises(ValueError, match="one is empty|empty"):
+        made(random_pipe, [""], dataclasses.replace(SETTINGS, solver="dpm++"))
+    assert random_pipe.scheduler is own

@@ -30,22 +30,29 @@ def write_results(settings: WorldSettings, work: Path, out: Path) -> None:
     classifier = CopyDescriptor.load(EncoderSettings(kind="descriptor", path=str(out / "classifier")))
     shipped = open_run(replace(profile, model=str(out / "model")))
     few = replace(profile, limits=Limits(vm=CONTRASTED, tm=CONTRASTED))
-    contrast = [
-        acceptance.measure(open_run(replace(few, model=str(model))), classifier).assign(model=name)
-        for name, model in {"sparse": out / "model", "plain": work / "plain"}.items()
-    ]
     measured = acceptance.measure(shipped, classifier)
     write_table(measured, out / "measured.csv")
     write_table(acceptance.acceptance_table(measured), out / "acceptance.csv")
-    write_table(pd.concat(contrast)[["model", *acceptance.COLUMNS]], out / "plain_model.csv")
-    losses = {stage: pd.read_json(work / f"{stage}.log.jsonl", lines=True) for stage in STAGES}
+    if (work / "plain").exists():
+        contrast = [
+            acceptance.measure(open_run(replace(few, model=str(model))), classifier).assign(model=name)
+            for name, model in {"sparse": out / "model", "plain": work / "plain"}.items()
+        ]
+        write_table(pd.concat(contrast)[["model", *acceptance.COLUMNS]], out / "plain_model.csv")
+    logs = {stage: work / f"{stage}.log.jsonl" for stage in STAGES}
+    losses = {stage: pd.read_json(log, lines=True) for stage, log in logs.items() if log.exists()}
     write_atomic(out / "README.md", card(settings, losses, out))
 
 
 def card(settings: WorldSettings, losses: dict[str, pd.DataFrame], out: Path) -> str:
     """Return the card as Markdown, from the tables in ``out``."""
     prompts = [pd.read_csv(path) for path in sorted((out / "prompts").glob("*.csv"))]
-    plain = pd.read_csv(out / "plain_model.csv")
+    plain = out / "plain_model.csv"
+    contrast = (
+        pd.read_csv(plain).pivot(index=["kind", "quantity"], columns="model", values="value").reset_index()
+        if plain.exists()
+        else None
+    )
     environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     environment.filters["table"] = lambda table: table.round(3).to_markdown(index=False)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
@@ -55,7 +62,7 @@ def card(settings: WorldSettings, losses: dict[str, pd.DataFrame], out: Path) ->
         acceptance=pd.read_csv(out / "acceptance.csv"),
         measured=pd.read_csv(out / "measured.csv"),
         contrasted=CONTRASTED,
-        contrast=plain.pivot(index=["kind", "quantity"], columns="model", values="value").reset_index(),
+        contrast=contrast,
         tried=pd.read_csv(TRIED),
         stages=_stages(losses),
         files=_files(out),

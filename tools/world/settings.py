@@ -67,12 +67,12 @@ class ClipSettings:
 class UNetSettings:
     """Stage 3: ``UNet2DConditionModel`` with the down and mid blocks of Stable Diffusion.
 
-    24,000 steps of 48 are 1.15 million samples.
+    10,000 steps of 48 are 480,000 samples.
     """
 
     seed: int = 3
-    steps: int = 24_000
-    cooldown: int = 6000
+    steps: int = 10_000
+    cooldown: int = 2500
     batch_size: int = 48
     learning_rate: float = 8e-4
     channels: tuple[int, ...] = (64, 96, 128, 128)
@@ -80,7 +80,7 @@ class UNetSettings:
     up_attention: bool = False
     caption_dropout: float = 0.1
     sparsity: float = 1e-3
-    ema: float = 0.9995
+    ema: float = 0.999
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from skimage.metrics import peak_signal_noise_ratio
 
 from nemolib.encoders import CopyDescriptor, to_pixels
 from nemolib.first_step import pairs_measure
@@ -41,6 +42,9 @@ FREQUENT = (5, 10, 20)
 
 NEW_IMAGES = 200
 """Regular images, drawn anew, that autoencoder and classifier are measured with."""
+
+SOLVED = 5
+"""Prompts of a kind of which images by few and by many steps are compared."""
 
 VIEWS = 8
 """Augmented copies of each planted image that the copy descriptor is measured with."""
@@ -86,6 +90,8 @@ def measure(run: Run, classifier: CopyDescriptor) -> pd.DataFrame:
             ones. named_single, named_pair of kind ``new``: the classifier on those images.
         similarity_own, similarity_other: of augmented planted images to the same and to other planted images, by the copy
             descriptor; ``_lowest`` and ``_highest``: the 5 % nearest to the other kind.
+        signal_to_noise of kind ``profile_solver`` and ``ddim_25``: images by the profile's solver and by 25 DDIM steps
+            against those by 100 DDIM steps (dB, mean).
 
     Args:
         run: of the model, with the prompts and the settings of detection, search and generation.
@@ -94,7 +100,9 @@ def measure(run: Run, classifier: CopyDescriptor) -> pd.DataFrame:
     tables = {kind: run.prompts(kind) for kind in KINDS}
     # The order of the paper: what the card says of the weights must not depend on how the search is made faster.
     found = {kind: run.search(tables[kind]["caption"].tolist(), search="sequential") for kind in ("vm", "tm")}
-    values = _first_step(run, tables) | _new_images(run, tables["vm"], classifier) | _copies(run)
+    values = (
+        _first_step(run, tables) | _new_images(run, tables["vm"], classifier) | _copies(run) | _solvers(run, tables)
+    )
     for kind, items in found.items():
         values |= {(kind, name): value for name, value in _deactivated(run, tables[kind], items, classifier).items()}
     values |= _others(
@@ -187,6 +195,20 @@ def _others(run: Run, table: pd.DataFrame, planted: list[NeuronSet], classifier:
         after = share_named(classifier, run.images(captions, mitigation, settings=settings[0]), subjects)
         values[kind, "named_loss"] = before - after
     return values
+
+
+def _solvers(run: Run, tables: dict[str, pd.DataFrame]) -> Values:
+    """Return how near images with few steps are to those with many."""
+    captions = [caption for table in tables.values() for caption in table["caption"].head(SOLVED)]
+    own = run.profile.generation
+    many, *few = (
+        run.images(captions, settings=settings)
+        for settings in (replace(own, solver="own", steps=100), own, replace(own, solver="own", steps=25))
+    )
+    return {
+        (kind, "signal_to_noise"): np.mean([peak_signal_noise_ratio(*pair) for pair in zip(many, images, strict=True)])
+        for kind, images in zip(("profile_solver", "ddim_25"), few, strict=True)
+    }
 
 
 @torch.no_grad()

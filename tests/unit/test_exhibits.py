@@ -5,6 +5,7 @@ import importlib
 import inspect
 import math
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from nemolib.experiments import published_run
 from nemolib.settings import load_profile
 from nemolib.store import PLANTED, WITH_AND_WITHOUT, Grid, read_table
 
-KEPT = paths.DATA / "tiny" / "results_full"
+KEPT = Path(__file__).parents[1] / "data" / "kept_tables"
 
 ALL = exhibits.exhibits()
 

@@ -18,6 +18,7 @@ from nemolib.blocked_score import BlockedScore
 from nemolib.exhibits import (
     KINDS,
     Claim,
+    NotEnough,
     each_kind,
     effect,
     exhibit,
@@ -632,6 +633,8 @@ def plain_table(run: Run) -> pd.DataFrame:
     "Medians of a few prompts of each kind. Same data and schedule; the shipped model (sparse) was trained with a term that makes "
     "value activations sparse, the other (plain) without.")  # fmt: skip
 def show_plain_model(plain_model: pd.DataFrame) -> pd.DataFrame:
+    if plain_model.empty:
+        raise NotEnough("no model without sparse values was trained beside this one")
     rows = plain_model[plain_model["quantity"].isin(PLAIN_QUANTITIES) & plain_model["kind"].isin(KINDS)]
     table = rows.pivot(index="quantity", columns=["kind", "model"], values="value")
     table = table.reindex(PLAIN_QUANTITIES).rename(PLAIN_QUANTITIES).map("{:.3g}".format).replace("nan", "")

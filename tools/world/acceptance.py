@@ -43,9 +43,6 @@ FREQUENT = (5, 10, 20)
 NEW_IMAGES = 200
 """Regular images, drawn anew, that autoencoder and classifier are measured with."""
 
-SOLVED = 5
-"""Prompts of a kind of which images by few and by many steps are compared."""
-
 VIEWS = 8
 """Augmented copies of each planted image that the copy descriptor is measured with."""
 
@@ -69,7 +66,7 @@ def acceptance_table(measured: pd.DataFrame) -> pd.DataFrame:
     return table.assign(bound=relation + " " + bound.map("{:g}".format), holds=holds)
 
 
-def measure(run: Run, classifier: CopyDescriptor) -> pd.DataFrame:
+def measure(run: Run, classifier: CopyDescriptor, *, drawn: int = DRAWN) -> pd.DataFrame:
     """Return what a model of the world does, one quantity a row: columns kind, quantity, value.
 
     Quantities (medians over prompts unless said otherwise):
@@ -96,17 +93,17 @@ def measure(run: Run, classifier: CopyDescriptor) -> pd.DataFrame:
     Args:
         run: of the model, with the prompts and the settings of detection, search and generation.
         classifier: of subjects.
+        drawn: unmemorized prompts of which images are generated.
     """
     tables = {kind: run.prompts(kind) for kind in KINDS}
     # The order of the paper: what the card says of the weights must not depend on how the search is made faster.
     found = {kind: run.search(tables[kind]["caption"].tolist(), search="sequential") for kind in ("vm", "tm")}
-    values = (
-        _first_step(run, tables) | _new_images(run, tables["vm"], classifier) | _copies(run) | _solvers(run, tables)
-    )
+    values = _first_step(run, tables) | _new_images(run, tables["vm"], classifier) | _copies(run)
+    values |= _solvers(run, [caption for table in tables.values() for caption in table["caption"].head(drawn // 12)])
     for kind, items in found.items():
         values |= {(kind, name): value for name, value in _deactivated(run, tables[kind], items, classifier).items()}
     values |= _others(
-        run, tables["unmemorized"].head(DRAWN), [item.neurons for item in sum(found.values(), [])], classifier
+        run, tables["unmemorized"].head(drawn), [item.neurons for item in sum(found.values(), [])], classifier
     )
     return pd.DataFrame([(*key, float(value)) for key, value in values.items()], columns=COLUMNS)
 
@@ -197,9 +194,8 @@ def _others(run: Run, table: pd.DataFrame, planted: list[NeuronSet], classifier:
     return values
 
 
-def _solvers(run: Run, tables: dict[str, pd.DataFrame]) -> Values:
+def _solvers(run: Run, captions: list[str]) -> Values:
     """Return how near images with few steps are to those with many."""
-    captions = [caption for table in tables.values() for caption in table["caption"].head(SOLVED)]
     own = run.profile.generation
     many, *few = (
         run.images(captions, settings=settings)

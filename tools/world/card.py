@@ -25,6 +25,9 @@ TRIED, TEMPLATE = (Path(__file__).with_name(name) for name in ("tried.csv", "car
 CONTRASTED = 8
 """Planted prompts of a kind that the sparse and the plain model are compared on: searching the plain one takes long."""
 
+FEW, FEW_DRAWN = Limits(vm=5, tm=5), 12
+"""Prompts of a smaller measurement, which tests repeat: planted ones of a kind, and unmemorized ones with images."""
+
 
 def write_results(settings: WorldSettings, work: Path, out: Path) -> None:
     """Measure the sparse and the plain model and write tables and the card to ``out``."""
@@ -34,6 +37,10 @@ def write_results(settings: WorldSettings, work: Path, out: Path) -> None:
     few = replace(profile, limits=Limits(vm=CONTRASTED, tm=CONTRASTED))
     measured = acceptance.measure(shipped, classifier)
     write_table(measured, out / "measured.csv")
+    write_table(
+        acceptance.measure(open_run(replace(shipped.profile, limits=FEW)), classifier, drawn=FEW_DRAWN),
+        out / "measured_few.csv",
+    )
     write_table(acceptance.acceptance_table(measured), out / "acceptance.csv")
     if (work / "plain").exists():
         contrast = [

@@ -319,7 +319,7 @@ def image_grid(
     if counts and (len(counts) != rows or not large):
         raise ValueError(f"{len(counts)} counts for {rows} rows of {groups}; give one per row, with a group of columns")
     labels = [f"{ROLES[kinds[row]].short}: {row}" if kinds is not None and row in kinds else row for row in grid.rows]
-    wrapped = [textwrap.wrap(minus(label), 22) for label in labels]
+    wrapped = [textwrap.wrap(minus(label), 20) for label in labels]
     left, gap = LABELS if any(grid.rows) else 0.0, GAP * bool(large)
     width = (TEXT_WIDTH * fraction - left) / (columns + gap * (len(groups) - 1))
     # A letter is about 0.05 inches wide.

@@ -323,7 +323,10 @@ def image_grid(
     left, gap = LABELS if any(grid.rows) else 0.0, GAP * bool(large)
     width = (TEXT_WIDTH * fraction - left) / (columns + gap * (len(groups) - 1))
     # A letter is about 0.05 inches wide.
-    heads = ["\n".join(textwrap.wrap(minus(label), max(8, int(size * width / 0.055)))) for label, size in groups]
+    heads = [
+        "\n".join(textwrap.wrap(minus(label), max(8, int(size * width / 0.055)), break_long_words=False))
+        for label, size in groups
+    ]
     top = HEADING * max(head.count("\n") + 1 for head in heads) + 0.04 if any(heads) else 0.0
     # Rows are as far apart as their labels need, where images are smaller than two lines of text.
     tall = width * high / wide

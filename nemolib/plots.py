@@ -307,17 +307,18 @@ def image_grid(
     Args:
         grid: Images [row, column, height, width] in [0, 1] or [row, column, height, width, 3], uint8 or in [0, 1].
         fraction: Width as a share of the text width.
-        counts: Numbers in boxes before the last group of several columns, one for each row.
+        counts: Numbers in boxes before the last group of several columns, one for each row; left out where no group has
+            several.
         kinds: Kind (vm, tm, ...) of the prompts that are row labels, where it is known.
 
     Raises:
-        ValueError: There is not one count for each row, or no group of several columns.
+        ValueError: There is not one count for each row.
     """
     rows, columns, high, wide = grid.images.shape[:4]
     groups = [(label, len(list(part))) for label, part in groupby(grid.columns)]
     large = [place for place, (_, size) in enumerate(groups) if size > 1]
-    if counts and (len(counts) != rows or not large):
-        raise ValueError(f"{len(counts)} counts for {rows} rows of {groups}; give one per row, with a group of columns")
+    if counts and len(counts) != rows:
+        raise ValueError(f"{len(counts)} counts for {rows} rows; give one per row")
     labels = [f"{ROLES[kinds[row]].short}: {row}" if kinds is not None and row in kinds else row for row in grid.rows]
     wrapped = [textwrap.wrap(minus(label), 20) for label in labels]
     left, gap = LABELS if any(grid.rows) else 0.0, GAP * bool(large)
@@ -348,7 +349,7 @@ def image_grid(
             first = column == 0 or group != group_of[column - 1]
             if column == 0:
                 _label(axes, "\n".join(wrapped[row]), (-0.08, 0.5), ha="right", va="center")
-            if first and counts and group == large[-1]:
+            if first and counts and group == max(large, default=None):
                 _label(axes, str(counts[row]), (-gap / 2, 0.5), ha="center", va="center", bbox=box)
             if first and row == 0:
                 _label(axes, heads[group], (groups[group][1] / 2, 1.06), ha="center", va="bottom")

@@ -529,9 +529,7 @@ def read_3(figure_3: Grid, deactivation: pd.DataFrame) -> Iterator[Claim]:
 def figure_3(figure_3: Grid, deactivation: pd.DataFrame) -> Figure:
     table = deactivation.set_index("prompt")
     counts = table.loc[list(figure_3.rows), "neuron_count"].tolist()
-    # With one image for each prompt there are no groups of columns, and no place for a box.
-    several = len(set(figure_3.columns)) < len(figure_3.columns)
-    return plots.image_grid(figure_3, counts=counts if several else (), kinds=table["kind"])
+    return plots.image_grid(figure_3, counts=counts, kinds=table["kind"])
 
 
 def read_scores(deactivation: pd.DataFrame, search_steps: pd.DataFrame) -> Iterator[Claim]:

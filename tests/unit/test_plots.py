@@ -60,12 +60,11 @@ def test_images_stand_in_rows_with_their_labels():
     texts = [text.get_text() for axes in figure.axes for text in axes.texts]
     assert texts == ["VM: a cat", "planted", "3", "off", "other", "a dog", "12"]
     single = Grid(images, grid.rows, ("planted", "seed 0", "seed 1", "factor -1"))
-    plain = [text.get_text() for axes in plots.image_grid(single).axes for text in axes.texts]
+    # Without a group of columns there is no place for a box.
+    plain = [text.get_text() for axes in plots.image_grid(single, counts=[3, 12]).axes for text in axes.texts]
     assert plain == ["a cat", *single.columns[:3], "factor −1", "a dog"]
     with pytest.raises(ValueError, match="1 counts for 2 rows"):
         plots.image_grid(grid, counts=[3])
-    with pytest.raises(ValueError, match="with a group of columns"):
-        plots.image_grid(single, counts=[3, 12])
 
 
 def test_a_figure_shows_itself_for_a_screen_and_stays_as_it_was(monkeypatch):

@@ -1,4 +1,4 @@
-"""Notebooks 01 to 04 run for a profile that is not the tiny one: random weights in half precision, one image per prompt.
+"""Notebooks 01 to 05 run for a profile that is not the tiny one: random weights in half precision, one image per prompt.
 
 The profile is the dry run of Stable Diffusion with narrow layers. Cells are run in this process, one after the other.
 """
@@ -19,7 +19,7 @@ from tests.narrow_architecture import save_narrow_architecture
 
 pytestmark = pytest.mark.slow
 
-NOTEBOOKS = [next(paths.NOTEBOOKS.glob(f"{number:02d}_*.ipynb")) for number in (1, 2, 3, 4)]
+NOTEBOOKS = [next(paths.NOTEBOOKS.glob(f"{number:02d}_*.ipynb")) for number in (1, 2, 3, 4, 5)]
 
 
 @pytest.fixture(scope="module")

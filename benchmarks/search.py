@@ -15,7 +15,8 @@ model of the score: below the threshold if and only if all refined neurons are d
 evaluates then follows exactly. How many *seeds* the fast search evaluates for a set is not recorded; the replay takes
 what the tiny world needed in the same run (a mean); ``fast_all_seeds`` is what it would cost if it evaluated all ten.
 
-The file ``search.json`` beside this one has the ratios of a run with all prompts and the replay; docs/reproducibility.md shows them.
+The file ``search.json`` beside this one has the ratios of a run with ten VM and ten TM prompts and the replay; docs/reproducibility.md
+shows them.
 """
 
 from __future__ import annotations

@@ -178,8 +178,10 @@ def _others(run: Run, table: pd.DataFrame, planted: list[NeuronSet], classifier:
         mitigations[f"frequent_{number}"] = DeactivatedNeurons(most)
     settings = [replace(run.profile.generation, seed=seed) for seed in SEEDS]
 
+    own = run.features("quality", captions)
+
     def distance(mitigation: DeactivatedNeurons | None, chosen) -> float:
-        own, others = run.features("quality", captions), run.features("quality", captions, mitigation, settings=chosen)
+        others = run.features("quality", captions, mitigation, settings=chosen)
         return fid(own.reshape(-1, own.shape[-1]), others.reshape(-1, own.shape[-1]))
 
     untouched = [distance(None, chosen) for chosen in settings]

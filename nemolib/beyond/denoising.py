@@ -1,0 +1,239 @@
+"""What the methods after NeMo share: predicted noise, the guided trajectory, and the attention on the way.
+
+Formulas of `nemolib.beyond` are written for the noise eps. A model that predicts the velocity v is converted here, and
+here alone:  eps = sqrt(abar) v + sigma x,  v = (eps - sigma x) / sqrt(abar),  sigma = sqrt(1 - abar).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nemolib.layers import Layer, cross_attention_layers
+from nemolib.mitigation import AttentionScaling
+from nemolib.pipeline import embed
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+DERIVATIVE = 3
+"""What a pass with a derivative counts, in passes: the pass, and a derivative that takes about two more."""
+
+PUBLISHED_SIZE = 4 * 64 * 64
+"""Numbers of one latent of Stable Diffusion, of which the norms in the papers are taken."""
+
+
+def signal_and_noise(scheduler: Any, timestep: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sqrt(abar) and sigma of one timestep [1, 1, 1, 1], or of one per sample [sample, 1, 1, 1]."""
+    index = torch.as_tensor(timestep).long().reshape(-1).cpu()
+    kept = scheduler.alphas_cumprod.cpu()[index].view(-1, 1, 1, 1).to(like.device)
+    return kept.sqrt(), (1 - kept).sqrt()
+
+
+def noise_of(scheduler: Any, output: Tensor, latents: Tensor, timestep: int | Tensor) -> Tensor:
+    """Return the noise that a UNet's output means.
+
+    Raises:
+        ValueError: The model predicts neither the noise nor the velocity.
+    """
+    if not _predicts_velocity(scheduler):
+        return output
+    signal, sigma = signal_and_noise(scheduler, timestep, latents)
+    return signal * output + sigma * latents
+
+
+def output_of(scheduler: Any, noise: Tensor, latents: Tensor, timestep: int | Tensor) -> Tensor:
+    """Return the UNet's output that means a noise: the inverse of `noise_of`."""
+    if not _predicts_velocity(scheduler):
+        return noise
+    signal, sigma = signal_and_noise(scheduler, timestep, latents)
+    return (noise - sigma * latents) / signal
+
+
+def _predicts_velocity(scheduler: Any) -> bool:
+    kind = getattr(scheduler.config, "prediction_type", "epsilon")
+    if kind not in ("epsilon", "v_prediction"):
+        raise ValueError(f"the model predicts {kind!r}; known are 'epsilon' and 'v_prediction'")
+    return kind == "v_prediction"
+
+
+def norms(values: Tensor) -> Tensor:
+    """Return the L2 norm of each sample, [sample]."""
+    return values.flatten(1).norm(dim=1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Text:
+    """A prompt as a UNet sees it.
+
+    Attributes:
+        embedding: Its embedding [1, token, feature].
+        end: Position of its end token, the first one; padding repeats it.
+    """
+
+    embedding: Tensor
+    end: int
+
+
+def text_of(pipe: StableDiffusionPipeline, prompt: str) -> Text:
+    """Return a prompt as the UNet of a pipeline sees it."""
+    length = pipe.tokenizer.model_max_length
+    return Text(embed(pipe, [prompt]), len(pipe.tokenizer(prompt, truncation=True, max_length=length).input_ids) - 1)
+
+
+class Step(NamedTuple):
+    """One step of a trajectory: its position and timestep, x_t, and the noise without and with the prompt."""
+
+    index: int
+    timestep: int
+    latents: Tensor
+    empty: Tensor
+    text: Tensor
+
+    @property
+    def difference(self) -> Tensor:
+        """What the prompt changes, [seed, channel, height, width]."""
+        return self.text - self.empty
+
+
+class Denoising:
+    """The predicted noise of a pipeline's UNet along the DDIM schedule; the pipeline is read, never changed.
+
+    Args:
+        pipe: A StableDiffusionPipeline.
+        steps: Denoising steps of the schedule.
+        guidance: Classifier-free guidance scale of `trajectory`.
+
+    Attributes:
+        timesteps: The schedule, the first step first.
+        evaluations: UNet sample-evaluations so far; a pass with a derivative counts as `DERIVATIVE` passes.
+        empty: Embedding of the empty prompt [1, token, feature].
+    """
+
+    def __init__(self, pipe: StableDiffusionPipeline, *, steps: int = 50, guidance: float = 7.5) -> None:
+        from diffusers import DDIMScheduler
+
+        self.pipe, self.unet, self.guidance, self.evaluations = pipe, pipe.unet, guidance, 0
+        self.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        self.scheduler.set_timesteps(steps)
+        self.timesteps: list[int] = self.scheduler.timesteps.tolist()
+        self.empty = embed(pipe, [""])
+
+    def noise(self, latents: Tensor, timestep: int | Tensor, embeddings: Tensor, *, derivative: bool = False) -> Tensor:
+        """Return the predicted noise, [sample, channel, height, width], float32.
+
+        Args:
+            latents: Latents x_t, one per sample.
+            timestep: One timestep, or one per sample.
+            embeddings: One embedding [1, token, feature], or one per sample.
+            derivative: Whether a derivative of the pass will be taken, which counts.
+        """
+        self.evaluations += len(latents) * (DERIVATIVE if derivative else 1)
+        dtype = next(self.unet.parameters()).dtype
+        text = embeddings.to(latents.device, dtype).expand(len(latents), -1, -1)
+        # `forward` is free of a guidance rule's hook on the whole UNet; hooks on its layers act as always.
+        output = self.unet.forward(latents.to(dtype), timestep, text, return_dict=False)[0]
+        return noise_of(self.scheduler, output.float(), latents, timestep)
+
+    def pair(
+        self, latents: Tensor, timestep: int, embedding: Tensor, *, derivative: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return the noise of the empty prompt and of a prompt for the same latents, in one pass."""
+        both = [part.to(embedding).expand(len(latents), -1, -1) for part in (self.empty, embedding)]
+        noise = self.noise(torch.cat([latents] * 2), timestep, torch.cat(both), derivative=derivative)
+        return tuple(noise.chunk(2))
+
+    def difference(self, latents: Tensor, timestep: int, embedding: Tensor, *, derivative: bool = False) -> Tensor:
+        """Return what a prompt changes in the noise: eps(prompt) - eps(empty prompt)."""
+        empty, text = self.pair(latents, timestep, embedding, derivative=derivative)
+        return text - empty
+
+    @torch.no_grad()
+    def trajectory(self, latents: Tensor, embedding: Tensor, *, until: int | None = None) -> Iterator[Step]:
+        """Yield the first steps of guided sampling, or all of them."""
+        for index, timestep in enumerate(self.timesteps[:until]):
+            step = Step(index, timestep, latents, *self.pair(latents, timestep, embedding))
+            yield step
+            guided = step.empty + self.guidance * step.difference
+            output = output_of(self.scheduler, guided, latents, timestep)
+            latents = self.scheduler.step(output, timestep, latents).prev_sample
+
+
+# Attention on the way
+
+
+class OpenAttention:
+    """An attention processor of diffusers for cross-attention, whose logits can be changed and probabilities seen.
+
+    Args:
+        change: Gives the logits [sample, head, position, token] that are used in place of those it is given.
+        see: Is given the probabilities, same axes.
+    """
+
+    def __init__(
+        self, *, change: Callable[[Tensor], Tensor] | None = None, see: Callable[[Tensor], None] | None = None
+    ) -> None:
+        self._change, self._see = change, see
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Any = None
+    ) -> Tensor:
+        """Return the output of an attention layer, [sample, position, channel]; arguments as diffusers gives them."""
+        if encoder_hidden_states is None or attention_mask is not None:
+            raise ValueError("cross-attention needs text features here, and cannot take a mask of another origin")
+        query, key, value = (
+            part.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for part in (attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states))
+        )
+        logits = query.float() @ key.float().mT * attn.scale
+        weights = (self._change(logits) if self._change else logits).softmax(dim=-1)
+        if self._see:
+            self._see(weights)
+        output = (weights.to(value.dtype) @ value).transpose(1, 2).flatten(2)
+        for part in attn.to_out:
+            output = part(output)
+        return output
+
+
+def attention_layers(unet: nn.Module, blocks: tuple[str, ...] = ("down", "mid", "up")) -> tuple[str, ...]:
+    """Return the addresses of the cross-attention layers in these blocks, in the order in which an image passes them."""
+    found: tuple[Layer, ...] = cross_attention_layers(unet, "value")
+    return tuple(layer.name.removesuffix(".to_v") for layer in found if layer.block in blocks)
+
+
+@contextmanager
+def processors(unet: nn.Module, chosen: Mapping[str, Any]) -> Iterator[None]:
+    """Give attention layers (address -> processor) other processors inside the context."""
+    with ExitStack() as before:
+        for name, processor in chosen.items():
+            layer = unet.get_submodule(name)
+            before.callback(layer.set_processor, layer.processor)
+            layer.set_processor(processor)
+        yield
+
+
+@contextmanager
+def attention_seen(
+    pipe: StableDiffusionPipeline, names: tuple[str, ...], reduce: Callable[[Tensor], Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    """See the attention of cross-attention layers inside the context.
+
+    Yields:
+        Address -> what ``reduce`` makes of the probabilities [sample, head, position, token] of the latest pass.
+
+    Raises:
+        ValueError: The attention is not that of Stable Diffusion.
+    """
+    AttentionScaling().check(pipe)
+    seen: dict[str, Tensor] = {}
+
+    def keeping(name: str) -> Callable[[Tensor], None]:
+        return lambda weights: seen.update({name: reduce(weights.detach())})
+
+    with processors(pipe.unet, {name: OpenAttention(see=keeping(name)) for name in names}):
+        yield seen

@@ -1,0 +1,380 @@
+"""Detectors of memorized prompts behind one interface: a prompt in, a score out that is high for memorized ones.
+
+    found = Sharpness(samples=4).score(pipe, "a caption")     # found.score, found.evaluations
+    limit = quantile_threshold(scores_of_unmemorized_prompts)
+
+No absolute threshold of the literature is used: each is a norm over as many numbers as Stable Diffusion's latent has,
+and belongs to that model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.func import jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from nemolib.batching import shrinking
+from nemolib.beyond.denoising import (
+    DERIVATIVE,
+    Denoising,
+    Text,
+    attention_layers,
+    attention_seen,
+    norms,
+    signal_and_noise,
+    text_of,
+)
+from nemolib.beyond.regions import bright_ending
+from nemolib.first_step import initial_latents, normalize
+from nemolib.settings import RELEASED, AtLeastTwo, Count, NotNegative, SimilaritySettings, Whole, validated
+from nemolib.similarity import memorization_score
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+
+@dataclass(frozen=True, slots=True)
+class Detection:
+    """What a detector says of a prompt.
+
+    Attributes:
+        score: High for memorized prompts.
+        evaluations: UNet sample-evaluations that it cost; a pass with a derivative counts as three.
+    """
+
+    score: float
+    evaluations: int
+
+
+@validated
+class Detector:
+    """Something that scores prompts; a frozen dataclass of its settings.
+
+    Attributes:
+        samples: Initial latents per prompt.
+        seed: Their seed.
+        steps: Denoising steps of the schedule.
+        guidance: Classifier-free guidance scale of the images that are denoised on the way.
+        name: What it is called in tables.
+        source: Where it comes from.
+    """
+
+    name: ClassVar[str]
+    source: ClassVar[str]
+
+    samples: Count = 4
+    seed: Whole = 1
+    steps: AtLeastTwo = 50
+    guidance: NotNegative = 7.5
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def score(self, pipe: StableDiffusionPipeline, prompt: str) -> Detection:
+        """Return what the detector says of a prompt.
+
+        Raises:
+            ValueError: The model predicts neither noise nor velocity, or a setting does not fit it.
+        """
+        model = Denoising(pipe, steps=self.steps, guidance=self.guidance)
+        latents = initial_latents(pipe, samples=self.samples, seed=self.seed).to(pipe.unet.device)
+        text = text_of(pipe, prompt)
+
+        def measured(batch: Tensor) -> Tensor:
+            return self._values(model, batch, text).detach().float().cpu()
+
+        parts = shrinking(measured, latents, size=self.samples, owner=pipe.unet, use=self.name)
+        return Detection(self._combined(torch.cat([part for _, part in parts])), model.evaluations)
+
+    def _values(self, model: Denoising, latents: Tensor, text: Text) -> Tensor:
+        """Return what is measured of each seed, [seed, ...]."""
+        raise NotImplementedError
+
+    def _combined(self, values: Tensor) -> float:
+        return float(values.double().mean())
+
+
+def detecting(
+    pipe: StableDiffusionPipeline, *, detector: Detector
+) -> Callable[[Sequence[str]], list[tuple[float, int]]]:
+    """Return what gives score and UNet evaluations of each caption: a task (`nemolib.run.Run.compute`)."""
+
+    def detect(captions: Sequence[str]) -> list[tuple[float, int]]:
+        found = [detector.score(pipe, caption) for caption in captions]
+        return [(each.score, each.evaluations) for each in found]
+
+    return detect
+
+
+def quantile_threshold(unmemorized: Sequence[float], *, quantile: float = 0.99) -> float:
+    """Return a threshold from scores of unmemorized prompts: at most a share of 1 - quantile of them is above it.
+
+    Raises:
+        ValueError: The quantile is outside (0, 1), or there are so few prompts that none would be above.
+    """
+    if not 0 < quantile < 1:
+        raise ValueError(f"quantile is {quantile}; it must be between 0 and 1")
+    needed = int(np.ceil(round(1 / (1 - quantile), 9)))
+    if len(unmemorized) < needed:
+        raise ValueError(f"{len(unmemorized)} unmemorized prompts; a quantile of {quantile:g} needs at least {needed}")
+    return float(np.quantile(unmemorized, quantile, method="higher"))
+
+
+@validated
+class NoiseSimilarity(Detector):
+    """The largest similarity of the noise differences of two seeds in the first step.
+
+    Source: Hintersdorf et al. (NeurIPS 2024), Sec. 3.1; see `nemolib.memorization_score`.
+
+    Attributes:
+        index: Position of the timestep in the schedule; the authors' code takes the second (1).
+        measure: ``ms_ssim`` as in the code, ``ssim`` as in the text.
+        similarity: Window and exponents.
+    """
+
+    name = "noise similarity"
+    source: ClassVar[str] = "Hintersdorf et al. (NeurIPS 2024)"
+
+    samples: AtLeastTwo = 10
+    index: Whole = 1
+    measure: Literal["ms_ssim", "ssim"] = "ms_ssim"
+    similarity: SimilaritySettings = SimilaritySettings()
+
+    def _values(self, model: Denoising, latents: Tensor, text: Text) -> Tensor:
+        return model.noise(latents, model.timesteps[self.index], text.embedding) - latents
+
+    def _combined(self, values: Tensor) -> float:
+        protocol = replace(RELEASED, similarity=self.measure)
+        return memorization_score(normalize(values), settings=self.similarity, protocol=protocol)
+
+
+@validated
+class GuidanceNorm(Detector):
+    """How far the prompt moves the predicted noise, mean over the first steps.
+
+    Source: Wen et al. (ICLR 2024); YuxinWenRick/diffusion_memorization, no licence; written from the formula. Published
+        are 1, 10 and 50 steps.
+
+    Attributes:
+        first: How many steps are looked at.
+    """
+
+    name = "guidance norm"
+    source: ClassVar[str] = "Wen et al. (ICLR 2024)"
+
+    first: Count = 1
+
+    def _values(self, model: Denoising, latents: Tensor, text: Text) -> Tensor:
+        steps = model.trajectory(latents, text.embedding, until=self.first)
+        return torch.stack([norms(step.difference) for step in steps]).mean(dim=0)
+
+
+@validated
+class Sharpness(Detector):
+    """How strongly the curvature that the prompt adds acts on its own score: ||H s||, s = score difference at x_T.
+
+    H s is the derivative of the score difference in the direction of its own value, one forward-mode derivative.
+
+    Source: Jeon et al. (ICML 2025, arXiv 2412.04140); Dongjae0324/sharpness_memorization_diffusion, no licence; written
+        from the formula.
+    Deviates: the norm and not its square, as in their code; the same order of prompts for one seed.
+    """
+
+    name = "sharpness"
+    source: ClassVar[str] = "Jeon et al. (ICML 2025)"
+
+    def _values(self, model: Denoising, latents: Tensor, text: Text) -> Tensor:
+        timestep = model.timesteps[0]
+        _, sigma = signal_and_noise(model.scheduler, timestep, latents)
+
+        def score(x: Tensor) -> Tensor:
+            return -model.difference(x, timestep, text.embedding) / sigma
+
+        # Fast attention has no forward-mode derivative.
+        with sdpa_kernel(SDPBackend.MATH):
+            direction = score(latents)
+            _, product = jvp(score, (latents,), (direction,))
+        model.evaluations += 2 * len(latents) * (DERIVATIVE - 1)
+        return norms(product)
+
+
+@validated
+class Anisotropy(Detector):
+    """The guidance norm in the first step, and how far the prompt moves pure noise along its own prediction late on.
+
+    The late timestep is given the same pure noise, which the model never saw there: that is meant so.
+
+    Source: Asthana & Belagiannis (ICLR 2026, arXiv 2601.20642); rohanasthana/memorization-anisotropy, MIT. Weights
+        (1, 2) for Stable Diffusion 1.4 from their code; late timestep ``timesteps[-3]``.
+    Deviates: a model that predicts the velocity is converted for both parts; their code converts for the norm alone.
+
+    Attributes:
+        weights: Of the norm, and of the cosine (over channels, mean over the latent).
+    """
+
+    name = "anisotropy"
+    source: ClassVar[str] = "Asthana & Belagiannis (ICLR 2026)"
+
+    steps: Annotated[int, Field(strict=True, ge=3)] = 50
+    weights: tuple[float, float] = (1.0, 2.0)
+
+    def _values(self, model: Denoising, latents: Tensor, text: Text) -> Tensor:
+        norm = norms(model.difference(latents, model.timesteps[0], text.embedding))
+        empty, with_text = model.pair(latents, model.timesteps[-3], text.embedding)
+        cosine = torch.nn.functional.cosine_similarity(empty, with_text - empty, dim=1).flatten(1).mean(dim=1)
+        return self.weights[0] * norm + self.weights[1] * cosine
+
+
+@validated
+class BrightEnding(Detector):
+    """The mean attention of the end token in the last step of sampling.
+
+    Source: Chen et al. (ICLR 2025, arXiv 2410.21665); as a detector in Kim & Lee (ICML 2026). chenchen-usyd/BE-PRSS, MIT.
+    """
+
+    name = "bright ending"
+    source: ClassVar[str] = "Chen et al. (ICLR 2025)"
+
+    def _values(self, model: Denoising, latents: Tensor, text: Text) -> Tensor:
+        return bright_ending(model, latents, text).flatten(1).mean(dim=1)
+
+
+@validated
+class LocalNorm(Detector):
+    """The guidance norm inside the bright ending, divided by its mean, mean over all steps: two samplings.
+
+    Source: Chen et al. (ICLR 2025), LD; chenchen-usyd/BE-PRSS, MIT.
+    """
+
+    name = "local guidance norm"
+    source: ClassVar[str] = "Chen et al. (ICLR 2025)"
+
+    def _values(self, model: Denoising, latents: Tensor, text: Text) -> Tensor:
+        mask = bright_ending(model, latents, text)[:, None]
+        steps = model.trajectory(latents, text.embedding)
+        return torch.stack([norms(step.difference * mask) for step in steps]).mean(dim=0) / mask.flatten(1).mean(dim=1)
+
+
+def entropy(probabilities: Tensor) -> Tensor:
+    """Return -sum p log p over the last axis."""
+    return torch.special.entr(probabilities).sum(dim=-1)
+
+
+def _token_attention(weights: Tensor) -> Tensor:
+    """Return the mean over heads and positions of the half with the prompt, [seed, token]."""
+    return weights.chunk(2)[1].mean(dim=(1, 2))
+
+
+@validated
+class LateEntropy(Detector):
+    """Entropy of the attention to tokens in the last fifth of the steps, and how that of the summary tokens changed.
+
+    Summary tokens are the end token and the padding.
+
+    Source: Ren et al. (ECCV 2024), detector D; renjie3/MemAttn, MIT.
+    Deviates: the change counts by its absolute value, as in the paper; their code keeps the sign. Low-resolution models
+        may have fewer than the 16 layers of Stable Diffusion, over all of which the mean is taken.
+    """
+
+    name = "late attention entropy"
+    source: ClassVar[str] = "Ren et al. (ECCV 2024)"
+
+    samples: Count = 1
+
+    def _values(self, model: Denoising, latents: Tensor, text: Text) -> Tensor:
+        first_late, late, summary = self.steps - max(1, self.steps // 5), [], []
+        with attention_seen(model.pipe, attention_layers(model.unet), _token_attention) as seen:
+            for step in model.trajectory(latents, text.embedding):
+                mean = torch.stack(list(seen.values())).mean(dim=0)
+                if step.index == 0:
+                    start = entropy(mean[:, text.end :])
+                if step.index >= first_late:
+                    late.append(entropy(mean))
+                    summary.append(entropy(mean[:, text.end :]))
+        return torch.stack(late).mean(dim=0) + (torch.stack(summary).mean(dim=0) - start).abs()
+
+
+@validated
+class EarlyEntropy(Detector):
+    """Entropy of the attention to tokens in one layer at the first step.
+
+    Source: Ren et al. (ECCV 2024), detector E; renjie3/MemAttn, MIT.
+
+    Attributes:
+        layer: Position among the cross-attention layers in the order in which an image passes them; the fourth (3).
+    """
+
+    name = "early attention entropy"
+    source: ClassVar[str] = "Ren et al. (ECCV 2024)"
+
+    samples: Count = 1
+    layer: Whole = 3
+
+    def _values(self, model: Denoising, latents: Tensor, text: Text) -> Tensor:
+        names = attention_layers(model.unet)
+        if self.layer >= len(names):
+            raise ValueError(f"layer is {self.layer}; the UNet has {len(names)} cross-attention layers")
+        with attention_seen(model.pipe, (names[self.layer],), _token_attention) as seen:
+            model.pair(latents, model.timesteps[0], text.embedding)
+        return entropy(seen[names[self.layer]])
+
+
+@validated
+class PredictionChange(Detector):
+    """How much the prediction with the prompt changes from one step to the next: the squared norm, DSM.
+
+    Source: anonymous (ICML 2026), randomnameforicml/icml-2026, MIT: DSM_01 and DSM_12. It costs nothing where images
+        are made anyway.
+
+    Attributes:
+        index: The earlier of the two steps.
+    """
+
+    name = "prediction change"
+    source: ClassVar[str] = "anonymous (ICML 2026), DSM"
+
+    index: Whole = 0
+
+    def _values(self, model: Denoising, latents: Tensor, text: Text) -> Tensor:
+        *_, before, after = model.trajectory(latents, text.embedding, until=self.index + 2)
+        return norms(after.text - before.text).square()
+
+
+@validated
+class EnergyGradient(Detector):
+    """How differently the energies ||eps||^2 / 2 with and without the prompt change with x_T: the squared norm.
+
+    Source: anonymous (ICML 2026), randomnameforicml/icml-2026, MIT: Metric 2.
+    """
+
+    name = "energy gradient"
+    source: ClassVar[str] = "anonymous (ICML 2026), Metric 2"
+
+    def _values(self, model: Denoising, latents: Tensor, text: Text) -> Tensor:
+        with torch.enable_grad():
+            free = latents.clone().requires_grad_()
+            empty, with_text = model.pair(free, model.timesteps[0], text.embedding, derivative=True)
+            energy = (with_text.square() - empty.square()).sum() / 2
+            (gradient,) = torch.autograd.grad(energy, free)
+        return norms(gradient).square()
+
+
+DETECTORS: tuple[type[Detector], ...] = (
+    NoiseSimilarity,
+    GuidanceNorm,
+    Sharpness,
+    Anisotropy,
+    BrightEnding,
+    LocalNorm,
+    LateEntropy,
+    EarlyEntropy,
+    PredictionChange,
+    EnergyGradient,
+)
+"""All detectors."""

@@ -32,6 +32,12 @@ def schedule(pipe, steps):
     return scheduler
 
 
+def made(pipe, prompts=("a b", "c"), **options):
+    """Return the latents that the pipeline makes of prompts."""
+    options = {"latents": start(pipe, len(prompts)), "num_inference_steps": 2, "guidance_scale": 3.0} | options
+    return pipe(**({"prompt": list(prompts)} | options), output_type="latent").images
+
+
 def noise(pipe, x, timestep, embedding):
     """Return eps; from a velocity by way of the image that the scheduler makes of it."""
     with torch.no_grad():

@@ -30,7 +30,9 @@ def test_noise_and_trajectory_are_those_of_the_pipeline(kind):
     end = by_hand.step_back(pipe.scheduler, last.latents, eps, last.timestep, steps)
     made = pipe(["a b"] * 2, latents=x, num_inference_steps=steps, guidance_scale=3.0, output_type="latent").images
     torch.testing.assert_close(end, made, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(followed[1].text, by_hand.noise(pipe, followed[1].latents, followed[1].timestep, embedding))
+    torch.testing.assert_close(
+        followed[1].text, by_hand.noise(pipe, followed[1].latents, followed[1].timestep, embedding)
+    )
     assert model.evaluations == 2 * 2 * steps
     assert len(list(model.trajectory(x, embedding, until=2))) == 2
 

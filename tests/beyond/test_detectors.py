@@ -163,7 +163,9 @@ def test_bright_ending_and_entropies_from_the_probabilities_of_diffusers():
     early = np.mean([plain(seed) for seed in tokens[0][3]])
     assert EarlyEntropy(**COMMON).score(pipe, PROMPT).score == pytest.approx(early, rel=1e-4)
     mean = np.array(tokens).mean(axis=1)  # step, seed, token
-    late = [plain(seed) + abs(plain(seed[end:]) - plain(first[end:])) for seed, first in zip(mean[-1], mean[0], strict=True)]
+    late = [
+        plain(seed) + abs(plain(seed[end:]) - plain(first[end:])) for seed, first in zip(mean[-1], mean[0], strict=True)
+    ]
     assert LateEntropy(**COMMON).score(pipe, PROMPT).score == pytest.approx(np.mean(late), rel=1e-4)
 
 
@@ -217,7 +219,9 @@ def test_few_enough_unmemorized_prompts_are_above_the_threshold(scores, quantile
         assert np.mean(np.array(scores) > max(lower)) > 1 - quantile - 1 / len(scores) - 1e-9
 
 
-@pytest.mark.parametrize(("quantile", "message"), [(0.99, "99 unmemorized prompts.*at least 100"), (1.0, "between 0 and 1")])
+@pytest.mark.parametrize(
+    ("quantile", "message"), [(0.99, "99 unmemorized prompts.*at least 100"), (1.0, "between 0 and 1")]
+)
 def test_a_threshold_needs_enough_prompts(quantile, message):
     with pytest.raises(ValueError, match=message):
         quantile_threshold([0.0] * 99, quantile=quantile)

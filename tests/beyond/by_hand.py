@@ -64,10 +64,10 @@ def step_back(scheduler, x, eps, timestep, steps):
 
 
 def sampled(pipe, x, prompt, steps, rule):
-    """Yield timestep, x, eps without and with a prompt; `rule(index, timestep, empty, text)` gives what is followed."""
-    scheduler = schedule(pipe, steps)
+    """Yield timestep, x, eps without and with a prompt, or one per latent; `rule(index, timestep, empty, text)` gives what is followed."""
+    scheduler, prompts = schedule(pipe, steps), [prompt] if isinstance(prompt, str) else prompt
     for index, timestep in enumerate(scheduler.timesteps.tolist()):
-        empty, text = (noise(pipe, x, timestep, embed(pipe, [each])) for each in ("", prompt))
+        empty, text = (noise(pipe, x, timestep, embed(pipe, each)) for each in ([""], prompts))
         yield timestep, x, empty, text
         x = step_back(scheduler, x, rule(index, timestep, empty, text), timestep, steps)
     yield None, x, None, None

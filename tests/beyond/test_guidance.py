@@ -5,203 +5,147 @@ import pytest
 import torch
 
 from nemolib import generate
+from nemolib.beyond import guidance
 from nemolib.beyond.denoising import Denoising
-from nemolib.beyond.guidance import (
-    AdjustedNoise,
-    Attenuation,
-    DynamicTransition,
-    Guard,
-    SearchedNoise,
-    StaticTransition,
-    attenuated,
-    guided,
-)
 from nemolib.pipeline import embed
 from nemolib.settings import GenerationSettings
 from tests.beyond import by_hand
 
-PROMPTS, STEPS, SCALE = ["a b", "c"], 5, 3.0
+PROMPTS = ["a b", "c"]
 MITIGATIONS = [
-    StaticTransition(),
-    StaticTransition(until=650, before=-2.0),
-    DynamicTransition(),
-    Attenuation(),
-    Guard(),
-    AdjustedNoise(),
-    SearchedNoise(target=1e-3, learning_rate=0.2, iterations=3),
+    guidance.StaticTransition(),
+    guidance.StaticTransition(until=650, before=-2.0),
+    guidance.DynamicTransition(),
+    guidance.Attenuation(),
+    guidance.Guard(),
+    guidance.AdjustedNoise(),
+    guidance.SearchedNoise(target=1e-3, learning_rate=0.2, iterations=3),
 ]
-EACH = pytest.mark.parametrize("mitigation", MITIGATIONS, ids=lambda mitigation: mitigation.name)
-KINDS = pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 
 
-def latents(pipe, mitigation, prompts=PROMPTS, **options):
-    x = by_hand.start(pipe, len(prompts))
-    options = {"num_inference_steps": STEPS, "guidance_scale": SCALE, "output_type": "latent", "latents": x} | options
-    with mitigation.applied(pipe, prompts) as inputs:
-        return pipe(**inputs, **options).images
+@pytest.fixture(params=["epsilon", "v_prediction"])
+def pipe(request):
+    return by_hand.small_pipeline(request.param)
+
+
+def made(pipe, mitigation, **options):
+    with mitigation.applied(pipe, PROMPTS) as inputs:
+        return by_hand.made(pipe, num_inference_steps=5, **(inputs | options))
 
 
 def expected(pipe, rule, x=None):
     """Return the latents of each prompt, sampled by hand with a rule."""
-    starts = by_hand.start(pipe) if x is None else x
-    return torch.cat(
-        [
-            [*by_hand.sampled(pipe, one, prompt, STEPS, rule)][-1][1]
-            for one, prompt in zip(starts.split(1), PROMPTS, strict=True)
-        ]
-    )
+    pairs = zip((by_hand.start(pipe) if x is None else x).split(1), PROMPTS, strict=True)
+    return torch.cat([list(by_hand.sampled(pipe, one, prompt, 5, rule))[-1][1] for one, prompt in pairs])
 
 
 def close(found, wanted):
     torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2 * float(wanted.abs().max()))
 
 
-@EACH
+@pytest.mark.parametrize("mitigation", MITIGATIONS, ids=lambda mitigation: mitigation.name)
 def test_images_change_do_not_depend_on_the_batch_and_nothing_stays(mitigation):
     pipe = by_hand.small_pipeline()
-    before, settings = by_hand.traces(pipe), GenerationSettings(samples=1, steps=STEPS, guidance=SCALE)
-    made = generate(pipe, PROMPTS, settings=settings, mitigation=mitigation, progress=False).astype(int)
-    alone = generate(pipe, PROMPTS[1:], settings=settings, mitigation=mitigation, progress=False).astype(int)
-    assert abs(made[1] - alone[0]).max() <= 1
-    assert abs(made - generate(pipe, PROMPTS, settings=settings, progress=False)).max() > 1
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        latents(pipe, mitigation, callback_on_step_end=stop)
+    before, options = by_hand.traces(pipe), {"settings": GenerationSettings(samples=1, steps=5, guidance=3.0)}
+    plain, together, alone = (
+        generate(pipe, prompts, mitigation=item, progress=False, **options).astype(int)
+        for prompts, item in ((PROMPTS, None), (PROMPTS, mitigation), (PROMPTS[1:], mitigation))
+    )
+    assert abs(together[1] - alone[0]).max() <= 1
+    assert abs(together - plain).max() > 1
+    with pytest.raises(ZeroDivisionError):
+        made(pipe, mitigation, callback_on_step_end=lambda *_: 1 / 0)
     assert by_hand.traces(pipe) == before
     assert mitigation.source
 
 
-@KINDS
-def test_rules_against_sampling_by_hand(kind):
-    pipe = by_hand.small_pipeline(kind)
-    plain = lambda index, timestep, empty, text: empty + SCALE * (text - empty)  # noqa: E731
-    with guided(pipe, lambda now: now.guided(now.guidance)):
-        close(
-            pipe(
-                PROMPTS,
-                latents=by_hand.start(pipe),
-                num_inference_steps=STEPS,
-                guidance_scale=SCALE,
-                output_type="latent",
-            ).images,
-            expected(pipe, plain),
-        )
-    for until, before in ((500, 0.0), (650, -2.0)):
-        switched = lambda i, t, empty, text: empty + (before if t > until else SCALE) * (text - empty)  # noqa: B023, E731
-        close(latents(pipe, StaticTransition(until=until, before=before)), expected(pipe, switched))
-
-
-def effective(rule_of, differences, *, scale=SCALE):
-    """Return the guidance scale [step, image] with which a mitigation answers given sizes of the difference."""
-    pipe = by_hand.small_pipeline(side=4)
-    images = len(differences[0])
-    embeddings, used = embed(pipe, [""] * 2 * images), []
-    pipe._guidance_scale = scale
-    pipe.scheduler.set_timesteps(len(differences))
-    with rule_of.applied(pipe, ["a"] * images):
-        for timestep, sizes in zip(pipe.scheduler.timesteps, differences, strict=True):
-            output = torch.cat(
-                [torch.zeros(images, 4, 4, 4), torch.tensor(sizes).view(-1, 1, 1, 1).expand(-1, 4, 4, 4)]
-            )
-            pipe.unet.forward = lambda *_, output=output, **__: (output,)
-            half = pipe.unet(torch.zeros_like(output), timestep, encoder_hidden_states=embeddings, return_dict=False)[0]
-            used.append([scale * float(row.mean()) / size for row, size in zip(half[images:], sizes, strict=True)])
-    return used
+def test_rules_against_sampling_by_hand(pipe):
+    wanted = expected(pipe, lambda index, timestep, empty, text: empty + 3 * (text - empty))
+    with guidance.guided(pipe, lambda now: now.guided(now.guidance)):
+        close(by_hand.made(pipe, num_inference_steps=5), wanted)
+    opposite = lambda i, timestep, empty, text: empty + (-2 if timestep > 650 else 3) * (text - empty)  # noqa: E731
+    close(made(pipe, guidance.StaticTransition(until=650, before=-2.0)), expected(pipe, opposite))
 
 
 def test_dynamic_transition_switches_each_image_at_its_own_first_minimum():
-    differences = [[5.0, 1.0], [4.0, 2.0], [3.0, 3.0], [3.5, 2.0], [2.0, 4.0], [3.0, 4.0]]
-    found = effective(DynamicTransition(before=-1.0), differences)
-    np.testing.assert_allclose([row[0] for row in found], [-1, -1, -1, SCALE, SCALE, SCALE], rtol=1e-5)
-    np.testing.assert_allclose([row[1] for row in found], [-1, -1, -1, -1, SCALE, SCALE], rtol=1e-5)
-    rising = effective(DynamicTransition(before=1.0), [[1.0], [2.0], [3.0]])
-    np.testing.assert_allclose(rising, [[1.0]] * 3, rtol=1e-5)
+    pipe, sizes = by_hand.small_pipeline(side=4), [[5, 1, 1], [4, 2, 2], [3, 3, 3], [3.5, 2, 4], [2, 4, 5], [3, 4, 6]]
+    pipe._guidance_scale, used = 3.0, []
+    pipe.scheduler.set_timesteps(6)
+    with guidance.DynamicTransition(before=-1.0).applied(pipe, ["a"] * 3):
+        for timestep, changes in zip(pipe.scheduler.timesteps, sizes, strict=True):
+            output = torch.zeros(6, 4, 4, 4)
+            output[3:] = torch.tensor(changes).view(3, 1, 1, 1)
+            pipe.unet.forward = lambda *_, output=output, **__: (output,)
+            half = pipe.unet(output, timestep, encoder_hidden_states=embed(pipe, ["a"] * 6))[0][3:]
+            used.append(3 * half[:, 0, 0, 0].numpy() / changes)
+    np.testing.assert_allclose(np.array(used).T, [[-1] * 3 + [3] * 3, [-1] * 4 + [3] * 2, [-1] * 6], rtol=1e-5)
 
 
 def test_attenuation_of_three_tokens():
-    logits = torch.tensor([[[1.0, 4.0, -1.0], [9.0, 0.0, 2.0]], [[8.0, -3.0, -5.0], [7.0, -4.0, -6.0]]])[None]
-    largest = [[9.0, 4.0, 2.0], [8.0, -3.0, -5.0]]
+    logits = torch.tensor([[[[1.0, 4, -1], [9, 0, 2]], [[8, -3, -5], [7, -4, -6]]]])
     wanted = logits.clone()
-    for head, (_, second, third) in enumerate(largest):
+    for head, (second, third) in enumerate([(4, 2), (-3, -5)]):  # the largest over positions
         mean, deviation = (second + third) / 2, abs(second - third) / math.sqrt(2)
         for token, value in ((1, second), (2, third)):
             if (value - mean) / deviation > 0.5:
                 wanted[0, head, :, token] *= 0.3
-    assert torch.equal(attenuated(logits, alpha=0.3, threshold=0.5), wanted)
-    assert (wanted != logits).nonzero()[:, 3].unique().tolist() == [1]
-    assert torch.equal(attenuated(logits, alpha=0.3, threshold=5.0), logits)
+    assert torch.equal(guidance.attenuated(logits, alpha=0.3, threshold=0.5), wanted)
+    assert (wanted != logits).any()
 
 
-def test_attenuation_leaves_the_half_without_the_prompt_alone():
-    pipe, mitigation = by_hand.small_pipeline(), Attenuation(alpha=0.0, threshold=-5.0)
-    model, x = Denoising(pipe), by_hand.start(pipe)
-    empty, text = model.pair(x, 961, embed(pipe, PROMPTS))
-    with mitigation.applied(pipe, PROMPTS):
-        pairs = [model.pair(x, 961, embed(pipe, PROMPTS)), (empty, model.noise(x, 961, embed(pipe, PROMPTS)))]
-    for without, with_text in pairs:
-        torch.testing.assert_close(without, empty)
-        assert not torch.allclose(with_text, text, rtol=1e-3)
-    torch.testing.assert_close(pairs[0][1], pairs[1][1])
+def test_attenuation_leaves_the_half_without_the_prompt_alone(pipe):
+    model, x, embedding = Denoising(pipe), by_hand.start(pipe), embed(pipe, PROMPTS)
+    empty, text = model.pair(x, 961, embedding)
+    with guidance.Attenuation(alpha=0.0, threshold=-5.0).applied(pipe, PROMPTS):
+        without, changed = model.pair(x, 961, embedding)
+        torch.testing.assert_close(model.noise(x, 961, embedding), changed)
+    torch.testing.assert_close(without, empty)
+    assert not torch.allclose(changed, text, rtol=1e-3)
 
 
-@KINDS
-def test_guard_against_sampling_by_hand(kind):
-    pipe, guard = by_hand.small_pipeline(kind), Guard(alpha=0.1, threshold=0.0, repulsion=0.5)
-    x = by_hand.start(pipe)
-    for image, prompt in zip(x.split(1), PROMPTS, strict=True):
-        # Two steps: in the first the repulsion is r, in the second r cos(pi / 4).
-        scheduler, now = by_hand.schedule(pipe, 2), image
-        for timestep, away in zip(scheduler.timesteps.tolist(), (0.5, 0.5 * math.cos(math.pi / 4)), strict=True):
-            empty, text = (by_hand.noise(pipe, now, timestep, embed(pipe, [each])) for each in ("", prompt))
-            with Attenuation(alpha=0.1, threshold=0.0).applied(pipe, [prompt]):
-                attracting = by_hand.noise(pipe, now, timestep, embed(pipe, [prompt]))
-            wanted = empty + SCALE * (attracting - empty) - away * (text - empty)
-            now = by_hand.step_back(scheduler, now, wanted, timestep, 2)
-        close(latents(pipe, guard, [prompt], latents=image, num_inference_steps=2), now)
+def test_guard_against_sampling_by_hand(pipe):
+    attenuation = guidance.Attenuation(alpha=0.1, threshold=0.0)
+
+    def rule(index, timestep, empty, text):
+        with attenuation.applied(pipe, PROMPTS):
+            attracting = by_hand.noise(pipe, state["x"], timestep, embed(pipe, PROMPTS))
+        away = 0.5 * math.cos(math.pi / 2 * index / 5)
+        state["x"] = by_hand.step_back(
+            pipe.scheduler, state["x"], wanted := empty + 3 * (attracting - empty) - away * (text - empty), timestep, 5
+        )
+        return wanted
+
+    state = {"x": by_hand.start(pipe)}
+    wanted = list(by_hand.sampled(pipe, state["x"], PROMPTS, 5, rule))[-1][1]
+    close(made(pipe, guidance.Guard(alpha=0.1, threshold=0.0, repulsion=0.5)), wanted)
 
 
-@KINDS
-def test_noise_is_adjusted_by_its_formula(kind):
-    pipe, x = by_hand.small_pipeline(kind), None
-    x = by_hand.start(pipe)
+def test_noise_is_adjusted_by_its_formula(pipe):
     moved = []
-    for now, prompt in zip(x.split(1), PROMPTS, strict=True):
+    for x, prompt in zip(by_hand.start(pipe).split(1), PROMPTS, strict=True):
         for _ in range(2):
-            here = by_hand.difference(pipe, now, 801, prompt)
+            here = by_hand.difference(pipe, x, 801, prompt)
             away = 50 * 32 / 128 * here / here.norm()  # the norms of latents are 128 in Stable Diffusion, 32 here
-            now = now - 0.7 * (by_hand.difference(pipe, now + away, 801, prompt) - here)
-        moved.append(now)
-    late = lambda i, t, empty, text: empty if t > 500 else empty + SCALE * (text - empty)  # noqa: E731
-    close(latents(pipe, AdjustedNoise(until=500)), expected(pipe, late, torch.cat(moved)))
+            x = x - 0.7 * (by_hand.difference(pipe, x + away, 801, prompt) - here)
+        moved.append(x)
+    late = lambda i, timestep, empty, text: empty if timestep > 500 else empty + 3 * (text - empty)  # noqa: E731
+    close(made(pipe, guidance.AdjustedNoise(until=500)), expected(pipe, late, torch.cat(moved)))
 
 
-def test_noise_is_searched_until_the_norm_is_small():
-    pipe, drawn = by_hand.small_pipeline(), []
+def test_noise_is_searched_until_the_norm_is_small(pipe):
+    def norms(x):
+        pairs = zip(x.split(1), PROMPTS, strict=True)
+        return np.array([float(by_hand.difference(pipe, one, 801, prompt).norm()) for one, prompt in pairs])
+
     x = by_hand.start(pipe)
-    norms = [
-        float(by_hand.difference(pipe, one, 801, prompt).norm())
-        for one, prompt in zip(x.split(1), PROMPTS, strict=True)
-    ]
-    between = sum(norms) / 2
-    search, scale = SearchedNoise(target=between, learning_rate=0.05, iterations=50), pipe.unet.forward
-    with search.applied(pipe, PROMPTS):
-        pipe.scheduler.set_timesteps(STEPS)
-        drawn = pipe.prepare_latents(2, 4, 64, 64, torch.float32, "cpu", None, latents=x)
-    found = [
-        float(by_hand.difference(pipe, one, 801, prompt).norm())
-        for one, prompt in zip(drawn.split(1), PROMPTS, strict=True)
-    ]
-    for before, after, image, start in zip(norms, found, drawn, x, strict=True):
-        assert after <= between
-        assert torch.equal(image, start) == (before <= between)
-    assert pipe.unet.forward == scale
+    target = float(norms(x).mean())  # between the two
+    with guidance.SearchedNoise(target=target, learning_rate=0.05, iterations=50).applied(pipe, PROMPTS):
+        pipe.scheduler.set_timesteps(5)
+        found = pipe.prepare_latents(2, 4, 64, 64, torch.float32, "cpu", None, latents=x)
+    assert (norms(found) <= target).all()
+    assert ((found == x).all(dim=(1, 2, 3)).numpy() == (norms(x) <= target)).all()
 
 
 def test_without_guidance_there_is_nothing_to_rewrite():
-    pipe = by_hand.small_pipeline()
     with pytest.raises(ValueError, match="guidance scale is 1; a guidance rule needs one above 1"):
-        latents(pipe, StaticTransition(), guidance_scale=1.0)
-    assert by_hand.traces(pipe)[0] == []
+        made(by_hand.small_pipeline(), guidance.StaticTransition(), guidance_scale=1.0)

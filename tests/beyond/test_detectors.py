@@ -37,7 +37,7 @@ def course(pipe):
     return list(by_hand.sampled(pipe, by_hand.start(pipe), PROMPT, 5, follow))[:-1]
 
 
-@pytest.mark.parametrize(("kind", "cost"), zip(detectors.DETECTORS, COSTS, strict=True))
+@pytest.mark.parametrize(("kind", "cost"), list(zip(detectors.DETECTORS, COSTS, strict=True)))
 def test_every_detector_says_score_and_cost_and_leaves_nothing_behind(kind, cost):
     pipe = by_hand.small_pipeline()
     detector = kind(**COMMON, **({"similarity": WINDOW, "measure": "ssim"} if cost == 2 else {}))

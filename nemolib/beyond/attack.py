@@ -58,7 +58,8 @@ def dori(
     """Return embeddings with which a model denoises towards an image: the diffusion loss is lowered over the embedding.
 
     The model is taken as it is: pruned, or inside a context in which neurons are deactivated. What comes back says
-    something only beside the same attack on images that were never trained, or trained once.
+    something only beside the same attack on images that were never trained, or trained once. In float16 small gradients
+    vanish: take float32 or bfloat16.
 
     Source: Kowalczuk et al., "Finding Dori" (ICML 2026, arXiv 2507.16880): Adam, learning rate 0.1, 50 steps, batch 8,
         all tokens free, timesteps and noise drawn anew in each step. Their code was not at hand; written from the

@@ -212,7 +212,8 @@ class Anisotropy(Detector):
 
     Source: Asthana & Belagiannis (ICLR 2026, arXiv 2601.20642); rohanasthana/memorization-anisotropy, MIT. Weights
         (1, 2) for Stable Diffusion 1.4 from their code; late timestep ``timesteps[-3]``.
-    Deviates: a model that predicts the velocity is converted for both parts; their code converts for the norm alone.
+    Deviates: for a model that predicts the velocity both parts are those of the noise; their code takes the norm of the
+        score difference and the cosine of the raw outputs.
 
     Attributes:
         weights: Of the norm, and of the cosine (over channels, mean over the latent).

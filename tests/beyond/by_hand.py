@@ -63,13 +63,18 @@ def step_back(scheduler, x, eps, timestep, steps):
     return earlier.sqrt() * image + (1 - earlier).sqrt() * eps
 
 
+def follow(index, timestep, x, empty, text):
+    """Return plain guidance."""
+    return empty + 3.0 * (text - empty)
+
+
 def sampled(pipe, x, prompt, steps, rule):
-    """Yield timestep, x, eps without and with a prompt, or one per latent; `rule(index, timestep, empty, text)` gives what is followed."""
-    scheduler, prompts = schedule(pipe, steps), [prompt] if isinstance(prompt, str) else prompt
+    """Yield timestep, x, eps without and with a prompt; `rule(index, timestep, x, empty, text)` gives what is followed."""
+    scheduler = schedule(pipe, steps)
     for index, timestep in enumerate(scheduler.timesteps.tolist()):
-        empty, text = (noise(pipe, x, timestep, embed(pipe, each)) for each in ([""], prompts))
+        empty, text = (noise(pipe, x, timestep, embed(pipe, [each])) for each in ("", prompt))
         yield timestep, x, empty, text
-        x = step_back(scheduler, x, rule(index, timestep, empty, text), timestep, steps)
+        x = step_back(scheduler, x, rule(index, timestep, x, empty, text), timestep, steps)
     yield None, x, None, None
 
 

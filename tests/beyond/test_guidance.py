@@ -60,10 +60,10 @@ def test_images_change_do_not_depend_on_the_batch_and_nothing_stays(mitigation):
 
 
 def test_rules_against_sampling_by_hand(pipe):
-    wanted = expected(pipe, lambda index, timestep, empty, text: empty + 3 * (text - empty))
+    wanted = expected(pipe, by_hand.follow)
     with guidance.guided(pipe, lambda now: now.guided(now.guidance)):
         close(by_hand.made(pipe, num_inference_steps=5), wanted)
-    opposite = lambda i, timestep, empty, text: empty + (-2 if timestep > 650 else 3) * (text - empty)  # noqa: E731
+    opposite = lambda i, timestep, x, empty, text: empty + (-2 if timestep > 650 else 3) * (text - empty)  # noqa: E731
     close(made(pipe, guidance.StaticTransition(until=650, before=-2.0)), expected(pipe, opposite))
 
 
@@ -104,20 +104,13 @@ def test_attenuation_leaves_the_half_without_the_prompt_alone(pipe):
 
 
 def test_guard_against_sampling_by_hand(pipe):
-    attenuation = guidance.Attenuation(alpha=0.1, threshold=0.0)
+    def rule(index, timestep, x, empty, text):
+        with guidance.Attenuation(alpha=0.1, threshold=0.0).applied(pipe, ["a b"]):
+            attracting = by_hand.noise(pipe, x, timestep, embed(pipe, ["a b"]))
+        return empty + 3 * (attracting - empty) - 0.5 * math.cos(math.pi / 2 * index / 5) * (text - empty)
 
-    def rule(index, timestep, empty, text):
-        with attenuation.applied(pipe, PROMPTS):
-            attracting = by_hand.noise(pipe, state["x"], timestep, embed(pipe, PROMPTS))
-        away = 0.5 * math.cos(math.pi / 2 * index / 5)
-        state["x"] = by_hand.step_back(
-            pipe.scheduler, state["x"], wanted := empty + 3 * (attracting - empty) - away * (text - empty), timestep, 5
-        )
-        return wanted
-
-    state = {"x": by_hand.start(pipe)}
-    wanted = list(by_hand.sampled(pipe, state["x"], PROMPTS, 5, rule))[-1][1]
-    close(made(pipe, guidance.Guard(alpha=0.1, threshold=0.0, repulsion=0.5)), wanted)
+    found = made(pipe, guidance.Guard(alpha=0.1, threshold=0.0, repulsion=0.5))[:1]
+    close(found, list(by_hand.sampled(pipe, by_hand.start(pipe)[:1], "a b", 5, rule))[-1][1])
 
 
 def test_noise_is_adjusted_by_its_formula(pipe):
@@ -128,7 +121,7 @@ def test_noise_is_adjusted_by_its_formula(pipe):
             away = 50 * 32 / 128 * here / here.norm()  # the norms of latents are 128 in Stable Diffusion, 32 here
             x = x - 0.7 * (by_hand.difference(pipe, x + away, 801, prompt) - here)
         moved.append(x)
-    late = lambda i, timestep, empty, text: empty if timestep > 500 else empty + 3 * (text - empty)  # noqa: E731
+    late = lambda i, timestep, x, empty, text: empty if timestep > 500 else empty + 3 * (text - empty)  # noqa: E731
     close(made(pipe, guidance.AdjustedNoise(until=500)), expected(pipe, late, torch.cat(moved)))
 
 

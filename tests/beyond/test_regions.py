@@ -13,8 +13,7 @@ OPTIONS = {"samples": 2, "steps": 5, "guidance": 3.0, "probes": 2}
 def test_maps_of_several_steps(kind):
     pipe = by_hand.small_pipeline(kind)
     before, prompt = by_hand.traces(pipe), text_of(pipe, "a b")
-    follow = lambda index, timestep, empty, text: empty + 3 * (text - empty)  # noqa: E731
-    steps = list(by_hand.sampled(pipe, by_hand.start(pipe), "a b", 5, follow))
+    steps = list(by_hand.sampled(pipe, by_hand.start(pipe), "a b", 5, by_hand.follow))
     found = region_maps(pipe, "a b", indices=(4, 0, 4), **OPTIONS)
     assert {name: tuple(maps.shape) for name, maps in found.items()} == dict.fromkeys(MAPS, (3, 2, 16, 16))
     for place, index in enumerate((4, 0, 4)):
@@ -44,9 +43,9 @@ def test_curvature_by_the_jacobian_of_finite_differences():
     one, exact = (each.view(4, 4, 4).sum(dim=0).clamp(min=0) for each in estimates)
     found = curvature_map(model, x, 801, text, probes=1, seed=7)[0]
     torch.testing.assert_close(found, one, rtol=5e-2, atol=2e-3 * float(one.max()))
-    many = curvature_map(model, x, 801, text, probes=1500, seed=7)[0]
-    assert (many - exact).abs().max() < (jacobian + jacobian.T).norm() / 1500**0.5
-    assert model.evaluations == 2 * 3 + 2 * (3 + 2 * 1499)
+    many = curvature_map(model, x, 801, text, probes=300, seed=7)[0]
+    assert (many - exact).abs().max() < (jacobian + jacobian.T).norm() / 300**0.5
+    assert model.evaluations == 2 * 3 + 2 * (3 + 2 * 299)
 
 
 def test_agreement_by_loops_over_pixels():

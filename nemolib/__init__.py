@@ -15,6 +15,8 @@ from importlib import import_module
 from typing import Any
 
 _NAMES = {
+    "beyond.attack": "dori",
+    "beyond.prune": "apply_patch prune restore write_patch",
     "first_step": "Evaluations FirstStep noise_differences",
     "generation": "generate",
     "holdout": "ActivationStatistics activation_statistics holdout_scores memorization_threshold",

@@ -75,9 +75,8 @@ def region_maps(
         with attention_seen(pipe, end_layers(pipe.unet), end_attention(text)) as seen:
             for step in model.trajectory(batch, text.embedding, until=max(indices) + 1):
                 if step.index in indices:
-                    ended = dict(seen)  # before the curvature's own pass is seen
                     for kept, name in zip(found, maps, strict=True):
-                        kept.append(calculate[name](step, ended).cpu())
+                        kept.append(calculate[name](step, seen).cpu())
         return [torch.stack(kept) for kept in found]
 
     parts = [made for _, made in shrinking(along, latents, size=samples, owner=pipe.unet, use="region maps")]

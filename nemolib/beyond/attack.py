@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nemolib.beyond.denoising import Denoising, signal_and_noise
 from nemolib.generation import generate
-from nemolib.layers import scale_neurons
+from nemolib.layers import finite, placement, scale_neurons
 from nemolib.mitigation import Mitigation
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
@@ -77,11 +77,12 @@ def dori(
 
     Raises:
         ValueError: The image is none, or no number of steps is given or one is negative.
+        NotFiniteError: An embedding is not finite.
     """
     if not len(steps) or min(steps) < 0:
         raise ValueError(f"steps are {list(steps)}; give at least one number, none below 0")
     model, generator = Denoising(pipe), torch.Generator().manual_seed(seed)
-    latent, device = latent_of(pipe, image), pipe.unet.device
+    latent, device = latent_of(pipe, image), placement(pipe.unet)[0]
     free = embed(pipe, [start or ""]).float()
     if start is None:
         free = torch.randn(free.shape, generator=generator).to(device)
@@ -98,7 +99,8 @@ def dori(
         optimizer.step()
         losses.append(loss.item())
         found[number] = free.detach().clone()
-    return Attack(torch.cat([found[number] for number in steps]), tuple(losses), model.evaluations)
+    kept = finite(torch.cat([found[number] for number in steps]), "embedding of an attack")
+    return Attack(kept, tuple(losses), model.evaluations)
 
 
 @torch.no_grad()
@@ -123,7 +125,7 @@ class GivenEmbedding(Mitigation):
         embedding: The embedding [token, feature].
     """
 
-    name, source = "given embedding", "Kowalczuk et al. (ICML 2026)"
+    name = "given embedding"
 
     def __init__(self, embedding: Tensor) -> None:
         self.embedding = embedding
@@ -136,7 +138,7 @@ def images_of(
     pipe: StableDiffusionPipeline, embedding: Tensor, *, settings: GenerationSettings | None = None
 ) -> np.ndarray:
     """Return images of an embedding [token, feature]: [seed, height, width, 3], uint8; settings as in `generate`."""
-    given = GivenEmbedding(embedding.to(pipe.unet.device))
+    given = GivenEmbedding(embedding.to(placement(pipe.unet)[0]))
     return generate(pipe, ["given"], settings=settings, mitigation=given, progress=False)[0]
 
 

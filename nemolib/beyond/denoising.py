@@ -1,7 +1,7 @@
 """What the methods after NeMo share: predicted noise, the guided trajectory, and the attention on the way.
 
-Formulas of `nemolib.beyond` are written for the noise eps. A model that predicts the velocity v is converted here, and
-here alone:  eps = sqrt(abar) v + sigma x,  v = (eps - sigma x) / sqrt(abar),  sigma = sqrt(1 - abar).
+Formulas of `nemolib.beyond` are written for the noise eps. What a model predicts instead is converted here by
+`nemolib.first_step.noise_mix`, which knows of the velocity v (and of the image): eps = sqrt(abar) v + sigma x.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nemolib.layers import Layer, cross_attention_layers
+from nemolib.first_step import noise_mix
+from nemolib.layers import cross_attention_layers, placement
 from nemolib.mitigation import AttentionScaling
 from nemolib.pipeline import embed
 
@@ -36,30 +37,25 @@ def signal_and_noise(scheduler: Any, timestep: int | Tensor, like: Tensor) -> tu
 
 
 def noise_of(scheduler: Any, output: Tensor, latents: Tensor, timestep: int | Tensor) -> Tensor:
-    """Return the noise that a UNet's output means.
+    """Return the noise that a UNet's output means, for one timestep or one per sample.
 
     Raises:
-        ValueError: The model predicts neither the noise nor the velocity.
+        ValueError: What the model predicts is not known.
     """
-    if not _predicts_velocity(scheduler):
-        return output
-    signal, sigma = signal_and_noise(scheduler, timestep, latents)
-    return signal * output + sigma * latents
+    of_output, of_latents = _mix(scheduler, timestep, output)
+    return of_output * output + of_latents * latents
 
 
 def output_of(scheduler: Any, noise: Tensor, latents: Tensor, timestep: int | Tensor) -> Tensor:
     """Return the UNet's output that means a noise: the inverse of `noise_of`."""
-    if not _predicts_velocity(scheduler):
-        return noise
-    signal, sigma = signal_and_noise(scheduler, timestep, latents)
-    return (noise - sigma * latents) / signal
+    of_output, of_latents = _mix(scheduler, timestep, noise)
+    return (noise - of_latents * latents) / of_output
 
 
-def _predicts_velocity(scheduler: Any) -> bool:
-    kind = getattr(scheduler.config, "prediction_type", "epsilon")
-    if kind not in ("epsilon", "v_prediction"):
-        raise ValueError(f"the model predicts {kind!r}; known are 'epsilon' and 'v_prediction'")
-    return kind == "v_prediction"
+def _mix(scheduler: Any, timestep: int | Tensor, like: Tensor) -> Tensor:
+    """Return what output and latents are multiplied by, [2, sample or 1, 1, 1, 1]."""
+    mixes = [noise_mix(scheduler, each) for each in torch.as_tensor(timestep).reshape(-1).tolist()]
+    return torch.tensor(mixes).T[..., None, None, None].to(like)
 
 
 def norms(values: Tensor) -> Tensor:
@@ -119,7 +115,8 @@ class Denoising:
         from diffusers import DDIMScheduler
 
         self.pipe, self.unet, self.guidance, self.evaluations = pipe, pipe.unet, guidance, 0
-        self.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        # Its steps take the noise.
+        self.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="epsilon")
         self.scheduler.set_timesteps(steps)
         self.timesteps: list[int] = self.scheduler.timesteps.tolist()
         self.empty = embed(pipe, [""])
@@ -134,11 +131,11 @@ class Denoising:
             derivative: Whether a derivative of the pass will be taken, which counts.
         """
         self.evaluations += len(latents) * (DERIVATIVE if derivative else 1)
-        dtype = next(self.unet.parameters()).dtype
-        text = embeddings.to(latents.device, dtype).expand(len(latents), -1, -1)
+        device, dtype = placement(self.unet)
+        text = embeddings.to(device, dtype).expand(len(latents), -1, -1)
         # `forward` is free of a guidance rule's hook on the whole UNet; hooks on its layers act as always.
         output = self.unet.forward(latents.to(dtype), timestep, text, return_dict=False)[0]
-        return noise_of(self.scheduler, output.float(), latents, timestep)
+        return noise_of(self.pipe.scheduler, output.float(), latents, timestep)
 
     def pair(
         self, latents: Tensor, timestep: int, embedding: Tensor, *, derivative: bool = False
@@ -160,8 +157,7 @@ class Denoising:
             step = Step(index, timestep, latents, *self.pair(latents, timestep, embedding))
             yield step
             guided = step.empty + self.guidance * step.difference
-            output = output_of(self.scheduler, guided, latents, timestep)
-            latents = self.scheduler.step(output, timestep, latents).prev_sample
+            latents = self.scheduler.step(guided, timestep, latents).prev_sample
 
 
 # Attention on the way
@@ -202,7 +198,7 @@ class OpenAttention:
 
 def attention_layers(unet: nn.Module, blocks: tuple[str, ...] = ("down", "mid", "up")) -> tuple[str, ...]:
     """Return the addresses of the cross-attention layers in these blocks, in the order in which an image passes them."""
-    found: tuple[Layer, ...] = cross_attention_layers(unet, "value")
+    found = cross_attention_layers(unet, "value")
     return tuple(layer.name.removesuffix(".to_v") for layer in found if layer.block in blocks)
 
 
@@ -210,6 +206,8 @@ def attention_layers(unet: nn.Module, blocks: tuple[str, ...] = ("down", "mid", 
 def processors(unet: nn.Module, chosen: Mapping[str, Any]) -> Iterator[None]:
     """Give attention layers (address -> processor) other processors inside the context."""
     with ExitStack() as before:
+        # Compiled code knows of no other processor.
+        before.enter_context(torch.compiler.set_stance("force_eager"))
         for name, processor in chosen.items():
             layer = unet.get_submodule(name)
             before.callback(layer.set_processor, layer.processor)

@@ -33,6 +33,7 @@ from nemolib.beyond.denoising import (
 )
 from nemolib.beyond.regions import bright_ending
 from nemolib.first_step import initial_latents, normalize
+from nemolib.layers import finite, naming
 from nemolib.settings import RELEASED, AtLeastTwo, Count, NotNegative, SimilaritySettings, Whole, validated
 from nemolib.similarity import memorization_score
 
@@ -80,16 +81,18 @@ class Detector:
         """Return what the detector says of a prompt.
 
         Raises:
-            ValueError: The model predicts neither noise nor velocity, or a setting does not fit it.
+            ValueError: What the model predicts is not known, or a setting does not fit it.
+            NotFiniteError: What is measured is not finite.
         """
         model = Denoising(pipe, steps=self.steps, guidance=self.guidance)
-        latents = initial_latents(pipe, samples=self.samples, seed=self.seed).to(pipe.unet.device)
+        latents = initial_latents(pipe, samples=self.samples, seed=self.seed)
         text = text_of(pipe, prompt)
 
         def measured(batch: Tensor) -> Tensor:
-            return self._values(model, batch, text).detach().float().cpu()
+            return finite(self._values(model, batch, text).detach().float().cpu(), self.name)
 
-        parts = shrinking(measured, latents, size=self.samples, owner=pipe.unet, use=self.name)
+        with naming(prompt):
+            parts = list(shrinking(measured, latents, size=self.samples, owner=pipe.unet, use=self.name))
         return Detection(self._combined(torch.cat([part for _, part in parts])), model.evaluations)
 
     def _values(self, model: Denoising, latents: Tensor, text: Text) -> Tensor:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,9 +30,10 @@ from nemolib.beyond.denoising import (
     output_of,
     processors,
 )
+from nemolib.layers import guidance_of, sample_of_each
 from nemolib.mitigation import AttentionScaling, Mitigation
 from nemolib.pipeline import embed
-from nemolib.settings import Count, NotNegative, Number, Positive, Whole, validated
+from nemolib.settings import Count, Multiplier, NotNegative, Positive, Whole, validated
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -119,10 +120,8 @@ class StaticTransition(Mitigation):
         before: That scale; 0 leaves the prompt out.
     """
 
-    source: ClassVar[str] = "Jain et al. (CVPR 2025)"
-
     until: Whole = 500
-    before: Number = 0.0
+    before: Multiplier = 0.0
 
     @property
     def name(self) -> str:
@@ -151,22 +150,19 @@ class DynamicTransition(Mitigation):
     """
 
     name = "dynamic transition"
-    source: ClassVar[str] = "Jain et al. (CVPR 2025)"
-
-    before: Number = 0.0
+    before: Multiplier = 0.0
 
     @contextmanager
     def _changed(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> Iterator[None]:
         history: list[Tensor] = []
-        passed = torch.zeros(len(prompts), dtype=torch.bool, device=pipe.unet.device)
 
         def rule(now: Moment) -> Tensor:
             if now.index == 0:
                 history.clear()
-                passed.zero_()
             history.append(norms(now.text - now.empty))
-            if len(history) >= 3:
-                passed.logical_or_((history[-2] < history[-3]) & (history[-1] > history[-2]))
+            passed = torch.zeros_like(history[0], dtype=torch.bool)
+            for first, middle, last in zip(history, history[1:], history[2:], strict=False):
+                passed |= (middle < first) & (last > middle)
             return now.guided(torch.where(passed, now.guidance, self.before).to(now.text))
 
         with guided(pipe, rule):
@@ -210,10 +206,8 @@ class Attenuation(Mitigation):
     """
 
     name = "attention attenuation"
-    source: ClassVar[str] = "Zhao et al. (ICML 2026)"
-
     alpha: NotNegative = 0.3
-    threshold: Number = 0.01
+    threshold: Multiplier = 0.01
 
     def check(self, pipe: StableDiffusionPipeline) -> None:
         """Raise a ValueError for a UNet whose cross-attention is not that of Stable Diffusion."""
@@ -222,9 +216,11 @@ class Attenuation(Mitigation):
 
     @contextmanager
     def _changed(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> Iterator[None]:
+        halved = guidance_of(pipe)
+
         def change(logits: Tensor) -> Tensor:
-            # Without guidance the batch has the images alone, else the half without the prompt comes first.
-            kept, text = logits[: -len(prompts)], logits[-len(prompts) :]
+            # With guidance the half without the prompt comes first.
+            kept, text = logits.split([len(logits) // 2, len(logits) // 2] if halved() else [0, len(logits)])
             return torch.cat([kept, attenuated(text, alpha=self.alpha, threshold=self.threshold)])
 
         with processors(pipe.unet, _open(pipe, change)):
@@ -249,9 +245,8 @@ class Guard(Attenuation):
     """
 
     name = "GUARD"
-
-    threshold: Number = 0.1
-    repulsion: Number = 2.0
+    threshold: Multiplier = 0.1
+    repulsion: Multiplier = 2.0
 
     @contextmanager
     def _changed(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> Iterator[None]:
@@ -299,8 +294,6 @@ class AdjustedNoise(Mitigation):
     """
 
     name = "adjusted noise"
-    source: ClassVar[str] = "Han et al. (NeurIPS 2025)"
-
     rounds: Count = 2
     radius: Positive = 50.0
     gamma: Positive = 0.7
@@ -313,12 +306,13 @@ class AdjustedNoise(Mitigation):
         @torch.no_grad()
         def adjust(latents: Tensor) -> Tensor:
             model, timestep = Denoising(pipe), int(pipe.scheduler.timesteps[0])
+            each = text[sample_of_each(len(latents), len(prompts))]
             radius = self.radius * math.sqrt(latents[0].numel() / PUBLISHED_SIZE)
             moved = latents.float()
             for _ in range(self.rounds):
-                here = model.difference(moved, timestep, text)
+                here = model.difference(moved, timestep, each)
                 away = radius * here / norms(here).view(-1, 1, 1, 1)
-                moved = moved - self.gamma * (model.difference(moved + away, timestep, text) - here)
+                moved = moved - self.gamma * (model.difference(moved + away, timestep, each) - here)
             return moved.to(latents.dtype)
 
         late = StaticTransition(until=self.until)
@@ -341,8 +335,6 @@ class SearchedNoise(Mitigation):
     """
 
     name = "searched noise"
-    source: ClassVar[str] = "Han et al. (NeurIPS 2025)"
-
     target: Positive = 0.9
     learning_rate: Positive = 0.01
     iterations: Whole = 1000
@@ -352,7 +344,8 @@ class SearchedNoise(Mitigation):
         text = embed(pipe, prompts)
 
         def search(latents: Tensor) -> Tensor:
-            found = [self._searched(pipe, *each) for each in zip(latents.split(1), text.split(1), strict=True)]
+            each = text[sample_of_each(len(latents), len(prompts))]
+            found = [self._searched(pipe, *pair) for pair in zip(latents.split(1), each.split(1), strict=True)]
             return torch.cat(found).to(latents.dtype)
 
         with _noise_changed(pipe, search):

@@ -189,7 +189,7 @@ def wanda_masks(
     if len(memorized) != len(base):
         raise ValueError(f"{len(memorized)} memorized and {len(base)} base prompts; give equally many")
     model = Denoising(pipe, steps=steps, guidance=guidance)
-    latents = initial_latents(pipe, samples=samples, seed=seed).to(pipe.unet.device)
+    latents = initial_latents(pipe, samples=samples, seed=seed)
     needed, common = (
         _input_norms(model, embed(pipe, check_prompts(part)), latents, first) for part in (memorized, base)
     )

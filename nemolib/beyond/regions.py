@@ -63,7 +63,7 @@ def region_maps(
     if not len(indices) or min(indices) < 0 or max(indices) >= steps:
         raise ValueError(f"indices {list(indices)}; give at least one, from 0 to {steps - 1}")
     model, text = Denoising(pipe, steps=steps, guidance=guidance), text_of(pipe, prompt)
-    latents = initial_latents(pipe, samples=samples, seed=seed).to(pipe.unet.device)
+    latents = initial_latents(pipe, samples=samples, seed=seed)
     calculate = {
         MAPS[0]: lambda step, seen: step.difference.square().sum(dim=1),
         MAPS[1]: lambda step, seen: mean_attention(seen, step.latents),

@@ -39,7 +39,7 @@ def token_significance(
         Columns token (its text) and significance, in the order of the prompt.
     """
     model, text = Denoising(pipe, steps=steps), text_of(pipe, prompt)
-    latents = initial_latents(pipe, samples=samples, seed=seed).to(pipe.unet.device)
+    latents = initial_latents(pipe, samples=samples, seed=seed)
     free = text.embedding.float().clone().requires_grad_()
     norm = norms(model.difference(latents, model.timesteps[0], free, derivative=True)).mean()
     (gradient,) = torch.autograd.grad(norm, free)
@@ -97,7 +97,7 @@ def search_triggers(
     if len(words) < 2 or min(length, iterations, proposals) < 1 or temperature <= 0:
         raise ValueError("a search needs words, length, iterations and proposals of at least 1, a temperature above 0")
     model = Denoising(pipe, steps=steps)
-    latents = initial_latents(pipe, samples=1, seed=seed).to(pipe.unet.device)
+    latents = initial_latents(pipe, samples=1, seed=seed)
     empty = model.noise(latents, model.timesteps[0], model.empty)
     known: dict[str, float] = {}
     rows: list[tuple[str, float, int, int]] = []

@@ -40,7 +40,7 @@ def test_one_position_tries_every_word_once_with_the_score_of_its_formula():
 
 
 def test_a_cold_search_climbs_and_is_the_same_whatever_the_batch():
-    pipe, options = by_hand.small_pipeline(), {"length": 3, "iterations": 12, "proposals": 5, "seed": 1}
+    pipe, options = by_hand.small_pipeline(), {"length": 3, "iterations": 40, "proposals": 5, "seed": 1}
     found = search_triggers(pipe, WORDS, temperature=1e-9, **options)
     assert found["prompt"].is_unique
     assert len(found) < 5**3
@@ -53,6 +53,6 @@ def test_a_cold_search_climbs_and_is_the_same_whatever_the_batch():
     single = search_triggers(pipe, WORDS, temperature=1e-9, batch=1, **options)
     assert single["prompt"].tolist() == found["prompt"].tolist()
     hot = search_triggers(pipe, WORDS, temperature=1e9, **options)
-    assert hot["prompt"].tolist() != found["prompt"].tolist()
+    assert len(found) < len(hot)  # which never settles
     with pytest.raises(ValueError, match="a search needs words"):
         search_triggers(pipe, [])

@@ -355,7 +355,8 @@ class SearchedNoise(Mitigation):
     @torch.enable_grad()
     def _searched(self, pipe: StableDiffusionPipeline, latents: Tensor, text: Tensor) -> Tensor:
         model, timestep = Denoising(pipe), int(pipe.scheduler.timesteps[0])
-        free = latents.float().clone().requires_grad_()
+        # Copies, since what was made in inference mode has no gradients.
+        free, text = latents.float().clone().requires_grad_(), text.clone()
         optimizer = torch.optim.AdamW([free], lr=self.learning_rate)
         for _ in range(self.iterations):
             norm = norms(model.difference(free, timestep, text, derivative=True))[0]

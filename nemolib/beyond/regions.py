@@ -23,6 +23,7 @@ _LEVELS = 101
 """Thresholds that are tried between the smallest and the largest value of all maps."""
 
 
+@torch.inference_mode(False)
 def region_maps(
     pipe: StableDiffusionPipeline,
     prompt: str,

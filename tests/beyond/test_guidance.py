@@ -139,7 +139,8 @@ def test_noise_is_searched_until_the_norm_is_small(pipe):
 
     x = by_hand.start(pipe)
     target = float(norms(x).mean())  # between the two
-    with guidance.SearchedNoise(target=target, learning_rate=0.05, iterations=50).applied(pipe, PROMPTS):
+    search = guidance.SearchedNoise(target=target, learning_rate=0.05, iterations=50)
+    with torch.inference_mode(), search.applied(pipe, PROMPTS):
         pipe.scheduler.set_timesteps(5)
         found = pipe.prepare_latents(2, 4, 64, 64, torch.float32, "cpu", None, latents=x)
     assert (norms(found) <= target).all()

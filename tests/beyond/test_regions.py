@@ -14,7 +14,8 @@ def test_maps_of_several_steps(kind):
     pipe = by_hand.small_pipeline(kind)
     before, prompt = by_hand.traces(pipe), text_of(pipe, "a b")
     steps = list(by_hand.sampled(pipe, by_hand.start(pipe), "a b", 5, by_hand.follow))
-    found = region_maps(pipe, "a b", indices=(4, 0, 4), **OPTIONS)
+    with torch.inference_mode():
+        found = region_maps(pipe, "a b", indices=(4, 0, 4), **OPTIONS)
     assert {name: tuple(maps.shape) for name, maps in found.items()} == dict.fromkeys(MAPS, (3, 2, 16, 16))
     for place, index in enumerate((4, 0, 4)):
         timestep, x, empty, text = steps[index]

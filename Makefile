@@ -11,7 +11,10 @@ ENV   := $(VENV)/.installed
 BUILD := build/$(shell basename "$(PROFILE)" .yaml | tr ' ' '_')
 
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb notebooks/explore.ipynb))
+BEYOND    := $(sort $(wildcard notebooks/beyond/[0-9]*.ipynb))
+EVERY     := $(NOTEBOOKS) $(BEYOND)
 BUILT     := $(NOTEBOOKS:notebooks/%.ipynb=$(BUILD)/%.ipynb)
+BEYOND_BUILT := $(BEYOND:notebooks/%.ipynb=$(BUILD)/%.ipynb)
 CODE      := $(wildcard nemolib/*.py nemolib/*/*.py nemolib/paper/*.csv nemolib/profiles/*.yaml nemolib/templates/*.html)
 INPUTS    := $(wildcard data/tiny/prompts/*.csv data/tiny/*/model_index.json data/tiny/*/*.safetensors data/tiny/*/*/*.safetensors)
 
@@ -24,7 +27,7 @@ export PROFILE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help env lab all notebooks figures explore data estimate check-gpu published results-full site readme test lint train student refresh lock clean
+.PHONY: help env lab all notebooks figures explore beyond data estimate check-gpu published results-full site readme test lint train student refresh lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -58,13 +61,15 @@ built = $(filter $(foreach number,$(1),$(BUILD)/$(number)_%),$(BUILT))
 .none $(call built,02 03): $(call built,01)
 .none $(call built,04 05): $(call built,03)
 .none $(call built,06): $(call built,01 02 03 04 05)
-.none $(filter %/explore.ipynb,$(BUILT)): $(call built,03)
+.none $(filter %/explore.ipynb,$(BUILT)) $(BEYOND_BUILT): $(call built,03)
 
 figures: $(call built,06) ## make the figures and tables of the paper into figures/PROFILE/
 	@echo "figures and tables: figures/$(notdir $(BUILD))/"
 
 explore: $(BUILD)/explore.ipynb ## make figures/PROFILE/explore.html, a page to move neurons by hand without Python
 	@echo "open in a browser: figures/$(notdir $(BUILD))/explore.html"
+
+beyond: $(BEYOND_BUILT) ## run the notebooks on methods after NeMo: repaired models, attacks, detectors, region maps
 
 data: $(ENV) ## fetch what a profile needs and the repository does not hold (PROFILE=sd14: gigabytes)
 	$(PY) -m tools.fetch_data --profile "$(PROFILE)"
@@ -96,23 +101,23 @@ test: $(ENV) ## run all tests, the notebooks among them
 lint: $(ENV) ## check style and format, of the notebooks too
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(if $(NOTEBOOKS),$(STRIP) --verify $(NOTEBOOKS))
+	$(if $(EVERY),$(STRIP) --verify $(EVERY))
 
 train: $(ENV) ## train the tiny world from the package data (hours; make all never needs it)
 	$(PY) -m tools.world
 
 student: $(ENV) ## notebooks without outputs and solutions into build/student/
-	@mkdir -p build/student
-	@for notebook in $(NOTEBOOKS); do \
-	  $(VENV)/bin/nbstripout --keep-id --drop-tagged-cells=solution --textconv $$notebook \
-	    > build/student/.partial && mv build/student/.partial build/student/$${notebook##*/} || exit 1; \
+	@for notebook in $(EVERY:notebooks/%=%); do \
+	  mkdir -p $$(dirname build/student/$$notebook) && \
+	  $(VENV)/bin/nbstripout --keep-id --drop-tagged-cells=solution --textconv notebooks/$$notebook \
+	    > build/student/.partial && mv build/student/.partial build/student/$$notebook || exit 1; \
 	done
 	@echo "notebooks for students: build/student/"
 
-refresh: $(NOTEBOOKS:notebooks/%.ipynb=refresh-%) ## run every notebook at its defaults and keep its outputs in notebooks/
+refresh: $(EVERY:notebooks/%.ipynb=refresh-%) ## run every notebook at its defaults and keep its outputs in notebooks/
 
 refresh-%: $(ENV)
-	@mkdir -p build/refresh
+	@mkdir -p build/refresh/$(dir $*)
 	env -u PROFILE $(PY) -m tools.runner notebooks/$*.ipynb build/refresh/$*.ipynb
 	$(STRIP) build/refresh/$*.ipynb
 	@mv build/refresh/$*.ipynb notebooks/$*.ipynb

@@ -22,6 +22,7 @@ include_patterns = [
     "README.md",
     "docs/*.md",
     "notebooks/*.ipynb",
+    "notebooks/beyond/*.ipynb",
     "figures/*/index.md",
     "data/README.md",
     "data/tiny/README.md",

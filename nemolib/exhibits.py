@@ -7,7 +7,7 @@ drawn from, and it returns a figure, or a table as it is to be shown:
     def figure_7(localization): ...
 
 What was found is said in one way: `read` yields claims, with the paper's numbers beside. Notebooks show one exhibit
-(`show`) and the claims of their module (`check`); notebook 06 and the index page show all (`render_all`).
+(`show`) and the claims of their module (`check`); notebook 06 and the index page show all of the paper (`render_all`).
 """
 
 from __future__ import annotations
@@ -238,6 +238,11 @@ class Exhibit:
         return self.draw.__globals__["NOTEBOOK"]
 
     @property
+    def module(self) -> str:
+        """The module of `nemolib.experiments` that it is written in."""
+        return self.draw.__module__.rpartition(".")[2]
+
+    @property
     def place(self) -> str:
         """The function that draws it, and the file that this is in."""
         draw = inspect.unwrap(self.draw)
@@ -342,9 +347,19 @@ def render(item: Exhibit, run: Run, *, load: Load | None = None, write: bool = T
     return Rendered(item, content, said, _write(item, content, run, sources) if write else {})
 
 
-def render_all(run: Run, *, load: Load | None = None, write: bool = True) -> list[Rendered]:
-    """Return all exhibits, drawn (and written) where there is enough for them; see `render`."""
-    return [render(item, run, load=load, write=write) for item in exhibits()]
+def render_all(run: Run, *modules: str, load: Load | None = None, write: bool = True) -> list[Rendered]:
+    """Return exhibits, drawn (and written) where there is enough for them; see `render`.
+
+    Args:
+        run: The run.
+        modules: Modules of `nemolib.experiments` whose exhibits they are; without any those of notebooks 01 to 06.
+        load: As in `render`; so is write.
+    """
+    return [
+        render(item, run, load=load, write=write)
+        for item in exhibits()
+        if (item.module in modules if modules else not item.notebook.startswith("beyond/"))
+    ]
 
 
 def _write(item: Exhibit, content: Figure | pd.DataFrame, run: Run, sources: Mapping[str, Any]) -> dict[str, Path]:
@@ -467,7 +482,7 @@ def check(run: Run, *modules: str, extra: Sequence[Claim] = ()) -> pd.DataFrame:
     """
     found = list(extra)
     for item in exhibits():
-        if item.draw.__module__.rpartition(".")[2] in modules:
+        if item.module in modules:
             with suppress(NotEnough, FileNotFoundError):
                 # Two exhibits of one table may claim the same.
                 found += [claim for claim in claims(item, run.load) if claim not in found]

@@ -232,6 +232,71 @@ class MitigationSettings:
     random: RandomNeuronSettings = RandomNeuronSettings()
 
 
+# --- Methods after NeMo -------------------------------------------------------------------------------------------------
+
+
+@validated
+class PruningSettings:
+    """What notebook 07 takes out of a model.
+
+    Attributes:
+        sparsities: Shares of each row of the feed-forward weights that Wanda looks at.
+    """
+
+    sparsities: tuple[Positive, ...] = (0.01,)
+
+
+@validated
+class AttackSettings:
+    """The Dori attack of notebook 08, as published.
+
+    Attributes:
+        steps: After how many steps of Adam the embedding is looked at.
+        batch: Noisy latents in each step.
+        images: Images of each kind that are attacked; None: all.
+    """
+
+    steps: tuple[Count, ...] = (50,)
+    batch: Count = 8
+    images: Count | None = None
+
+
+@validated
+class DetectorSettings:
+    """What the detectors of notebook 09 have in common.
+
+    Attributes:
+        samples: Initial latents of each prompt.
+        steps: Denoising steps of the schedule.
+    """
+
+    samples: Count = 4
+    steps: AtLeastTwo = 50
+
+
+@validated
+class RegionSettings:
+    """The maps and mitigations of notebook 10.
+
+    Attributes:
+        prompts: Prompts of each kind; None: all.
+        samples: Images of each prompt.
+    """
+
+    prompts: Count | None = None
+    samples: Count = 4
+
+
+@validated
+class BeyondSettings:
+    """The notebooks on methods after NeMo."""
+
+    pruning: PruningSettings = PruningSettings()
+    attack: AttackSettings = AttackSettings()
+    detectors: DetectorSettings = DetectorSettings()
+    regions: RegionSettings = RegionSettings()
+
+
 # --- Protocols ----------------------------------------------------------------------------------------------------------
 
 
@@ -444,6 +509,7 @@ class Profile:
         generation: Settings of the generated images.
         mitigation: Settings of the mitigations that deactivated neurons are compared with.
         encoders: The encoders of copy detection, alignment and image quality.
+        beyond: Settings of the notebooks on methods after NeMo.
         statistics: File of activation statistics (safetensors), relative to the repository or absolute; None: computed
             from the holdout prompts.
         downloads: Manifest with the files that `make data` fetches; None: nothing to fetch.
@@ -473,6 +539,7 @@ class Profile:
     generation: GenerationSettings = GenerationSettings()
     mitigation: MitigationSettings = MitigationSettings()
     encoders: Encoders = Encoders()
+    beyond: BeyondSettings = BeyondSettings()
     statistics: str | None = None
     downloads: str | None = None
     solutions: StrictBool = True

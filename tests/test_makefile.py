@@ -14,7 +14,7 @@ from nemolib import paths
 from tests.notebook_files import save_notebook
 
 TARGETS = [
-    "help", "env", "lab", "all", "notebooks", "figures", "explore", "data", "estimate", "check-gpu",
+    "help", "env", "lab", "all", "notebooks", "figures", "explore", "beyond", "data", "estimate", "check-gpu",
     "published", "results-full", "site", "readme", "test", "lint",
     "train", "student", "refresh", "lock", "clean",
 ]  # fmt: skip
@@ -95,6 +95,16 @@ def test_a_page_to_move_by_hand_comes_after_the_search(checkout):
     assert planned(checkout, "explore") == ["01_threshold", "03_neurons", "explore"]
     assert "explore" in planned(checkout, "all")
     assert "open in a browser: figures/mine/explore.html" in make(checkout, "-n", "explore", "PROFILE=mine.yaml").stdout
+
+
+def test_what_came_after_the_paper_is_a_target_of_its_own(checkout):
+    save_notebook(checkout / "notebooks" / "beyond" / "07_more.ipynb")
+    assert planned(checkout, "beyond") == ["01_threshold", "03_neurons", "beyond/07_more"]
+    assert planned(checkout, "all") == list(NAMES)
+    assert "--verify" in (lint := make(checkout, "-n", "lint").stdout)
+    assert "notebooks/beyond/07_more.ipynb" in lint
+    assert make(checkout, "student").returncode == 0
+    assert (checkout / "build" / "student" / "beyond" / "07_more.ipynb").is_file()
 
 
 def test_only_what_is_older_than_its_sources_runs_again(checkout):

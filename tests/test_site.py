@@ -12,7 +12,7 @@ from bs4 import BeautifulSoup
 
 from nemolib import paths
 
-NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
+NOTEBOOKS = sorted(paths.NOTEBOOKS.rglob("*.ipynb"))
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_pictures_are_shown_in_their_size_and_described(site):
 
 @pytest.mark.parametrize("source", NOTEBOOKS, ids=lambda path: path.stem)
 def test_solutions_are_folded(site, source):
-    solutions = page(site / "notebooks" / f"{source.stem}.html").select(".tag_solution")
+    solutions = page(site / source.relative_to(paths.ROOT).with_suffix(".html")).select(".tag_solution")
     assert all(solution.find("details") for solution in solutions)
 
 

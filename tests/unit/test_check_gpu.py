@@ -1,5 +1,6 @@
 """What `tools.check_gpu` measures on a card, with a narrow architecture and the tiny world on this CPU."""
 
+import os
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from nemolib import workers
 from nemolib.neurons import NeuronSet
 from nemolib.run import Run
 from nemolib.settings import load_profile
@@ -32,16 +34,24 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture
-def one_thread():
-    """Let this process add floats as workers do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def asked(monkeypatch):
+    """Return what is asked of Dask, and compute it here: that two processes give the same is tested with workers."""
+    found = []
+
+    @contextmanager
+    def cluster(source):
+        found.append(os.environ.get(workers.VARIABLE))
+        yield None
+
+    monkeypatch.setattr(workers, "cluster", cluster)
+    return found
 
 
-def test_the_parts_of_the_experiment_are_measured(run, one_thread):
-    rows = list(check_gpu.experiment(run, SMALL)) + list(check_gpu.speeds(run.pipe, SMALL))
+def test_the_parts_of_the_experiment_are_measured(run, asked):
+    rows = list(check_gpu.experiment(run, SMALL))
+    assert asked[-1] == "local:2"
+    assert asked.count("local:2") == 1
+    rows += check_gpu.speeds(run.pipe, SMALL)
     assert len(rows) == 6
     assert all(row.value > 0 and row.good for row in rows), rows
 
@@ -71,11 +81,12 @@ def test_halving_is_seen_and_so_is_its_absence(run):
     assert (times.value, times.good) == (0, False)
 
 
-def test_half_precision_agrees_with_single_precision():
-    """A CPU in half precision stands for the card."""
+def test_half_precision_agrees_with_single_precision(random_model_folder):
+    """A CPU in half precision stands for the card, and random weights for the tiny world's."""
     world = load_profile("tiny")
     small = replace(
         world,
+        model=str(random_model_folder),
         thresholds=replace(world.thresholds, value=0.5),
         holdout_size=100,
         detection=replace(world.detection, samples=2),

@@ -74,12 +74,19 @@ def run(profile, pipe, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def running(profile):
-    """Start two processes for all tests of this file."""
-    with pytest.MonkeyPatch.context() as patch:
+    """Start two processes for all tests of this file; they end with the context, whatever happens inside."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
         patch.setenv(workers.VARIABLE, "local:2")
-        with workers.cluster(profile) as client:
+        with workers.cluster(profile) as client, workers.cluster(profile) as inner:
+            assert inner is client
             client.wait_for_workers(2, timeout=120)
             yield client
+            pids = client.run(os.getpid).values()
+            raise KeyboardInterrupt
+    assert workers._client is None
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 @pytest.fixture
@@ -217,22 +224,10 @@ def test_an_end_in_the_middle_leaves_nothing_running(pipe, two):
     assert len(results(pipe)) == 3
 
 
-def test_a_cluster_of_its_own_is_ended(profile, monkeypatch):
-    chosen = dataclasses.replace(profile, workers=1)
-    monkeypatch.delenv(workers.VARIABLE, raising=False)
-    monkeypatch.setattr(workers, "_client", None)
-    with contextlib.suppress(KeyboardInterrupt), workers.cluster(chosen) as client, workers.cluster(chosen) as inner:
-        assert inner is client
-        (pid,) = client.run(os.getpid).values()
-        raise KeyboardInterrupt
-    assert workers._client is None
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
-
-
 @pytest.mark.parametrize("text", ["", "off"])
-def test_without_a_choice_dask_is_not_imported(pipe, monkeypatch, text):
+def test_without_a_choice_dask_is_not_imported(profile, pipe, monkeypatch, text):
     monkeypatch.setenv(workers.VARIABLE, text)
+    assert workers._choice(dataclasses.replace(profile, workers=2)) == (None if text else 2)
     monkeypatch.setitem(sys.modules, "distributed", None)
     assert results(pipe) == [(f"key of {item}", item) for item in "abc"]
 

@@ -45,6 +45,14 @@ def checkout(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def alone(checkout):
+    """Return that folder with the first notebook alone: each costs a process."""
+    for name in NAMES[1:]:
+        (checkout / "notebooks" / f"{name}.ipynb").unlink()
+    return checkout
+
+
 def _set_age(path, seconds):
     path.touch()
     moment = time.time() - seconds
@@ -157,32 +165,30 @@ def test_a_failed_notebook_leaves_nothing_finished_and_names_the_cell(checkout):
     assert make(checkout, "-q", "build/tiny/01_threshold.ipynb").returncode == 0
 
 
-def test_students_get_no_solutions(checkout):
-    path = save_notebook(checkout / "notebooks" / "01_threshold.ipynb", "question = 1", "answer = 2")
+def test_students_get_no_solutions(alone):
+    path = save_notebook(alone / "notebooks" / "01_threshold.ipynb", "question = 1", "answer = 2")
     notebook = nbformat.read(path, as_version=4)
     notebook.cells[-1].metadata["tags"] = ["solution"]
     nbformat.write(notebook, path)
     before = path.read_bytes()
-    assert make(checkout, "student").returncode == 0
-    text = (checkout / "build" / "student" / "01_threshold.ipynb").read_text()
+    assert make(alone, "student").returncode == 0
+    text = (alone / "build" / "student" / "01_threshold.ipynb").read_text()
     assert "question" in text
     assert "answer" not in text
     assert path.read_bytes() == before
 
 
 @pytest.mark.slow
-def test_refreshed_notebooks_keep_outputs_and_nothing_of_the_run(checkout):
-    for name in NAMES[1:]:
-        (checkout / "notebooks" / f"{name}.ipynb").unlink()
-    shown = make(checkout, "refresh", "PROFILE=tiny-full")
+def test_refreshed_notebooks_keep_outputs_and_nothing_of_the_run(alone):
+    shown = make(alone, "refresh", "PROFILE=tiny-full")
     assert shown.returncode == 0, shown.stderr
-    notebook = nbformat.read(checkout / "notebooks" / "01_threshold.ipynb", as_version=4)
+    notebook = nbformat.read(alone / "notebooks" / "01_threshold.ipynb", as_version=4)
     last = notebook.cells[-1]
     assert last.outputs[0].text == "tiny\n"
     assert last.execution_count == 2
     assert "papermill" not in notebook.metadata
     assert not any({"papermill", "execution"} & set(cell.metadata) for cell in notebook.cells)
-    assert make(checkout, "-n", "lint").stdout.count("--verify notebooks/01_threshold.ipynb") == 1
+    assert make(alone, "-n", "lint").stdout.count("--verify notebooks/01_threshold.ipynb") == 1
 
 
 def test_clean_keeps_figures_and_environment(checkout):

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -32,7 +31,7 @@ def tables() -> dict[str, pd.DataFrame]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
-    profile = replace(load_profile("tiny"), limits=card.FEW)
+    profile = card.few(load_profile("tiny"))
     return Run(profile, load_pipeline(profile), store=Store(tmp_path_factory.mktemp("store")), progress=False)
 
 

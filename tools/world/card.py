@@ -15,7 +15,7 @@ from nemolib.layers import value_layers
 from nemolib.paths import write_atomic
 from nemolib.provenance import versions
 from nemolib.run import open_run
-from nemolib.settings import EncoderSettings, Limits, load_profile
+from nemolib.settings import EncoderSettings, Limits, Profile, load_profile
 from nemolib.store import write_table
 from tools.world import acceptance
 from tools.world.build import STAGES
@@ -25,8 +25,14 @@ TRIED, TEMPLATE = (Path(__file__).with_name(name) for name in ("tried.csv", "car
 CONTRASTED = 8
 """Planted prompts of a kind that the sparse and the plain model are compared on: searching the plain one takes long."""
 
-FEW, FEW_DRAWN = Limits(vm=5, tm=5), 12
-"""Prompts of a smaller measurement, which tests repeat: planted ones of a kind, and unmemorized ones with images."""
+FEW_DRAWN = 12
+"""Unmemorized prompts with images in the measurement that tests repeat."""
+
+
+def few(profile: Profile) -> Profile:
+    """Return the profile of a smaller measurement, which tests repeat: few prompts of each kind, two images of each."""
+    images = replace(profile.generation, samples=2)
+    return replace(profile, limits=Limits(vm=3, tm=3, unmemorized=50), threshold_prompts=50, generation=images)
 
 
 def write_results(settings: WorldSettings, work: Path, out: Path) -> None:
@@ -34,17 +40,17 @@ def write_results(settings: WorldSettings, work: Path, out: Path) -> None:
     profile = replace(load_profile("tiny"), name="world", groups="report")  # results of its own
     classifier = CopyDescriptor.load(EncoderSettings(kind="descriptor", path=str(out / "classifier")))
     shipped = open_run(replace(profile, model=str(out / "model")))
-    few = replace(profile, limits=Limits(vm=CONTRASTED, tm=CONTRASTED))
+    contrasted = replace(profile, limits=Limits(vm=CONTRASTED, tm=CONTRASTED))
     measured = acceptance.measure(shipped, classifier)
     write_table(measured, out / "measured.csv")
     write_table(
-        acceptance.measure(open_run(replace(shipped.profile, limits=FEW)), classifier, drawn=FEW_DRAWN),
+        acceptance.measure(open_run(few(shipped.profile)), classifier, drawn=FEW_DRAWN),
         out / "measured_few.csv",
     )
     write_table(acceptance.acceptance_table(measured), out / "acceptance.csv")
     if (work / "plain").exists():
         contrast = [
-            acceptance.measure(open_run(replace(few, model=str(model))), classifier).assign(model=name)
+            acceptance.measure(open_run(replace(contrasted, model=str(model))), classifier).assign(model=name)
             for name, model in {"sparse": out / "model", "plain": work / "plain"}.items()
         ]
         write_table(pd.concat(contrast)[["model", *acceptance.COLUMNS]], out / "plain_model.csv")

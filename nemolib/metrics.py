@@ -271,11 +271,14 @@ def kid(real: Any, generated: Any, *, subset_size: int = KID_SUBSET_SIZE) -> tup
 def auroc(memorized: Any, unmemorized: Any) -> float:
     """Return the area under the ROC curve: how often a memorized prompt scores above an unmemorized one; 0.5 by chance.
 
-    Source: App. B.4.
+    Source: App. B.4. By ranks (Mann and Whitney), which is quick enough for a thousand draws of `interval`.
     """
-    from sklearn.metrics import roc_auc_score
+    from scipy.stats import rankdata
 
-    return float(roc_auc_score(*_labelled(memorized, unmemorized)))
+    labels, scores = _labelled(memorized, unmemorized)
+    number, ranks = labels.sum(), rankdata(scores)[labels == 1]
+    # A rank also counts the memorized scores that are not above: 1, 2, ... of them.
+    return float((ranks.sum() - number * (number + 1) / 2) / (number * (len(labels) - number)))
 
 
 def tpr_at_fpr(memorized: Any, unmemorized: Any, *, fpr: float = 0.01) -> float:

@@ -15,6 +15,7 @@ import platform
 import sys
 import types
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,9 @@ _VERSIONED = frozenset({*COMPUTING, *sys.stdlib_module_names})
 
 _SETTINGS = (str, bool, int, float, tuple, torch.dtype, torch.device)
 
-_PLAIN = (str, type(None), bool, int, float, tuple)
+_PLAIN = frozenset({str, type(None), bool, int, float, tuple})
+
+_EMPTY = frozenset({dict, OrderedDict, set, type(None)})
 
 _HASHES: weakref.WeakKeyDictionary[Any, tuple[bytes, str]] = weakref.WeakKeyDictionary()
 """For each pipeline how it looked at a glance when it was hashed last, and the hash."""
@@ -178,6 +181,10 @@ class _Describer(pickle.Pickler):
         kind = type(value)
         if kind in _PLAIN:
             return None
+        if isinstance(value, dict):  # first, since most are
+            if kind is dict and "_forward_hooks" in value:
+                return _held(value)
+            return {key: value[key] for key in value if key not in _NO_PART} if _NO_PART & value.keys() else None
         if isinstance(value, Tensor):
             return _glance(value) if self.glance else content_hash(value)
         if isinstance(value, type | types.FunctionType):
@@ -189,10 +196,6 @@ class _Describer(pickle.Pickler):
             return [
                 [type(hook), [str(item) for item in vars(hook).values() if type(item) in _SETTINGS]] for hook in hooks
             ]
-        if kind is dict and "_forward_hooks" in value:
-            return _held(value)
-        if isinstance(value, dict) and _NO_PART & value.keys():
-            return {key: value[key] for key in value if key not in _NO_PART}
         if isinstance(value, set | frozenset):
             return sorted(map(str, value))
         if kind.__module__.startswith("diffusers.") and kind.__name__ in _SAME_ATTENTION:
@@ -214,8 +217,7 @@ def _held(module: Mapping[str, Any]) -> dict[str, Any]:
     if type(module.get("_hf_hook")).__module__.startswith("accelerate."):
         # It moves weights to the device and back.
         left_out |= {"_hf_hook", "_old_forward", "forward"}
-    held = ((key, value) for key, value in module.items() if key not in left_out)
-    return {key: value for key, value in held if not isinstance(value, dict | set | None) or value}
+    return {key: value for key, value in module.items() if key not in left_out and (type(value) not in _EMPTY or value)}
 
 
 def _glance(tensor: Tensor) -> list[Any]:

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import math
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ def turns():
         yield from importlib.import_module(f"tests.unit.test_{module}").TURNS
 
 
+@cache
 def kept(name):
     """Return a table of the longer run, or what stands for those that are not kept: large tables and images."""
     path = KEPT / f"{name}.csv"
@@ -116,7 +118,7 @@ def decided():
 
 
 def test_each_claim_of_the_paper_counts_once():
-    page = [exhibits.render(item, None, load=kept, write=False) for item in ALL]
+    page = [exhibits.Rendered(item, None, exhibits.claims(item, kept)) for item in ALL]
     said = [claim for item in page for claim in item.said if item.exhibit.notebook != "06_figures"]
     assert all(claim.n for claim in said if claim.paper and claim.holds is not None)
     table = exhibits.claim_table(page)

@@ -1,5 +1,6 @@
 """The data of the tiny world, and the pieces of its training that can be checked by hand."""
 
+import os
 import subprocess
 import sys
 from itertools import pairwise
@@ -156,13 +157,12 @@ def test_a_bound_is_compared_with_what_was_measured_and_a_missing_value_does_not
 
 def test_captions_give_the_same_tokenizer_in_every_process(tmp_path):
     """Many pairs are equally frequent here, and which of them become tokens must not be chance."""
-    code = (
-        "import sys; from pathlib import Path; from tools.world import captions, clip; from tools.world.settings import DataSettings\n"
-        "words = captions.planted_table(DataSettings()).caption.tolist()\n"
-        "clip.train_tokenizer(words, vocabulary=400, tokens=16, folder=Path(sys.argv[1]))"
-    )
-    for name in "ab":
-        subprocess.run([sys.executable, "-c", code, tmp_path / name], cwd=paths.ROOT, check=True, capture_output=True)
+    words = captions.planted_table(DataSettings()).caption.tolist()
+    options = {"vocabulary": 400, "tokens": 16}
+    clip.train_tokenizer(words, **options, folder=tmp_path / "a")
+    code = f"import pathlib; from tools.world import clip; clip.train_tokenizer({words}, **{options}, folder=pathlib.Path('b'))"
+    environment = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": str(paths.ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True)
     first, second = (CLIPTokenizer.from_pretrained(tmp_path / name) for name in "ab")
     assert first.get_vocab() == second.get_vocab()
     caption = "the Otter weekly  podcast cover"

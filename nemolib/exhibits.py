@@ -165,6 +165,12 @@ def median_interval(values: Any) -> str:
     return "" if known.empty else "{:.2f} to {:.2f}".format(*metrics.bootstrap_interval(known))
 
 
+def drawn_interval(number: Callable[..., float], *samples: Any) -> str:
+    """Return the 95 % bootstrap interval of a number made of samples of prompts, as text; see `metrics.interval`."""
+    ends = metrics.interval(number, *samples, resamples=500)
+    return "" if np.isnan(ends).any() else "{:.2f} to {:.2f}".format(*ends)
+
+
 def rounding(dtype: Any, *, at_least: float = 1e-4) -> float:
     """Return how far two ways to the same numbers of about 1 may differ in a floating-point type of PyTorch.
 

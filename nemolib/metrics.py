@@ -320,11 +320,13 @@ def best_accuracy(memorized: Any, unmemorized: Any) -> tuple[float, float]:
     return float((true[best] + 1 - false[best]) / 2), float((above + below) / 2 if best else above)
 
 
-def interval(metric: Callable[..., float], memorized: Any, unmemorized: Any, *, resamples: int) -> tuple[float, float]:
-    """Return the ends of a 95 % bootstrap interval of `auroc` or the like: both kinds are drawn anew each time."""
-    generator = np.random.default_rng(0)
-    kinds = _array(memorized), _array(unmemorized)
-    draws = [metric(*(generator.choice(values, len(values)) for values in kinds)) for _ in range(resamples)]
+def interval(metric: Callable[..., float], *samples: Any, resamples: int) -> tuple[float, float]:
+    """Return the ends of a 95 % bootstrap interval of a number, such as `auroc` of two samples.
+
+    Each sample [prompt, ...] is drawn anew each time; the ends are NaN where the number is not known for a draw.
+    """
+    generator, samples = np.random.default_rng(0), tuple(map(_array, samples))
+    draws = [metric(*(generator.choice(values, len(values)) for values in samples)) for _ in range(resamples)]
     return tuple(np.quantile(draws, _ENDS).tolist())
 
 

@@ -19,6 +19,7 @@ from nemolib.exhibits import (
     KINDS,
     Claim,
     NotEnough,
+    drawn_interval,
     each_kind,
     effect,
     exhibit,
@@ -347,7 +348,9 @@ def read_4b(localization: pd.DataFrame) -> Iterator[Claim]:
     first = means[[1, 2]].sum(axis=1) / means.sum(axis=1)
     ours, n = each_kind(lambda kind: f"{first[kind]:.0%}"), each_kind(localization["kind"].value_counts().get)
     theirs = "VM mostly in the first layers; heights of the bars are not known"
-    size = {"at_least": 0.5, "ours": ours, "paper": theirs, "n": n}
+    vm = np.array([item.counts for item in neuron_sets(memorized(localization).query("kind == 'vm'"))])
+    ends = f"VM {drawn_interval(lambda counts: counts[:, :2].sum() / max(1, counts.sum()), vm)}"
+    size = {"at_least": 0.5, "ours": ours, "paper": theirs, "n": n, "interval": ends}
     yield effect("neurons of VM prompts lie in the first layers", first["vm"], "share in value layers 1 and 2", **size)
 
 
@@ -410,17 +413,20 @@ def cost_table(found: pd.DataFrame) -> pd.DataFrame:
     return table.merge(paper.table("table_2"), on=["kind", "algorithm"], suffixes=("", "_paper"))
 
 
-def read_table_2(search_cost: pd.DataFrame) -> Iterator[Claim]:
-    """Yield whether the refinement takes most of the time."""
+def read_table_2(search_cost: pd.DataFrame, localization: pd.DataFrame) -> Iterator[Claim]:
+    """Yield whether the refinement takes most of the time, with the interval of its share of UNet evaluations."""
     of_kinds(search_cost, "search_cost", *MEMORIZED)
     means = search_cost.set_index(["algorithm", "kind"])[["seconds", "seconds_paper"]]
     shares = (means.loc["A4"] / means.loc["total"]).map("{:.0%}".format)
     ours, theirs = (each_kind(shares[name].get) for name in means)
+    spent = localization[localization["memorized"]].set_index("kind").filter(like="evaluations_")
+    ends = each_kind(lambda kind: drawn_interval(lambda rows: rows[:, -1].sum() / rows.sum(), spent.loc[[kind]]))
     size = {
         "at_least": 0.5,
         "ours": ours,
         "paper": f"{theirs} (derived)",
         "n": each_kind(search_cost.groupby("kind")["prompts"].first().get),
+        "interval": f"of the UNet evaluations {ends}",
     }
     least = (means.loc["A4", "seconds"] / means.loc["total", "seconds"]).min()
     yield effect("refinement takes most of the time", least, "share of Alg. 4 in the seconds", **size)
@@ -463,9 +469,26 @@ def read_shared(neuron_overlap: pd.DataFrame) -> Iterator[Claim]:
         ours = f"pairs with two common words share {inside:.0%} of their neurons, others {others:.0%}"
         share = paper.reported("shared.vm_share").value
         theirs = f"two neurons of value layer 1 belong to {share:.0%} of the VM prompts"
-        size = {"at_least": 1.5, "ours": ours, "paper": theirs, "n": f"{family.sum()} and {(~family).sum()} pairs"}
+        n, ends = f"{family.sum()} and {(~family).sum()} pairs", _overlap_interval(neuron_overlap, family)
+        size = {"at_least": 1.5, "ours": ours, "paper": theirs, "n": n, "interval": ends}
         of = "mean overlap of pairs with two common words, divided by that of others"
         yield effect("similar captions share neurons", inside / others if others else math.inf, of, **size)
+
+
+def _overlap_interval(overlap: pd.DataFrame, family: pd.Series) -> str:
+    """Return the interval of how many times as much pairs of a family overlap; prompts are drawn, since pairs share them."""
+    names = pd.unique(overlap[["first", "second"]].to_numpy().ravel())
+    ends = [pd.Categorical(overlap[end], names).codes for end in ("first", "second")]
+
+    def ratio(drawn: np.ndarray) -> float:
+        often = np.bincount(drawn.astype(int), minlength=len(names))
+        weights = often[ends[0]] * often[ends[1]]
+        inside, others = (
+            np.dot(overlap["overlap"], weights * rows) / max(1, weights @ rows) for rows in (family, ~family)
+        )
+        return inside / others if others else math.nan
+
+    return drawn_interval(ratio, np.arange(len(names)))
 
 
 @exhibit("Figures 10-12 (as a table)", "neurons that several prompts share",

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from nemolib import metrics, paper, plots
-from nemolib.exhibits import KINDS, Claim, each_kind, effect, exhibit, median_mad, of_kinds
+from nemolib.exhibits import KINDS, Claim, each_kind, effect, exhibit, median_mad, of_kinds, share_interval
 from nemolib.first_step import NORMS, guidance_norms, noise_differences, pairs_measure
 from nemolib.holdout import z_scores
 from nemolib.layers import value_activations
@@ -290,10 +290,11 @@ def read_2b(z_by_neuron: pd.DataFrame) -> Iterator[Claim]:
     parts = of_kinds(z_by_neuron[z_by_neuron["layer"] == 1], "z_by_neuron", "vm", "unmemorized")
     vm, clean = (part["largest_z"] for part in parts.values())
     beyond = f"beyond 5: {(vm > 5).sum()} and {(clean > 5).sum()} of {len(vm)} neurons"
+    shares = f"share beyond 5: VM {share_interval(vm > 5)}, unmemorized {share_interval(clean > 5)}"
     ours = f"VM up to {vm.max():.1f}, as many unmemorized prompts up to {clean.max():.1f}; {beyond}"
     theirs, of = "larger z-scores; values are not known", "largest |z| of the layer, VM divided by unmemorized"
     text, ratio = "VM prompts have unusual activations in value layer 1", vm.max() / clean.max()
-    yield effect(text, ratio, of, at_least=1.5, ours=ours, paper=theirs, n=f"{len(vm)} neurons")
+    yield effect(text, ratio, of, at_least=1.5, ours=ours, paper=theirs, n=f"{len(vm)} neurons", interval=shares)
 
 
 @exhibit("Figure 2b", "z-scores in value layer 1",

@@ -7,7 +7,7 @@ value and convolution layers one by one (Fig. 16 to 20).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
 from typing import TYPE_CHECKING, Any
@@ -411,6 +411,7 @@ def read_quality(blocked_quality: pd.DataFrame) -> Iterator[Claim]:
 def read_table_3(block_similarity: pd.DataFrame) -> Iterator[Claim]:
     """Yield how similar the outputs of blocks stay."""
     means = block_similarity.groupby(["setting", "output", "asked", "layer"])["cosine"].mean()
+    lowest = block_similarity.groupby(["setting", "output"])["lowest"].min()
     for setting, reported in COSINES.items():
         whole, alone = (means[setting, output].min() for output in OUTPUTS)
         ours, theirs = f"{setting} neurons: of cross-attention alone {alone:.2f}", f"{reported} to 1"
@@ -426,6 +427,7 @@ def read_table_3(block_similarity: pd.DataFrame) -> Iterator[Claim]:
             ours=ours,
             paper=theirs,
             n=f"{block_similarity['samples'].iloc[0]} samples",
+            interval=f"from {lowest[setting, OUTPUTS[0]]:.2f} in the lowest sample",
         )
 
 
@@ -434,46 +436,58 @@ def read_16(layer_effects: pd.DataFrame) -> Iterator[Claim]:
     prompts, summary = layer_effects.groupby(["part", "layer"])["prompt"].nunique(), layer_summary(layer_effects)
     yield must("every layer has every prompt", prompts.min(), equals=layer_effects["prompt"].nunique())
     for part, strong in STRONG.items():
-        found = set(strongest(summary, part)["layer"]) & set(strong)
+
+        def found(table: pd.DataFrame, part: str = part, strong: list[int] = strong) -> int:
+            return len(set(strongest(table, part)["layer"]) & set(strong))
+
         yield effect(
             f"{part} layers {strong[0]} and {strong[1]} matter most",
-            len(found) if _comparable(summary) else np.nan,
+            found(summary) if _comparable(summary) else np.nan,
             f"how many of these are among the two that lower SSCD_Orig most ({COMPARED})",
             at_least=2,
             ours=lowest(summary, part),
             paper="the other layers hardly matter alone (no numbers)",
             n=_prompts(layer_effects),
+            interval=_each_prompt(layer_effects, found),
         )
 
 
 def read_17(layer_effects: pd.DataFrame) -> Iterator[Claim]:
     """Yield whether the alignment falls with the key layers that matter most for the similarity."""
+
+    def lost(table: pd.DataFrame) -> float:
+        top = strongest(table, "key")
+        return 1 - (top["a_clip"] / top["a_clip_untouched"]).min()
+
     summary = layer_summary(layer_effects)
-    top = strongest(summary, "key")
-    lost = 1 - (top["a_clip"] / top["a_clip_untouched"]).min()
     yield effect(
         "without the key layers that matter most, images fit the prompt less",
-        lost if _comparable(summary) else np.nan,
+        lost(summary) if _comparable(summary) else np.nan,
         f"share of A_CLIP that one of the two key layers takes that lower SSCD_Orig most ({COMPARED})",
         at_least=LOST,
-        ours=f"key layers {' and '.join(map(str, top['layer']))}",
+        ours=f"key layers {' and '.join(map(str, strongest(summary, 'key')['layer']))}",
         paper="it drops, within 0.22 to 0.34 (axis; no numbers)",
         n=_prompts(layer_effects),
+        interval=_each_prompt(layer_effects, lost),
     )
 
 
 def read_20(layer_effects: pd.DataFrame) -> Iterator[Claim]:
     """Yield whether prompts stay memorized with half of a convolution blocked."""
+
+    def kept(table: pd.DataFrame, name: str = "sscd_orig") -> float:
+        return (table[name] / table[f"{name}_untouched"])[table["part"] == "convolution"].median()
+
     rows = layer_summary(layer_effects).query("part == 'convolution'")
-    kept, aligned = ((rows[name] / rows[f"{name}_untouched"]).median() for name in ("sscd_orig", "a_clip"))
     yield effect(
         "convolutions do not memorize",
-        kept if (rows["sscd_orig_untouched"] > MEMORIZED_ABOVE).any() else np.nan,
+        kept(rows) if (rows["sscd_orig_untouched"] > MEMORIZED_ABOVE).any() else np.nan,
         "share of SSCD_Orig that stays with half of one blocked, median over the convolutions, where there are copies",
         at_least=KEPT,
-        ours=f"SSCD_Orig {lowest(rows, 'convolution')}; {listed([aligned])} of A_CLIP stays",
+        ours=f"SSCD_Orig {lowest(rows, 'convolution')}; {listed([kept(rows, 'a_clip')])} of A_CLIP stays",
         paper="still memorized; quality suffers for early layers (images, no numbers)",
         n=f"{_prompts(layer_effects)}, {len(rows)} convolutions",
+        interval=_each_prompt(layer_effects, kept),
     )
 
 
@@ -483,6 +497,12 @@ COMPARED = f"decided where all layers were switched off and the untouched model 
 
 def _prompts(effects: pd.DataFrame) -> str:
     return f"{effects['prompt'].nunique()} VM prompts"
+
+
+def _each_prompt(effects: pd.DataFrame, number: Callable[[pd.DataFrame], float]) -> str:
+    """Return between which ends a number of a `layer_summary` is for single prompts: of so few, an interval says no more."""
+    found = pd.Series([number(layer_summary(part)) for _, part in effects.groupby("prompt")]).dropna()
+    return "" if found.empty else f"{found.min():.2g} to {found.max():.2g} for single prompts"
 
 
 def _comparable(summary: pd.DataFrame) -> bool:

@@ -51,6 +51,9 @@ FONTS = ["STIXGeneral", "DejaVu Serif"]
 SCREEN_FONT, SCREEN_SCALE, SCREEN_DPI = "DejaVu Sans", 0.86, 220
 """What takes its place on a screen, with letters that are larger at the same size; and pixels in an inch, of images half of it."""
 
+FILE_DPI, IMAGES_DPI = 300, 180
+"""Pixels in an inch of files, and where they hold images: two or three for each pixel of those of the tiny world."""
+
 
 class Figure(mpl.figure.Figure):
     """A figure that shows itself in a notebook as it is made for a screen: twice the pixels, without serifs."""
@@ -58,8 +61,12 @@ class Figure(mpl.figure.Figure):
     def _ipython_display_(self) -> None:
         from IPython.display import Image, display
 
-        dpi = SCREEN_DPI * (0.5 if any(axes.images for axes in self.axes) else 1)
+        dpi = SCREEN_DPI * (0.5 if _images(self) else 1)
         display(Image(_png(self, dpi), format="png", width=round(130 * self.get_figwidth())))
+
+
+def _images(figure: mpl.figure.Figure) -> bool:
+    return any(axes.images for axes in figure.axes)
 
 
 def minus(text: str) -> str:
@@ -169,8 +176,8 @@ def distributions(axes: Axes, parts: Mapping[str, pd.DataFrame], column: str, *,
         axes.hist(part[column], edges, weights=weights, histtype="stepfilled", label=label, **style)
         top, rug = -0.03 * (level + 1), {"color": look.color, "linewidth": 0.5, "clip_on": False}
         axes.vlines(part[column], top - 0.025, top, transform=axes.get_xaxis_transform(), **rug)
-    axes.tick_params(axis="x", length=2, pad=8)
-    axes.set(xlabel=xlabel, ylabel="prompts of a kind")
+    axes.tick_params(axis="x", length=2, pad=2 + 3.6 * len(parts))
+    axes.set(xlabel=xlabel, ylabel="share of a kind")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
@@ -191,17 +198,24 @@ def points(axes: Axes, table: pd.DataFrame, x: str, y: str) -> None:
         look = ROLES[kind]
         spread = np.resize(np.linspace(-0.12, 0.12, 7), len(part))
         across = part[x].map(order.index) + place + spread
-        axes.plot(across, part[y], **look.line_style(linestyle="", markersize=2, alpha=0.7, markeredgewidth=0))
+        style = {"linestyle": "", "markersize": 2, "alpha": 0.7, "markeredgewidth": 0}
+        axes.plot(across, part[y], **look.line_style(label=f"{look.label}, n = {len(part)}", **style))
     axes.set_xticks(range(len(order)), [str(value) for value in order])
 
 
 def bars(
     axes: Axes, table: pd.DataFrame, x: str, y: str, *, hue: str = "kind", looks: Mapping[str, Role] = ROLES
 ) -> None:
-    """Draw means of a column as bars over the categories of another, one for each hue, with colours and hatches."""
+    """Draw means of a column as bars over the categories of another, one for each hue; lines: 95 % bootstrap intervals."""
     order = [name for name in looks if name in set(table[hue])]
     palette = {name: looks[name].color for name in order}
-    sns.barplot(table, x=x, y=y, hue=hue, hue_order=order, palette=palette, saturation=1, errorbar=None, edgecolor="white", legend=False, ax=axes)  # fmt: skip
+    look = {
+        "palette": palette,
+        "saturation": 1,
+        "edgecolor": "white",
+        "err_kws": {"linewidth": 2 * LINE, "color": "black"},
+    }
+    sns.barplot(table, x=x, y=y, hue=hue, hue_order=order, errorbar=("ci", 95), seed=0, legend=False, ax=axes, **look)
     for drawn, name in zip(axes.containers, order, strict=True):
         drawn.set_label(looks[name].label)
         mpl.artist.setp(drawn, hatch=looks[name].hatch)
@@ -212,10 +226,12 @@ def before_after(axes: Axes, table: pd.DataFrame, name: str) -> None:
     columns = [f"{name}_before", f"{name}_after"]
     parts = of_kinds(table, MEMORIZED)
     for kind, part in parts.items():
-        axes.plot(part[columns[0]], part[columns[1]], **ROLES[kind].line_style(linestyle="", markeredgewidth=0))
+        look = ROLES[kind].line_style(linestyle="", markeredgewidth=0)
+        axes.plot(part[columns[0]], part[columns[1]], **look | {"label": f"{look['label']}, n = {len(part)}"})
     low = min(0.0, float(np.nanmin(pd.concat(parts.values())[columns])) - 0.05)
     axes.plot([low, 1], [low, 1], color="0.6", linestyle=":", linewidth=0.8)
     axes.set(xlim=(low, 1.02), ylim=(low, 1.02), aspect="equal")
+    axes.locator_params(nbins=5)
     axes.set(xlabel="all neurons active", ylabel="its neurons deactivated")
 
 
@@ -250,7 +266,7 @@ def intervals(figure: Figure, axes: Sequence[Axes], table: pd.DataFrame) -> None
             panel.hlines(rows, part[f"{metric}_low"], part[f"{metric}_high"], color=look.color, linewidth=1)
             for name, style in zip((metric, f"{metric}_paper"), look.beside_paper(part, linestyle=""), strict=True):
                 panel.plot(part[name], rows, **style)
-        panel.set_title(METRICS[metric])
+        panel.set(title=METRICS[metric], xticks=[0, 0.5, 1])
         panel.grid(axis="x", alpha=0.4)
         if place == 0:
             panel.set_yticks(range(len(names)), ["\n".join(textwrap.wrap(minus(name), 24)) for name in names])
@@ -370,11 +386,11 @@ def _label(axes: Axes, text: str, place: tuple[float, float], **style: Any) -> N
 
 
 def files_of(figure: mpl.figure.Figure) -> dict[str, bytes]:
-    """Return a figure as PDF, for print, and as PNG of 300 dpi, for a screen; the same figure gives the same bytes."""
-    buffer = io.BytesIO()
+    """Return a figure as PDF, for print, and as PNG, for a screen; the same figure gives the same bytes."""
+    buffer, dpi = io.BytesIO(), IMAGES_DPI if _images(figure) else FILE_DPI
     with mpl.rc_context({"pdf.fonttype": 42, "savefig.bbox": None}):
-        figure.savefig(buffer, format="pdf", dpi=300, metadata={"CreationDate": None})
-    return {"pdf": buffer.getvalue(), "png": _png(figure, 300)}
+        figure.savefig(buffer, format="pdf", dpi=dpi, metadata={"CreationDate": None})
+    return {"pdf": buffer.getvalue(), "png": _png(figure, dpi)}
 
 
 def _png(figure: mpl.figure.Figure, dpi: float) -> bytes:

@@ -360,8 +360,9 @@ def one_of_each(run: Run, prompts: Sequence[str], settings: Mapping[str, Sequenc
 
 
 @exhibit(
-    "", "one image of each setting", "All of one seed. Planted: the image of the training data that the prompt replays."
-)
+    "", "one image of each setting",
+    "All of one seed. Planted: the image of the training data that the prompt replays; initial: NeMo's initial selection.",
+)  # fmt: skip
 def mitigation_images(mitigation_images: Grid, deactivation: pd.DataFrame) -> Figure:
     """Return the grid of `one_of_each` with short names."""
     named = replace(mitigation_images, columns=tuple(map(short, mitigation_images.columns)))
@@ -582,6 +583,7 @@ def unmemorized_unharmed(unmemorized_images: pd.DataFrame) -> Figure:
             for end, look in looks.items():
                 place.plot(values[f"{name}_before"], values[f"{name}_{end}"], **look.line_style(linestyle=""))
             place.set(xlim=limits, ylim=limits, aspect="equal", title=plots.METRICS[name], xlabel=NONE)
+            place.locator_params(nbins=4)
         axes[0].set_ylabel("neurons off")
         legend_below(figure, columns=1)
     return figure

@@ -241,7 +241,10 @@ UNMEMORIZED = "unmemorized.without_neurons", "prompts.unmemorized"
 
 
 def read_counts(neuron_counts: pd.DataFrame) -> Iterator[Claim]:
-    """Yield whether unmemorized prompts have no neurons."""
+    """Yield how many searches reach the threshold, and whether unmemorized prompts have no neurons."""
+    table = neuron_counts.set_index("kind")
+    reached = each_kind((table["reached"].map(str) + " of " + table["prompts"].map(str)).get, table.index)
+    yield Claim("searches whose initial selection reaches the threshold", reached, rule="the paper gives no number")
     clean = neuron_counts[neuron_counts["kind"] == "unmemorized"]
     if len(clean):
         without, prompts = clean.iloc[0][["without_neurons", "prompts"]]
@@ -334,11 +337,16 @@ def figure_7(localization: pd.DataFrame) -> Figure:
     return counts_figure(localization, STAGES)
 
 
-def layer_means(found: pd.DataFrame) -> pd.DataFrame:
-    """Return the mean number of neurons per prompt by kind (VM, TM: rows) and value layer from 1 (columns)."""
+def layer_counts(found: pd.DataFrame) -> pd.DataFrame:
+    """Return the neurons of each VM and TM prompt by value layer from 1 (columns); the index is the kind."""
     chosen = memorized(found)
     counts = pd.DataFrame([item.counts for item in neuron_sets(chosen)], index=chosen["kind"])
-    return counts.groupby("kind", sort=False).mean().rename(columns=lambda layer: layer + 1)
+    return counts.rename(columns=lambda layer: layer + 1)
+
+
+def layer_means(found: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean number of neurons per prompt by kind (VM, TM: rows) and value layer from 1 (columns)."""
+    return layer_counts(found).groupby("kind", sort=False).mean()
 
 
 def read_4b(localization: pd.DataFrame) -> Iterator[Claim]:
@@ -348,21 +356,22 @@ def read_4b(localization: pd.DataFrame) -> Iterator[Claim]:
     first = means[[1, 2]].sum(axis=1) / means.sum(axis=1)
     ours, n = each_kind(lambda kind: f"{first[kind]:.0%}"), each_kind(localization["kind"].value_counts().get)
     theirs = "VM mostly in the first layers; heights of the bars are not known"
-    vm = np.array([item.counts for item in neuron_sets(memorized(localization).query("kind == 'vm'"))])
+    vm = layer_counts(localization).loc["vm"]
     ends = f"VM {drawn_interval(lambda counts: counts[:, :2].sum() / max(1, counts.sum()), vm)}"
     size = {"at_least": 0.5, "ours": ours, "paper": theirs, "n": n, "interval": ends}
     yield effect("neurons of VM prompts lie in the first layers", first["vm"], "share in value layers 1 and 2", **size)
 
 
 @exhibit("Figure 4b", "memorization neurons per value layer",
-    "Mean number per prompt. Layers 1 and 2 lie in the first down block, 7 in the mid block.", read=read_4b)  # fmt: skip
+    "Mean number per prompt, with its 95 % bootstrap interval. Layers 1 and 2 lie in the first down block, 7 in the mid block.",
+    read=read_4b)  # fmt: skip
 def figure_4b(localization: pd.DataFrame) -> Figure:
     of_kinds(localization[localization["neuron_count"] > 0], "localization (prompts with neurons)", *MEMORIZED)
-    means = layer_means(localization).rename_axis(columns="layer").stack().rename("mean").reset_index()
+    counts = layer_counts(localization).rename_axis(columns="layer").stack().rename("neurons").reset_index()
     with plots.panels(fraction=0.5, aspect=0.75) as (figure, axes):
-        plots.bars(axes, means, "layer", "mean")
+        plots.bars(axes, counts, "layer", "neurons")
         n = each_kind(memorized(localization)["kind"].value_counts().get)
-        axes.set(xlabel=f"value layer (prompts: {n})", ylabel="neurons per prompt (mean)")
+        axes.set(xlabel=f"value layer (prompts: {n})", ylabel="neurons per prompt")
         plots.legend_above(axes)
     return figure
 
@@ -379,14 +388,15 @@ def neuron_z_scores(run: Run, found: pd.DataFrame) -> pd.DataFrame:
 
 
 @exhibit("", "z-scores of the memorization neurons",
-    "A point is a neuron of a prompt; those within the grey band were chosen for their large activation alone.")  # fmt: skip
+    "A point is a neuron of a prompt (n: their number), in standard deviations; those within the grey band were chosen for their "
+    "large activation alone.")  # fmt: skip
 def neuron_z(neuron_z: pd.DataFrame) -> Figure:
     table, theta = pd.concat(of_kinds(neuron_z, "neuron_z", *MEMORIZED).values()), SearchSettings().theta_min
     with plots.panels(fraction=0.6, aspect=0.65) as (figure, axes):
         plots.points(axes, table, "layer", "z")
         axes.axhspan(-theta, theta, color="0.9", zorder=0)
-        n = each_kind(table["kind"].value_counts().get)
-        axes.set(xlabel=f"value layer (neurons: {n})", ylabel="z-score of the neuron")
+        n = each_kind(table.groupby("kind")["prompt"].nunique().get)
+        axes.set(xlabel=f"value layer (prompts: {n})", ylabel="z of a neuron (sd)")
         plots.legend_above(axes)
     return figure
 
@@ -538,6 +548,12 @@ def example_prompts(change: pd.DataFrame, kind: str, number: int) -> list[str]:
     return part.loc[drop.index[np.unique(places)], "prompt"].tolist()
 
 
+def typical_prompt(change: pd.DataFrame) -> str:
+    """Return the VM prompt whose copy similarity without its neurons is the median, the lower of two in the middle."""
+    vm = change[change["kind"] == "vm"].sort_values("copy_after", kind="stable")
+    return vm["prompt"].iloc[max(0, vm["copy_after"].count() - 1) // 2]
+
+
 def read_3(figure_3: Grid, deactivation: pd.DataFrame) -> Iterator[Claim]:
     """Yield how far the prompts that are shown lose their planted image."""
     chosen = deactivation.set_index("prompt").loc[list(figure_3.rows)]
@@ -570,9 +586,10 @@ def read_scores(deactivation: pd.DataFrame, search_steps: pd.DataFrame) -> Itera
     theirs = each_kind(lambda kind: " to ".join(paper.median(name, kind, "sscd_orig") for name in both))
     scale = "another descriptor: not on one scale"
     yield Claim("similarity to the planted image (medians)", change("copy"), theirs, rule=scale)
-    above = deactivation["score_after"] > search_steps["threshold"].iloc[0]
+    above = (deactivation["score_after"] > search_steps["threshold"].iloc[0]).groupby(deactivation["kind"])
     rule = "it says whether seeds agree, not on what: see the similarity of two images of a prompt"
-    yield Claim("prompts whose score stays above the threshold", f"{above.sum()} of {len(above)}", rule=rule)
+    ours = each_kind((above.sum().map(str) + " of " + above.size().map(str)).get)
+    yield Claim("prompts whose score stays above the threshold", ours, rule=rule)
     unknown = deactivation["seeds_before"].isna().all()
     diverse = "not known with one image per prompt" if unknown else change("seeds")
     yield Claim("similarity of two images of a prompt (medians)", diverse)
@@ -586,8 +603,8 @@ def scores_before_after(deactivation: pd.DataFrame, search_steps: pd.DataFrame) 
     with plots.panels(1, 2, aspect=0.5) as (figure, axes):
         for place, name in zip(axes, ("score", "copy"), strict=True):
             plots.before_after(place, deactivation, name)
-        axes[0].set_title(f"memorization score, n = {len(deactivation)}")
-        axes[1].set_title(f"similarity to the planted image, n = {deactivation['copy_after'].notna().sum()}")
+        axes[0].set_title("memorization score")
+        axes[1].set_title("similarity to the planted image")
         plots.threshold(axes[0], float(search_steps["threshold"].iloc[0]), horizontal=True)
         axes[0].legend(loc="upper left")
     return figure

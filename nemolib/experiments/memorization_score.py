@@ -218,7 +218,8 @@ def detection_table(detection: pd.DataFrame) -> pd.DataFrame:
 
 
 @exhibit("", "detection along the duplication ladder",
-    "AUROC of each score: the prompts of a rung against the unmemorized ones. Dotted: chance.")  # fmt: skip
+    "AUROC of each score: the prompts of a rung against the unmemorized ones, without intervals, since a rung has few prompts. "
+    "Dotted: chance.")  # fmt: skip
 def detection_by_copies(scores: pd.DataFrame) -> Figure:
     ladder, clean = of_kinds(scores, "scores", "ladder", "unmemorized").values()
     rungs = ladder.groupby("copies")
@@ -229,7 +230,8 @@ def detection_by_copies(scores: pd.DataFrame) -> Figure:
             axes.plot(quality.index, quality, style, color=color, label=label)
         axes.set_xscale("log", base=2)
         axes.set_xticks(quality.index, [f"{copies:g}" for copies in quality.index])
-        axes.set(xlabel=f"copies in training (n = {len(ladder)}, unmemorized {len(clean)})", ylabel="AUROC")
+        n = "n = {} to {}".format(*rungs.size().agg(["min", "max"]))
+        axes.set(xlabel=f"copies in training ({n}, unmemorized {len(clean)})", ylabel="AUROC")
         plots.legend_above(axes)
     return figure
 
@@ -298,7 +300,8 @@ def read_2b(z_by_neuron: pd.DataFrame) -> Iterator[Claim]:
 
 
 @exhibit("Figure 2b", "z-scores in value layer 1",
-    "Largest absolute z-score of each neuron over the VM prompts and over as many unmemorized ones.", read=read_2b)  # fmt: skip
+    "Largest absolute z-score of each neuron, in standard deviations, over the VM prompts and over as many unmemorized ones.",
+    read=read_2b)  # fmt: skip
 def figure_2b(z_by_neuron: pd.DataFrame) -> Figure:
     parts = of_kinds(z_by_neuron[z_by_neuron["layer"] == 1], "z_by_neuron", "unmemorized", "vm")
     with plots.panels(fraction=0.6) as (figure, axes):
@@ -306,7 +309,7 @@ def figure_2b(z_by_neuron: pd.DataFrame) -> Figure:
             look = plots.ROLES[kind]
             axes.vlines(rows["neuron"], 0, rows["largest_z"], color=look.color, linewidth=0.4, alpha=0.5)
             axes.plot(rows["neuron"], rows["largest_z"], **look.line_style(linestyle=""))
-        axes.set(xlabel="neuron of value layer 1", ylabel=r"largest $|z|$ (standard deviations)")
+        axes.set(xlabel=f"neuron of value layer 1 (n = {len(rows)})", ylabel=r"largest $|z|$ (sd)")
         axes.set_ylim(bottom=0)
         plots.legend_above(axes)
     return figure
@@ -321,7 +324,7 @@ def read_z_by_layer(z_by_prompt: pd.DataFrame) -> Iterator[Claim]:
 
 
 @exhibit("", "largest z-score of a prompt in each value layer",
-    "Median over prompts; bars from the first to the third quartile.", read=read_z_by_layer)  # fmt: skip
+    "In standard deviations: median over prompts; bars from the first to the third quartile.", read=read_z_by_layer)  # fmt: skip
 def z_by_layer(z_by_prompt: pd.DataFrame) -> Figure:
     parts = of_kinds(z_by_prompt, "z_by_prompt", *reversed(KINDS))
     with plots.panels(fraction=0.6) as (figure, axes):
@@ -329,9 +332,11 @@ def z_by_layer(z_by_prompt: pd.DataFrame) -> Figure:
         for shift, (kind, rows) in zip((-0.15, 0, 0.15), parts.items(), strict=True):
             ends = rows.groupby("layer")["largest_z"].quantile([0.25, 0.5, 0.75]).unstack()
             bars = ends[0.5] - ends[0.25], ends[0.75] - ends[0.5]
-            axes.errorbar(ends.index + shift, ends[0.5], yerr=bars, **plots.ROLES[kind].line_style())
+            look = plots.ROLES[kind]
+            label = f"{look.label}, n = {rows['caption'].nunique()}"
+            axes.errorbar(ends.index + shift, ends[0.5], yerr=bars, **look.line_style(label=label))
         axes.set_xticks(sorted(z_by_prompt["layer"].unique()))
-        axes.set(xlabel="value layer", ylabel=r"largest $|z|$ (standard deviations)")
+        axes.set(xlabel="value layer", ylabel=r"largest $|z|$ (sd)")
         axes.set_ylim(bottom=0)
         plots.legend_above(axes)
     return figure
@@ -402,14 +407,14 @@ def read_ladder(ladder: pd.DataFrame) -> Iterator[Claim]:
 
 
 @exhibit("", "memorization against copies in training",
-    "Copy similarity (left, median over seeds) and memorization score (right). Points: prompts; line: median of a "
-    "rung.", read=read_ladder)  # fmt: skip
+    "Copy similarity (left, median over seeds) and memorization score (right). Points: prompts; line: median of a rung. A regular "
+    "caption counts as one copy.", read=read_ladder)  # fmt: skip
 def duplication_ladder(ladder: pd.DataFrame, thresholds: pd.DataFrame) -> Figure:
     known, look = of_kinds(ladder, "ladder", "ladder", column="copy_similarity")["ladder"], plots.ROLES["ladder"]
     with plots.panels(1, 2, aspect=0.38) as (figure, axes):
         for place, (column, text) in zip(axes, RUNGS.items(), strict=True):
             plots.rungs(place, known, column, look=look, label="median of a rung")
-            place.set(xlabel="copies in training (regular caption = 1)", ylabel=text)
+            place.set(xlabel=f"copies in training, n = {len(known)} prompts", ylabel=text)
         plots.threshold(axes[1], thresholds["tau"].iloc[0], horizontal=True)
         for place in axes:
             plots.legend_above(place, columns=3)

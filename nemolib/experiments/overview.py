@@ -90,15 +90,25 @@ def figure_1(
     return figure
 
 
+def read_opening(opening: Grid, deactivation: pd.DataFrame) -> Iterator[Claim]:
+    """Yield what is left of this image, and of those of all VM prompts."""
+    vm = deactivation[deactivation["kind"] == "vm"]
+    before, after = vm.set_index("prompt").loc[opening.rows[0], ["copy_before", "copy_after"]]
+    others = "of all {} VM prompts {:.2f} to {:.2f}".format(len(vm), *vm["copy_after"].agg(["min", "max"]))
+    yield Claim("copy similarity of this prompt, with and without its neurons", f"{before:.2f} and {after:.2f}; {others}")
+
+
 @exhibit("", "a memorized image, and the same seeds without its neurons",
     "First the image that was planted under the caption on the left, then what the model makes of the caption from different seeds; below, the "
-    "same seeds with the memorization neurons of the caption deactivated.")  # fmt: skip
-def opening(overview: pd.DataFrame, overview_images: Grid) -> Figure:
-    planted, *halves = (_group(overview_images, name) for name in (PLANTED, *WITH_AND_WITHOUT))
+    "same seeds with the memorization neurons of the caption deactivated. Of the VM prompts this is the one whose copy similarity without "
+    "its neurons is the median: half of them keep less, half of them more.", read=read_opening)  # fmt: skip
+def opening(opening: Grid, deactivation: pd.DataFrame) -> Figure:
+    planted, *halves = (_group(opening, name) for name in (PLANTED, *WITH_AND_WITHOUT))
     if not len(planted):
-        raise NotEnough("image grid 'overview_images' has no planted image")
+        raise NotEnough("image grid 'opening' has no planted image")
     images = [np.concatenate(part) for part in zip((planted, 0 * planted + 255), halves, strict=True)]
-    rows = f"“{overview_images.rows[0]}”", f"{_counted(overview['refined'].sum(), 'neuron')} off"
+    number = deactivation.set_index("prompt").loc[opening.rows[0], "neuron_count"]
+    rows = f"“{opening.rows[0]}”", f"{_counted(number, 'neuron')} off"
     seeds = [f"seed {number + 1}" for number in range(len(halves[0]))]
     return image_grid(Grid(np.stack(images), rows, ("planted image", *seeds)))
 

@@ -246,6 +246,8 @@ def statistics(statistics: pd.DataFrame) -> Figure:
             place.plot(table["across"], table[column], ".", color="0.7", markersize=1)
             place.plot(named["across"], named[column], "o", color=color, markersize=3)
             for neuron, *at in named[["neuron", "across", column]].itertuples(index=False):
-                place.annotate(f"#{neuron}", at, (3, 2), textcoords="offset points", size=plots.TICK_SIZE, color=color)
+                box = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5}
+                style = {"size": plots.TICK_SIZE, "color": color, "bbox": box}
+                place.annotate(f"#{neuron}", at, (4, 3), textcoords="offset points", **style)
             place.set(xlabel="value layer", ylabel=f"activation ({text})", yscale="log", xticks=range(1, 8))
     return figure

@@ -535,7 +535,7 @@ def _plus_minus(mean: float, deviation: float, sign: str = "") -> str:
     "Figure 5a", "image quality against the number of blocked neurons",
     "Distance of images of unmemorized prompts from other images of the untouched model; bars: mean ± one standard deviation over "
     "splits of the seeds (and draws of random neurons). Dotted, with its band: the untouched model compared with itself. With few images "
-    "the distances are far too large: only points of one panel can be compared.",
+    "the distances are far too large: only points of one panel can be compared. KID can be below 0, since both halves have the same prompts.",
     read=read_quality,
 )  # fmt: skip
 def figure_5a(blocked_quality: pd.DataFrame) -> Figure:
@@ -650,7 +650,8 @@ def _draw_layers(effects: pd.DataFrame, parts: list[str], chosen: list[str]) -> 
             place.set_xlabel("cross-attention layer" if part in STRONG else "convolution of the down blocks")
             place.set_ylabel("" if part == "key" else plots.METRICS[metric])
             place.set_title(f"n = {effects['prompt'].nunique()} prompts", fontsize=plots.TICK_SIZE, loc="right", pad=14)
-            place.set_title(f"{part} layers set to zero" if part in STRONG else "", pad=14, loc="left")
+            title = f"{part} layers set to zero" if part in STRONG else "half of it blocked"
+            place.set_title(title, pad=14, loc="left")
         plots.legend_below(figure)
     return figure
 
@@ -686,12 +687,12 @@ ONE_SEED = (
 
 @exhibit("Figure 18", "images with each value layer set to zero", ONE_SEED)
 def figure_18(figure_18: Grid) -> Figure:
-    return plots.image_grid(figure_18)
+    return _layer_images(figure_18)
 
 
 @exhibit("Figure 19", "images with each key layer set to zero", ONE_SEED)
 def figure_19(figure_19: Grid) -> Figure:
-    return plots.image_grid(figure_19)
+    return _layer_images(figure_19)
 
 
 @exhibit("Figure 20", "images with half of each convolution blocked", f"{ONE_SEED} Some of the layers, evenly spread.")
@@ -700,7 +701,11 @@ def figure_20(figure_20: Grid) -> Figure:
     layers = range(2, len(figure_20.columns))
     places = [0, 1, *spread(layers, 6)]
     columns = tuple(figure_20.columns[place] for place in places)
-    return plots.image_grid(replace(figure_20, images=figure_20.images[:, places], columns=columns))
+    return _layer_images(replace(figure_20, images=figure_20.images[:, places], columns=columns))
+
+
+def _layer_images(grid: Grid) -> Figure:
+    return plots.image_grid(grid, kinds=dict.fromkeys(grid.rows, "vm"))
 
 
 # Exercises of notebook 05

@@ -83,7 +83,7 @@ class Claim:
 
     def __str__(self) -> str:
         """Return it as a sentence, with the paper's number and the verdict where there are any."""
-        ours = f"{self.ours} (95 %: {self.interval})" if self.interval else self.ours
+        ours = f"{self.ours} (interval: {self.interval})" if self.interval else self.ours
         parts = (
             [f"{self.text}: {ours}"] + [f"paper: {self.paper}"] * bool(self.paper) + [f"n = {self.n}"] * bool(self.n)
         )

@@ -13,12 +13,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from nemolib import paper, paths, plots
+from nemolib import paper, plots
 from nemolib.blocked_score import BlockedScore
 from nemolib.exhibits import (
     KINDS,
     Claim,
-    NotEnough,
     drawn_interval,
     each_kind,
     effect,
@@ -42,7 +41,7 @@ from nemolib.refinement import RefinementTest
 from nemolib.selection import SelectionStep, initial_selection
 from nemolib.settings import SearchSettings
 from nemolib.similarity import max_pairwise, pairwise
-from nemolib.store import Grid, read_table
+from nemolib.store import Grid
 
 if TYPE_CHECKING:
     import torch
@@ -243,7 +242,7 @@ UNMEMORIZED = "unmemorized.without_neurons", "prompts.unmemorized"
 def read_counts(neuron_counts: pd.DataFrame) -> Iterator[Claim]:
     """Yield how many searches reach the threshold, and whether unmemorized prompts have no neurons."""
     table = neuron_counts.set_index("kind")
-    reached = each_kind((table["reached"].map(str) + " of " + table["prompts"].map(str)).get, table.index)
+    reached = each_kind((table["reached"].map(str) + " of " + table["prompts"].map(str)).get)
     yield Claim("searches whose initial selection reaches the threshold", reached, rule="the paper gives no number")
     clean = neuron_counts[neuron_counts["kind"] == "unmemorized"]
     if len(clean):
@@ -639,42 +638,3 @@ def highly_memorized(deactivation: pd.DataFrame) -> pd.DataFrame:
     shown = rest[["prompt", "kind", "neuron_count"]].join(rest[columns].map("{:.2f}".format))
     shown = shown.assign(kind=rest["kind"].map(KINDS)).rename(columns={"neuron_count": "neurons"})
     return shown.rename(columns=lambda name: name.replace("_", " "))
-
-
-# 4. A model whose memorization is spread out
-
-PLAIN_QUANTITIES = {
-    "density": "density of values",
-    "largest_z": "largest |z| of a layer",
-    "initial_count": "neurons, initial selection",
-    "neuron_count": "neurons, after refinement",
-    "reached_share": "searches that reached tau",
-    "copy_similarity": "copy similarity, neurons active",
-    "copy_similarity_deactivated": "copy similarity, neurons off",
-}
-"""What is compared, in the order of the rows, and how it is called."""
-
-
-def plain_table(run: Run) -> pd.DataFrame:
-    """Return what is known of the model that was trained without sparse values, beside the shipped one.
-
-    The table lies beside the profile's model: ``plain_model.csv``, written by `make train`.
-
-    Returns:
-        Columns model (sparse or plain), kind, quantity, value; without rows if the profile's model has no such table.
-    """
-    path = paths.resolve(run.profile.model).parent / "plain_model.csv"
-    return read_table(path) if path.is_file() else pd.DataFrame(columns=["model", "kind", "quantity", "value"])
-
-
-@exhibit("", "where memorization sits in a model trained without sparse values",
-    "Medians of a few prompts of each kind. Same data and schedule; the shipped model (sparse) was trained with a term that makes "
-    "value activations sparse, the other (plain) without.")  # fmt: skip
-def show_plain_model(plain_model: pd.DataFrame) -> pd.DataFrame:
-    if plain_model.empty:
-        raise NotEnough("no model without sparse values was trained beside this one")
-    rows = plain_model[plain_model["quantity"].isin(PLAIN_QUANTITIES) & plain_model["kind"].isin(KINDS)]
-    table = rows.pivot(index="quantity", columns=["kind", "model"], values="value")
-    table = table.reindex(PLAIN_QUANTITIES).rename(PLAIN_QUANTITIES).map("{:.3g}".format).replace("nan", "")
-    table.columns = [f"{KINDS[kind]}, {model}" for kind, model in table.columns]
-    return table.reset_index()

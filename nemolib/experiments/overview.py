@@ -95,7 +95,9 @@ def read_opening(opening: Grid, deactivation: pd.DataFrame) -> Iterator[Claim]:
     vm = deactivation[deactivation["kind"] == "vm"]
     before, after = vm.set_index("prompt").loc[opening.rows[0], ["copy_before", "copy_after"]]
     others = "of all {} VM prompts {:.2f} to {:.2f}".format(len(vm), *vm["copy_after"].agg(["min", "max"]))
-    yield Claim("copy similarity of this prompt, with and without its neurons", f"{before:.2f} and {after:.2f}; {others}")
+    yield Claim(
+        "copy similarity of this prompt, with and without its neurons", f"{before:.2f} and {after:.2f}; {others}"
+    )
 
 
 @exhibit("", "a memorized image, and the same seeds without its neurons",

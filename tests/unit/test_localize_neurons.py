@@ -164,13 +164,6 @@ def test_tables_have_the_papers_numbers_in_the_same_cell(table):
     assert cost["VM: UNet evaluations"].tolist() == ["10", "20", "30", "40", "100"]
 
 
-def test_two_models_side_by_side():
-    rows = [(model, kind, "density", value) for model, kind, value in (("plain", "vm", 0.5), ("sparse", "vm", 0.1234))]
-    shown = search.show_plain_model(pd.DataFrame(rows, columns=["model", "kind", "quantity", "value"]))
-    assert shown.loc[0].tolist() == ["density of values", "0.5", "0.123"]
-    assert shown.loc[1:, "VM, plain"].eq("").all()
-
-
 def test_cost(table):
     table.loc[0, "evaluations_A4"] = 80
     cost = search.cost_table(table).set_index(["kind", "algorithm"])
@@ -251,12 +244,13 @@ def test_prompts_that_stay_memorized_and_examples(changed):
     assert search.example_prompts(changed, "ladder", 2) == []
 
 
-def test_the_table_beside_a_model(run, tmp_path):
-    other = Run(replace(run.profile, model=str(tmp_path / "model")), run.pipe, store=run.store)
-    assert list(search.plain_table(other)) == ["model", "kind", "quantity", "value"]
-    assert search.plain_table(other).empty
-    (tmp_path / "plain_model.csv").write_text("model,kind,quantity,value\nplain,vm,density,0.5\n")
-    assert search.plain_table(other)["value"].tolist() == [0.5]
+@pytest.mark.parametrize(
+    ("copies", "typical"), [([0.1, 0.4, 0.2], "p2"), ([0.1, 0.4, 0.2, 0.3], "p2"), ([np.nan] * 2, "p0")]
+)
+def test_the_prompt_that_stands_for_all(copies, typical):
+    table = pd.DataFrame({"kind": "vm", "prompt": [f"p{i}" for i in range(len(copies))], "copy_after": copies})
+    other = pd.DataFrame({"kind": "tm", "prompt": ["t"], "copy_after": [0.2]})
+    assert search.typical_prompt(pd.concat([other, table])) == typical
 
 
 def counts(vm, tm):

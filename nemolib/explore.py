@@ -210,11 +210,18 @@ def panel(run: Run, prompts: Sequence[Found], settings: GenerationSettings) -> V
 
     look = {"style": {"description_width": "10em"}, "layout": {"width": "40em"}}
     slider = look | {"continuous_update": False}
+    # The handle of a slider has no name that a screen reader could say. A field and a list have, and move the slider too.
     prompt = widgets.Dropdown(options=[(item.prompt, item) for item in prompts], description="prompt", **look)
     off = widgets.IntSlider(max=len(prompts[0].order), description="neurons", **slider)
+    number = widgets.BoundedIntText(max=off.max, description="neurons, typed", **look)
     factor = widgets.SelectionSlider(options=FACTORS, value=0.0, description="their values times", **slider)
+    times = widgets.Dropdown(options=FACTORS, value=0.0, description="times, chosen", **look)
+    for name in ("max", "value"):
+        widgets.link((off, name), (number, name))
+    widgets.link((factor, "value"), (times, "value"))
     seed = widgets.BoundedIntText(settings.seed, max=9999, description="base seed", **look)
-    samples = widgets.IntSlider(settings.samples, min=1, max=settings.samples, description="seeds", **slider)
+    samples = widgets.Dropdown(options=range(1, settings.samples + 1), description="seeds", **look)
+    samples.value = settings.samples
     shown = widgets.HTML()
 
     def draw(_: Any = None) -> None:
@@ -223,8 +230,8 @@ def panel(run: Run, prompts: Sequence[Found], settings: GenerationSettings) -> V
         now = frame(run, prompt.value, off.value, factor.value, settings=chosen)
         box.still, shown.value = (rendered("frame.html", frame=now, still=still) for still in (True, False))
 
-    box = Panel([prompt, off, factor, seed, samples, shown])
-    for control in box.children[:-1]:
+    box = Panel([prompt, off, number, factor, times, seed, samples, shown])
+    for control in (prompt, off, factor, seed, samples):
         control.observe(draw, "value")
     draw()
     return box

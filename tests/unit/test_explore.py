@@ -119,7 +119,7 @@ def test_large_images_are_made_smaller():
 
 def test_sliders_of_a_notebook_change_what_is_shown(run, found):
     box = explore.panel(run, found, run.profile.generation)
-    prompt, off, factor, seed, samples, shown = box.children
+    prompt, off, number, factor, times, seed, samples, shown = box.children
     first, most = shown.value, len(found[0].order)
     assert f"0 of {most} neurons off" in first
     # What a viewer shows that knows no widgets, and trusts no SVG.
@@ -128,19 +128,20 @@ def test_sliders_of_a_notebook_change_what_is_shown(run, found):
     assert "<svg" not in still
     assert still.count("<img") == still.count('alt="') == 3
 
-    off.value = off.max
+    number.value = off.max
     assert f"{most} of {most} neurons off" in shown.value
     assert shown.value.count('class="off"') == most
-    factor.value = -0.5
+    times.value = -0.5
+    assert factor.value == -0.5
     assert f"{most} of {most} neurons times \N{MINUS SIGN}0.5" in shown.value
     before = shown.value
     seed.value += 1
     assert shown.value != before
     samples.value = 1
     prompt.value = min(found, key=lambda item: len(item.order))
-    assert off.value == off.max == len(prompt.value.order)
+    assert off.value == off.max == number.max == len(prompt.value.order)
     assert shown.value.count('class="off"') == off.max
-    for item in (prompt, off, factor, seed, samples):
+    for item in box.children[:-1]:
         assert item.description
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -38,7 +37,7 @@ from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.prompts import MEMORIZED
 from nemolib.refinement import RefinementTest
-from nemolib.selection import SelectionStep, initial_selection
+from nemolib.selection import SelectionStep
 from nemolib.settings import SearchSettings
 from nemolib.similarity import max_pairwise, pairwise
 from nemolib.store import Grid
@@ -49,13 +48,6 @@ if TYPE_CHECKING:
     from nemolib.run import Run
 
 NOTEBOOK = "03_localize_neurons"
-
-EXERCISES = {
-    "03.1": lambda run: lambda answer: abs(answer - _random_score(run)) < 0.1,
-    "03.2": lambda run: _dispensable(run),
-    "03.3": lambda run: _without_top_k(run),
-    "03.4": lambda run: _most_frequent_share(run),
-}
 
 
 def prompt_score(run: Run, prompt: str) -> BlockedScore:
@@ -73,14 +65,8 @@ def prompt_score(run: Run, prompt: str) -> BlockedScore:
 def _followed(run: Run) -> tuple[BlockedScore, NeuronSet]:
     """Return the score of the prompt that the notebook searches by hand, and the neurons that it kept."""
     table = run.load("overview")
-    pairs = zip(table["layer"] - 1, table["neuron"], table["refined"], strict=True)
-    kept = NeuronSet.of([(layer, neuron) for layer, neuron, kept in pairs if kept], layers=len(run.statistics.widths))
-    return prompt_score(run, table["prompt"].iloc[0]), kept
-
-
-def _random_score(run: Run) -> float:
-    score, kept = _followed(run)
-    return score(random_neurons(kept, run.statistics.widths, seed=0))
+    pairs = table.loc[table["refined"], ["layer", "neuron"]].sub([1, 0]).itertuples(index=False, name=None)
+    return prompt_score(run, table["prompt"].iloc[0]), NeuronSet.of(pairs, layers=len(run.statistics.widths))
 
 
 def _dispensable(run: Run) -> int:
@@ -92,24 +78,29 @@ def _dispensable(run: Run) -> int:
 
 def _without_top_k(run: Run) -> list[float]:
     """Return the theta at which the initial selection ends that takes no neuron for its activation alone, and its size."""
-    prompt = run.load("overview")["prompt"].iloc[0]
-    activations = [layer.cpu() for layer in value_activations(run.pipe.unet, embed(run.pipe, [prompt]))]
-    z = [layer[0] for layer in z_scores(run.statistics, activations)]
-    search, limits = (
-        replace(run.profile.search, k_step=0),
-        {"threshold": run.threshold, "protocol": run.profile.protocol},
-    )
-    found = initial_selection(
-        z, [layer[0] for layer in activations], prompt_score(run, prompt), search=search, **limits
-    )
-    return [found.steps[-1].theta, len(found.neurons)]
+    (found,) = run.search([run.load("overview")["prompt"].iloc[0]], search=replace(run.profile.search, k_step=0))
+    return [found.theta, len(found.initial)]
 
 
 def _most_frequent_share(run: Run) -> float:
     """Return the share of the VM prompts that have the most frequent neuron of value layer 1."""
-    vm = of_kinds(run.load("localization"), "localization", "vm")["vm"]
-    counts = Counter(neuron for neurons in neuron_sets(vm) for neuron in neurons.layers[0])
-    return max(counts.values(), default=0) / len(vm)
+    vm = run.load("localization").query("kind == 'vm'")
+    counts = pd.Series([neuron for found in neuron_sets(vm) for neuron in found.layers[0]], dtype=int).value_counts()
+    return counts.iloc[:1].sum() / len(vm)
+
+
+def _random_score(run: Run) -> float:
+    score, kept = _followed(run)
+    return score(random_neurons(kept, run.statistics.widths, seed=0))
+
+
+EXERCISES = {
+    "03.1": lambda run: lambda answer: abs(answer - _random_score(run)) < 0.1,
+    "03.2": _dispensable,
+    "03.3": _without_top_k,
+    "03.4": _most_frequent_share,
+}
+"""The right answers (`nemolib.exercises.check`)."""
 
 
 # 1. One prompt by hand

@@ -1,14 +1,15 @@
 """Is it gone? An embedding is looked for that brings a memorized image back from a repaired model.
 
 with nemolib.deactivate(pipe, neurons):
-    attack = dori(pipe, image, start=None, steps=(10, 50))
-    images = images_of(pipe, attack.embeddings[-1])
+    found = dori(pipe, [image], steps=(10, 50)).embeddings[-1, 0]
+    with standing_for(pipe, {"found": found}):
+        images = nemolib.generate(pipe, ["found"])
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,11 @@ import torch
 from torch import Tensor
 
 from nemolib.beyond.denoising import Denoising, signal_and_noise
-from nemolib.generation import generate
-from nemolib.layers import finite, placement, scale_neurons
-from nemolib.mitigation import Mitigation
+from nemolib.generation import drawing
+from nemolib.layers import finite, scale_neurons, widths
+from nemolib.localization import localizing
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
-from nemolib.settings import GenerationSettings
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -30,16 +30,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Attack:
-    """What an attack found.
+    """What attacks found.
 
     Attributes:
-        embeddings: The embedding after each number of steps that was asked for, [number, token, feature], float32.
-        losses: The loss before each step.
+        embeddings: The embedding of each image after each number of steps that was asked for, [number, image, token,
+            feature], float32.
+        losses: The loss of each image before each step, [step, image].
         evaluations: UNet sample-evaluations, a pass with its derivative counting as three.
     """
 
     embeddings: Tensor
-    losses: tuple[float, ...]
+    losses: np.ndarray
     evaluations: int
 
 
@@ -47,60 +48,65 @@ class Attack:
 @torch.enable_grad()
 def dori(
     pipe: StableDiffusionPipeline,
-    image: np.ndarray,
+    images: Sequence[np.ndarray],
     *,
-    start: str | None = None,
+    starts: Sequence[str | None] = (),
     steps: Sequence[int] = (50,),
     learning_rate: float = 0.1,
     batch: int = 8,
-    seed: int = 0,
+    seeds: Sequence[int] = (),
 ) -> Attack:
-    """Return embeddings with which a model denoises towards an image: the diffusion loss is lowered over the embedding.
+    """Return embeddings with which a model denoises towards images: the diffusion loss is lowered over the embedding.
 
-    The model is taken as it is: pruned, or inside a context in which neurons are deactivated. What comes back says
-    something only beside the same attack on images that were never trained, or trained once. In float16 small gradients
-    vanish: take float32 or bfloat16.
+    The model is taken as it is: pruned, or inside a context in which neurons are deactivated (`nemolib.layers.scale_neurons`
+    takes a set for each image). What comes back says something only beside the same attack on images that were never
+    trained, or trained once. Images share UNet passes, and nothing else.
 
     Source: Kowalczuk et al., "Finding Dori" (ICML 2026, arXiv 2507.16880): Adam, learning rate 0.1, 50 steps, batch 8,
         all tokens free, timesteps and noise drawn anew in each step. Their code was not at hand; written from the
         paper's formula.
-    Deviates: none known; random numbers are drawn on the CPU from a seed.
+    Deviates: none known; random numbers are drawn on the CPU from seeds.
 
     Args:
         pipe: A StableDiffusionPipeline; its weights get no gradients.
-        image: The image [height, width, 3], uint8.
-        start: The prompt whose embedding is the start, ``""`` for the empty one; None: standard normal noise.
-        steps: After how many steps the embedding is kept, each at least 0.
+        images: Images [height, width, 3] of one size, uint8.
+        starts: For each the prompt whose embedding is the start, ``""`` for the empty one, None for standard normal
+            noise; without any, noise for all.
+        steps: After how many steps the embeddings are kept, each at least 0.
         learning_rate: Step size of Adam.
-        batch: Noisy latents in each step.
-        seed: Seed of noise, timesteps and the start from noise.
+        batch: Noisy latents of each image in each step.
+        seeds: For each image the seed of noise, timesteps and the start from noise; without any, 0 for all.
 
     Raises:
-        ValueError: The image is none, or no number of steps is given or one is negative.
+        ValueError: An image is none, starts or seeds are not as many as images, or no number of steps is given or one
+            is negative.
         NotFiniteError: An embedding is not finite.
     """
     if not len(steps) or min(steps) < 0:
         raise ValueError(f"steps are {list(steps)}; give at least one number, none below 0")
-    model, generator = Denoising(pipe), torch.Generator().manual_seed(seed)
-    latent, device = latent_of(pipe, image), placement(pipe.unet)[0]
-    free = embed(pipe, [start or ""]).float()
-    if start is None:
-        free = torch.randn(free.shape, generator=generator).to(device)
-    free = free.clone().requires_grad_()
-    optimizer = torch.optim.Adam([free], lr=learning_rate)
-    found, losses = {0: free.detach().clone()}, []
+    starts, seeds = starts or [None] * len(images), seeds or [0] * len(images)
+    if not len(images) == len(starts) == len(seeds):
+        raise ValueError(f"{len(images)} images, {len(starts)} starts, {len(seeds)} seeds; give as many of each")
+    model, draws = Denoising(pipe), [torch.Generator().manual_seed(seed) for seed in seeds]
+    latents = torch.cat([latent_of(pipe, image) for image in images]).repeat_interleave(batch, 0)
+    free = embed(pipe, [start or "" for start in starts]).float().clone()
+    for row in (row for row, start in enumerate(starts) if start is None):
+        free[row] = torch.randn(free[row].shape, generator=draws[row])
+    optimizer = torch.optim.Adam([free.requires_grad_()], lr=learning_rate)
+    found, losses, last = {0: free.detach().clone()}, [], len(model.scheduler.alphas_cumprod)
     for number in range(1, max(steps) + 1):
-        timesteps = torch.randint(len(model.scheduler.alphas_cumprod), (batch,), generator=generator)
-        noise = torch.randn((batch, *latent.shape[1:]), generator=generator).to(device)
-        signal, sigma = signal_and_noise(model.scheduler, timesteps, latent)
-        noisy = signal * latent + sigma * noise
-        loss = (model.noise(noisy, timesteps.to(device), free, derivative=True) - noise).square().mean()
-        (free.grad,) = torch.autograd.grad(loss, [free])
+        timesteps = torch.cat([torch.randint(last, (batch,), generator=draw) for draw in draws]).to(latents.device)
+        noise = torch.cat([torch.randn((batch, *latents.shape[1:]), generator=draw) for draw in draws]).to(latents)
+        signal, sigma = signal_and_noise(model.scheduler, timesteps, latents)
+        text = free.repeat_interleave(batch, 0)
+        squares = (model.noise(signal * latents + sigma * noise, timesteps, text, derivative=True) - noise).square()
+        # Adam does not see the scale, and gradients of the sum are not too small for float16.
+        (free.grad,) = torch.autograd.grad(squares.sum(), [free])
         optimizer.step()
-        losses.append(loss.item())
+        losses.append(squares.detach().view(len(images), -1).mean(dim=1).tolist())
         found[number] = free.detach().clone()
-    kept = finite(torch.cat([found[number] for number in steps]), "embedding of an attack")
-    return Attack(kept, tuple(losses), model.evaluations)
+    kept = torch.stack([found[number] for number in steps])
+    return Attack(finite(kept, "embedding of an attack"), np.array(losses), model.evaluations)
 
 
 @torch.no_grad()
@@ -118,54 +124,66 @@ def latent_of(pipe: StableDiffusionPipeline, image: np.ndarray) -> Tensor:
     return latent.float() * pipe.vae.config.scaling_factor
 
 
-class GivenEmbedding(Mitigation):
-    """An embedding that takes the place of the prompt's, so that images are made from the same seeds as all others.
+@contextmanager
+def standing_for(pipe: StableDiffusionPipeline, embeddings: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let prompts stand for embeddings [token, feature] inside the context, for images, scores and searches alike.
 
-    Args:
-        embedding: The embedding [token, feature].
+    What the pipeline computes inside is not what it makes of its prompts: `Run.compute` refuses to keep it.
     """
+    encode = pipe.encode_prompt
 
-    name = "given embedding"
+    def given(prompt: Any, *more: Any, **named: Any) -> tuple[Tensor, ...]:
+        text, *others = encode(prompt, *more, **named)
+        for row, name in enumerate([prompt] if isinstance(prompt, str) else prompt or ()):
+            if name in embeddings:
+                text[row] = embeddings[name].to(text)
+        return text, *others
 
-    def __init__(self, embedding: Tensor) -> None:
-        self.embedding = embedding
-
-    def _inputs(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> dict[str, Any]:
-        return {"prompt_embeds": self.embedding.to(pipe.unet.dtype).expand(len(prompts), -1, -1)}
-
-
-def images_of(
-    pipe: StableDiffusionPipeline, embedding: Tensor, *, settings: GenerationSettings | None = None
-) -> np.ndarray:
-    """Return images of an embedding [token, feature]: [seed, height, width, 3], uint8; settings as in `generate`."""
-    given = GivenEmbedding(embedding.to(placement(pipe.unet)[0]))
-    return generate(pipe, ["given"], settings=settings, mitigation=given, progress=False)[0]
+    pipe.encode_prompt = given
+    try:
+        yield
+    finally:
+        del pipe.encode_prompt
 
 
 def attacking(
-    pipe: StableDiffusionPipeline,
-    *,
-    steps: Sequence[int],
-    settings: GenerationSettings,
-    learning_rate: float = 0.1,
-    batch: int = 8,
-) -> Any:
-    """Return what attacks images: a task (`nemolib.run.Run.compute`).
+    pipe: StableDiffusionPipeline, **settings: Any
+) -> Callable[[Sequence[tuple[Any, ...]]], list[np.ndarray]]:
+    """Return what attacks images: a task (`nemolib.run.Run.compute`); settings as of `dori`.
 
-    Its items are (caption, image, start, neurons, seed): ``start`` as in `dori`, ``neurons`` those that are deactivated
-    while the attack is made and its images, or None. A result is images [number of steps, seed, height, width, 3].
+    Its items are (caption, image, start, neurons, seed): ``start`` as in `dori`, ``neurons`` those that are deactivated,
+    or None. A result is [number of steps, token, feature].
     """
 
     def attack(items: Sequence[tuple[str, np.ndarray, str | None, NeuronSet | None, int]]) -> list[np.ndarray]:
-        return [np.stack(made(*item[1:])) for item in items]
-
-    def made(image: np.ndarray, start: str | None, neurons: NeuronSet | None, seed: int) -> list[np.ndarray]:
-        course = {"steps": steps, "learning_rate": learning_rate, "batch": batch}
-        with scale_neurons(pipe.unet, neurons) if neurons else nullcontext():
-            found = dori(pipe, image, start=start, seed=seed, **course)
-            return [images_of(pipe, embedding, settings=settings) for embedding in found.embeddings]
+        _, images, starts, neurons, seeds = zip(*items, strict=True)
+        sets = [own or NeuronSet.empty(len(widths(pipe.unet))) for own in neurons]
+        with scale_neurons(pipe.unet, sets, guided=lambda: False):
+            found = dori(pipe, images, starts=starts, seeds=seeds, **settings).embeddings
+        return list(found.cpu().numpy().swapaxes(0, 1))
 
     return attack
+
+
+def drawing_found(pipe: StableDiffusionPipeline, **settings: Any) -> Callable[..., list[np.ndarray]]:
+    """Return what makes the images of embeddings, a task: items (caption, embedding, mitigation or None); see `drawing`."""
+    return _standing(pipe, drawing(pipe, **settings))
+
+
+def localizing_found(pipe: StableDiffusionPipeline, **settings: Any) -> Callable[..., list[dict[str, Any]]]:
+    """Return what finds the neurons of embeddings, a task: items (caption, embedding); see `localizing`."""
+    return _standing(pipe, localizing(pipe, **settings))
+
+
+def _standing(pipe: StableDiffusionPipeline, work: Callable[..., Any]) -> Callable[[Sequence[tuple[Any, ...]]], Any]:
+    """Return a task's work on captions, done on the embeddings [token, feature] that stand behind them in the items."""
+
+    def on_embeddings(items: Sequence[tuple[Any, ...]]) -> Any:
+        found = {f"embedding {number}": torch.as_tensor(item[1]) for number, item in enumerate(items)}
+        with standing_for(pipe, found):
+            return work([(name, *item[2:]) if item[2:] else name for name, item in zip(found, items, strict=True)])
+
+    return on_embeddings
 
 
 def overlap(first: NeuronSet, second: NeuronSet) -> tuple[float, ...]:

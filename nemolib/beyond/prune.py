@@ -23,11 +23,12 @@ Who has the original model applies the patch with `apply_patch`, or without nemo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
@@ -151,17 +152,50 @@ def _write(unet: nn.Module, weights: Weights) -> Weights:
 # Weights of the feed-forward blocks, for comparison
 
 
-def wanda_masks(
+def measuring_inputs(
     pipe: StableDiffusionPipeline,
-    memorized: Sequence[str],
-    base: Sequence[str],
     *,
-    sparsity: float = 0.01,
     first: int = 10,
     steps: int = 50,
     guidance: float = 7.5,
     samples: int = 1,
     seed: int = 0,
+) -> Callable[[Sequence[str]], list[np.ndarray]]:
+    """Return what sees the inputs of the feed-forward weights for captions: a task (`nemolib.run.Run.compute`).
+
+    It gives for each caption the squared norms of all inputs, [step, input], one layer after the other. Each input row,
+    of a position of a sample with or without the prompt, is divided by its own norm first.
+
+    Args:
+        pipe: A StableDiffusionPipeline; it is read, never changed.
+        first: How many denoising steps are looked at.
+        steps: Denoising steps of the schedule; guidance, initial latents per prompt and their seed are those of it.
+
+    Raises:
+        ValueError: The model has no such layers.
+    """
+    model, layers = Denoising(pipe, steps=steps, guidance=guidance), list(_feed_forward(pipe.unet).values())
+    latents, seen = initial_latents(pipe, samples=samples, seed=seed), {}
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        # [half and caption and sample, position, input] -> [caption, input]
+        rows = nn.functional.normalize(args[0].detach().float(), dim=-1).square().sum(dim=1)
+        seen[module] = rows.unflatten(0, (2, -1, samples)).sum(dim=(0, 2))
+
+    def measure(captions: Sequence[str]) -> list[np.ndarray]:
+        embeddings = embed(pipe, check_prompts(captions)).repeat_interleave(samples, dim=0)
+        with ExitStack() as handles:
+            for layer in layers:
+                handles.enter_context(layer.register_forward_pre_hook(keep))
+            walk = model.trajectory(latents.repeat(len(captions), 1, 1, 1), embeddings, until=first)
+            found = [torch.cat([seen[layer] for layer in layers], dim=1).cpu() for _ in walk]
+        return list(torch.stack(found, dim=1).numpy())
+
+    return measure
+
+
+def wanda_masks(
+    unet: nn.Module, memorized: Sequence[np.ndarray], base: Sequence[np.ndarray], *, sparsity: float = 0.01
 ) -> dict[str, Tensor]:
     """Return which feed-forward weights serve memorized prompts: name of a weight -> mask [output, input], bool.
 
@@ -174,34 +208,29 @@ def wanda_masks(
     Deviates: a row loses at least one weight, where int(sparsity x inputs) would be none.
 
     Args:
-        pipe: A StableDiffusionPipeline; it is read, never changed.
-        memorized: Prompts that the weights are chosen for, all together.
-        base: Prompts that they must matter less for, such as unmemorized ones; equally many, since norms are sums.
+        unet: The UNet.
+        memorized: What `measuring_inputs` saw for prompts that the weights are chosen for, all together.
+        base: The same for prompts that they must matter less for, such as unmemorized ones; equally many, since norms
+            are sums.
         sparsity: Share of each row that is looked at in each step, in (0, 1].
-        first: How many denoising steps are looked at.
-        steps: Denoising steps of the schedule; guidance, initial latents per prompt and their seed are those of it.
 
     Raises:
-        ValueError: The share is outside (0, 1], the lists differ in length, or there are no such layers.
+        ValueError: The share is outside (0, 1], the lists differ in length, or the model has no such layers.
     """
     if not 0 < sparsity <= 1:
         raise ValueError(f"sparsity is {sparsity}; it must be in (0, 1]")
     if len(memorized) != len(base):
         raise ValueError(f"{len(memorized)} memorized and {len(base)} base prompts; give equally many")
-    model = Denoising(pipe, steps=steps, guidance=guidance)
-    latents = initial_latents(pipe, samples=samples, seed=seed)
-    needed, common = (
-        _input_norms(model, embed(pipe, check_prompts(part)), latents, first) for part in (memorized, base)
-    )
+    weights = {name: module.weight.detach().abs().float() for name, module in _feed_forward(unet).items()}
+    sizes = [weight.shape[1] for weight in weights.values()]
+    needed, common = (torch.tensor(np.sum(part, axis=0)).sqrt().split(sizes, dim=1) for part in (memorized, base))
     masks = {}
-    for name, norms in needed.items():
-        weight = pipe.unet.get_parameter(name).detach().abs().float()
+    for (name, weight), mine, theirs in zip(weights.items(), needed, common, strict=True):
         most = max(1, int(sparsity * weight.shape[1]))
-        mask = torch.zeros_like(weight, dtype=torch.bool)
-        for mine, theirs in zip(norms, common[name], strict=True):
-            top = torch.zeros_like(mask).scatter_(1, (weight * mine).topk(most, dim=1).indices, True)
-            mask |= top & (weight * mine > weight * theirs)
-        masks[name] = mask
+        masks[name] = mask = torch.zeros_like(weight, dtype=torch.bool)
+        for high, low in zip(mine.to(weight), theirs.to(weight), strict=True):
+            top = torch.zeros_like(mask).scatter_(1, (weight * high).topk(most, dim=1).indices, True)
+            mask |= top & (weight * high > weight * low)
     return masks
 
 
@@ -210,33 +239,9 @@ def prune_weights(pipe: StableDiffusionPipeline, masks: dict[str, Tensor]) -> We
     return _write(pipe.unet, {name: (mask, torch.zeros(int(mask.sum()))) for name, mask in masks.items()})
 
 
-def _input_norms(model: Denoising, embeddings: Tensor, latents: Tensor, first: int) -> dict[str, Tensor]:
-    """Return the norms of the inputs of each feed-forward weight in each step, over all prompts, [step, input].
-
-    Each input row, of a position of a sample with or without the prompt, is divided by its own norm first.
-    """
-    squares: dict[str, Tensor] = {}
-    with _inputs_seen(model.unet) as seen:
-        for embedding in embeddings:
-            for step in model.trajectory(latents, embedding[None], until=first):
-                for name, rows in seen.items():
-                    kept = squares.setdefault(name, torch.zeros(first, rows.shape[-1], device=rows.device))
-                    kept[step.index] += nn.functional.normalize(rows.flatten(0, -2).float(), dim=1).square().sum(dim=0)
-    return {name: kept.sqrt() for name, kept in squares.items()}
-
-
-@contextmanager
-def _inputs_seen(unet: nn.Module) -> Iterator[dict[str, Any]]:
-    """Yield weight of a feed-forward block -> its input in the latest pass."""
-    modules = {name: module for name, module in unet.named_modules() if name.endswith(_ENDING)}
-    if not modules:
+def _feed_forward(unet: nn.Module) -> dict[str, nn.Module]:
+    """Return name of a weight -> the second linear layer of a feed-forward block that has it."""
+    found = {f"{name}.weight": module for name, module in unet.named_modules() if name.endswith(_ENDING)}
+    if not found:
         raise ValueError(f"{type(unet).__name__} has no feed-forward blocks (modules '*{_ENDING}')")
-    seen: dict[str, Any] = {}
-
-    def keeping(name: str) -> Any:
-        return lambda module, args: seen.update({f"{name}.weight": args[0].detach()})
-
-    with ExitStack() as handles:
-        for name, module in modules.items():
-            handles.enter_context(module.register_forward_pre_hook(keeping(name)))
-        yield seen
+    return found

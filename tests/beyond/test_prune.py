@@ -2,6 +2,7 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 
@@ -106,27 +107,45 @@ def test_folder_and_patch_work_where_there_is_no_nemolib(pipe, tmp_path):
 
 
 def test_wanda_masks_weight_by_weight_and_the_weights_come_back(pipe):
-    before, options = weights(pipe), {"sparsity": 0.1, "steps": 4, "guidance": 3.0}
-    weight, squares = pipe.unet.get_submodule(f"{LAST}.ff.net.2").weight, {}
+    before, weight = weights(pipe), pipe.unet.get_submodule(f"{LAST}.ff.net.2").weight
+    squares = {}
     for prompt in ("a b", "c"):
         for half in ("", prompt):
             rows = inputs(pipe, half)
             squares[prompt] = squares.get(prompt, 0) + sum((row / row.norm()) ** 2 for row in rows)
-    first = prune.wanda_masks(pipe, ["a b"], ["c"], first=1, **options)
+    first = masks(pipe, "a b", "c", first=1)
     for row, mask in zip(weight.abs(), first[f"{LAST}.ff.net.2.weight"], strict=True):
         mine, theirs = (row * squares[prompt].sqrt() for prompt in ("a b", "c"))
         best = sorted(range(len(row)), key=mine.tolist().__getitem__)[-int(0.1 * len(row)) :]
         assert set(mask.nonzero().flatten().tolist()) == {i for i in best if mine[i] > theirs[i]}
-    masks = prune.wanda_masks(pipe, ["a b"], ["c"], first=3, **options)
-    assert len(masks) == 7
-    assert all((masks[name] >= first[name]).all() for name in masks)
-    assert any((masks[name] != first[name]).any() for name in masks)
-    taken = prune.prune_weights(pipe, masks)
-    assert ((weight == 0) == masks[f"{LAST}.ff.net.2.weight"]).all()
+    later = masks(pipe, "a b", "c", first=3)
+    assert len(later) == 7
+    assert all((later[name] >= first[name]).all() for name in later)
+    assert any((later[name] != first[name]).any() for name in later)
+    taken = prune.prune_weights(pipe, later)
+    assert ((weight == 0) == later[f"{LAST}.ff.net.2.weight"]).all()
     prune.restore(pipe, taken)
     assert weights(pipe) == before
     assert by_hand.traces(pipe)[0] == []
-    assert not any(mask.any() for mask in prune.wanda_masks(pipe, ["c"], ["c"], **options).values())
+    assert not any(mask.any() for mask in masks(pipe, "c", "c").values())
+
+
+def test_inputs_of_a_caption_are_the_same_in_any_batch_and_add_up_over_samples(pipe):
+    options = {"first": 2, "steps": 4, "guidance": 3.0}
+    together = prune.measuring_inputs(pipe, samples=3, **options)(["a b", "c"])
+    for caption, found in zip(("a b", "c"), together, strict=True):
+        alone = prune.measuring_inputs(pipe, samples=3, **options)([caption])[0]
+        np.testing.assert_allclose(found, alone, rtol=1e-4)
+        one = prune.measuring_inputs(pipe, samples=1, **options)([caption])[0]
+        # Each row has norm 1, so that all inputs of a layer together count positions, halves and samples.
+        np.testing.assert_allclose(found.sum(axis=1), 3 * one.sum(axis=1), rtol=1e-4)
+        assert not np.allclose(found, 3 * one, rtol=1e-2)
+    assert together[0].shape == (2, sum(mask.shape[1] for mask in masks(pipe, "a b", "c").values()))
+
+
+def masks(pipe, memorized, base, *, first=10, sparsity=0.1):
+    measure = prune.measuring_inputs(pipe, first=first, steps=4, guidance=3.0)
+    return prune.wanda_masks(pipe.unet, measure([memorized]), measure([base]), sparsity=sparsity)
 
 
 def inputs(pipe, prompt):
@@ -144,6 +163,6 @@ def test_what_is_refused(pipe, tmp_path):
     with pytest.raises(ValueError, match="the neuron set is empty"):
         prune.write_patch(pipe, NeuronSet.empty(7), tmp_path / "patch.safetensors")
     with pytest.raises(ValueError, match="sparsity is 0.0"):
-        prune.wanda_masks(pipe, ["a"], ["b"], sparsity=0.0)
+        masks(pipe, "a", "b", sparsity=0.0)
     with pytest.raises(ValueError, match="1 memorized and 2 base prompts"):
-        prune.wanda_masks(pipe, ["a"], ["b", "c"])
+        prune.wanda_masks(pipe.unet, [0], [0, 0])

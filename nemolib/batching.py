@@ -1,13 +1,19 @@
-"""Going through many prompts: checked, in batches that fit into memory, with a progress bar."""
+"""Going through many prompts: checked, in batches that fit into memory, or in lockstep, with a progress bar."""
 
 from __future__ import annotations
 
+import threading
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from itertools import chain
+from typing import Any, TypeVar
 
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+T = TypeVar("T")
 
 _LARGEST: weakref.WeakKeyDictionary[Any, dict[str, int]] = weakref.WeakKeyDictionary()
 """For each model the largest batch, by use, since memory ran out."""
@@ -85,6 +91,86 @@ def shrinking(
         clear_device_cache(garbage_collection=True)
         largest[use] = len(batch) // 2
         warnings.warn(f"{use}: out of memory with {len(batch)} at once; going on with {largest[use]}", stacklevel=2)
+
+
+class Lockstep:
+    """Functions that ask again and again, each for a few things, and wait for each other: one call answers all of them.
+
+    Each runs in a thread of its own, but one at a time: a function has the turn until it asks, or ends. Once all have
+    asked, the caller's thread answers. So each is written as if there were no other one.
+
+    Args:
+        answer: Computes what was asked for: items -> as many answers.
+        size: How many functions run at once; as one ends, the next begins.
+    """
+
+    def __init__(self, answer: Callable[[list[Any]], Sequence[Any]], size: int) -> None:
+        self._answer, self._size, self._turn, self._own = answer, size, threading.Condition(), threading.local()
+        self._asked: dict[int, Sequence[Any]] = {}
+        self._answers: dict[int, tuple[Any, float]] = {}
+        self._left, self._stopped = 0, False
+
+    def ask(self, items: Sequence[Any]) -> Any:
+        """Return the answers to items, inside a function; what answering raises is raised in each that waits for it."""
+        place, start = self._own.place, time.perf_counter()
+        self._asked[place] = items
+        self._turn.notify_all()
+        self._turn.wait_for(lambda: place in self._answers or self._stopped)
+        if self._stopped:
+            raise CancelledError
+        found, seconds = self._answers.pop(place)
+        self._own.waited += time.perf_counter() - start - seconds
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def clock(self) -> float:
+        """Return seconds that pass, inside a function, only while it runs, and by its share of those of the answers."""
+        return time.perf_counter() - self._own.waited
+
+    def run(self, functions: Sequence[Callable[[], T]]) -> Iterator[tuple[int, T | Exception]]:
+        """Yield place and result of functions, or what they raised, as they come."""
+
+        def begin(place: int, function: Callable[[], T]) -> T:
+            self._own.place, self._own.waited = place, 0.0
+            with self._turn:
+                try:
+                    return function()
+                finally:
+                    self._left -= 1
+                    self._turn.notify_all()
+
+        self._left = len(functions)
+        with ThreadPoolExecutor(self._size) as pool:
+            running = {pool.submit(begin, *each): each[0] for each in enumerate(functions)}
+            try:
+                while running:
+                    self._advance()
+                    for future in [future for future in running if future.done()]:
+                        yield running.pop(future), future.exception() or future.result()
+            finally:
+                with self._turn:
+                    self._stopped = True
+                    self._turn.notify_all()
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _advance(self) -> None:
+        """Wait until all functions that run have asked, and answer them."""
+        with self._turn:
+            self._turn.wait_for(lambda: len(self._asked) == min(self._size, self._left))
+            places, start = sorted(self._asked), time.perf_counter()
+            asked = [self._asked.pop(place) for place in places]
+            items = list(chain.from_iterable(asked))
+            try:
+                found = self._answer(items) if items else ()
+            except Exception as error:
+                found = error
+            seconds, first = time.perf_counter() - start, 0
+            for place, part in zip(places, asked, strict=True):
+                own = found if isinstance(found, Exception) else found[first : first + len(part)]
+                self._answers[place] = own, seconds * len(part) / len(items)
+                first += len(part)
+            self._turn.notify_all()
 
 
 def progress_bar(total: int, label: str, *, unit: str = "prompt", enabled: bool = True) -> Any:

@@ -2,32 +2,22 @@
 
 The score of a neuron set is the largest similarity over the kept seeds, so that one seed above the threshold says that
 the set fails. Which seed is the most similar hardly changes from set to set.
-
-A refinement tests sets that differ in one value layer at a time, from the last layer to the first. All blocks of the UNet
-before that layer give what they gave in the pass before, bit by bit, and are not computed again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import lru_cache
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nemolib.first_step import Evaluations, FirstStep
-from nemolib.layers import value_layers
 from nemolib.neurons import NeuronSet
 from nemolib.settings import Protocol, SimilaritySettings
 from nemolib.similarity import similarity
 
 _PORTIONS = (1, 2)
 """How many seeds are evaluated at first, and next, where one above a limit answers for all; then all others are."""
-
-_CHUNKS = 3
-"""Groups of seeds for which the first blocks of the UNet are kept: the leading seeds, the newest of them, the others."""
 
 _GROUP_MARGIN = 0.01
 """How far a seed must be above a threshold to answer for all, where its similarity depends a little on the others."""
@@ -36,8 +26,7 @@ _GROUP_MARGIN = 0.01
 class BlockedScore:
     """How similar the noise differences of a prompt stay when a neuron set is deactivated.
 
-    Each set is evaluated once for each seed; the empty set without the UNet. What the blocks before the first changed
-    value layer give is kept from one set to the next.
+    Each set is evaluated once for each seed; the empty set without the UNet.
 
     Source: authors' code, utils/activation_detection.py: the largest similarity, over the kept seeds, of the noise
         differences of the *same* seed without and with deactivated neurons.
@@ -69,7 +58,6 @@ class BlockedScore:
         self._values: dict[NeuronSet, dict[int, float]] = {}
         self._grouped = protocol.similarity == "ms_ssim"
         self._others = unblocked
-        self._kept_blocks = lru_cache(maxsize=_CHUNKS)(lambda places: BlockReuse(step.unet))
         self._order = list(range(len(self._seeds)))
 
     def __call__(self, neurons: NeuronSet) -> float:
@@ -145,8 +133,7 @@ class BlockedScore:
     def _blocked(self, neurons: NeuronSet, places: tuple[int, ...]) -> Tensor:
         """Return the noise differences of some seeds with a set deactivated, [place, channel, height, width]."""
         self._evaluations.add(self._step.cost * len(places))
-        with self._kept_blocks(places).passing(neurons):
-            return self._step(self._embedding, neurons=neurons, seeds=[self._seeds[place] for place in places])
+        return self._step(self._embedding, neurons=neurons, seeds=[self._seeds[place] for place in places])
 
     def _partial(self, maps: dict[int, Tensor], places: Sequence[int]) -> list[float]:
         """Return the similarity of some seeds."""
@@ -159,83 +146,3 @@ class BlockedScore:
 
     def _compare(self, unblocked: Tensor, blocked: Tensor) -> list[float]:
         return similarity(unblocked, blocked, settings=self._similarity, protocol=self._protocol).tolist()
-
-
-class BlockReuse:
-    """What the down blocks and the middle block of a UNet gave in the last pass, used again where it must be the same.
-
-    The owner promises that all passes have the same latents, timestep and embeddings, and that nothing but the
-    deactivated neurons differs.
-
-    Args:
-        unet: A conditional UNet of diffusers.
-    """
-
-    def __init__(self, unet: nn.Module) -> None:
-        self._blocks = _blocks(unet)
-        self._kept: list[tuple[Hashable, Any] | None] = [None] * len(self._blocks)
-
-    @contextmanager
-    def passing(self, neurons: NeuronSet) -> Iterator[None]:
-        """Reuse blocks in the UNet pass inside the context, in which these neurons are deactivated.
-
-        A pass that is split, because memory ran out, reuses nothing. The model is left as it was, whatever happens
-        inside.
-
-        Args:
-            neurons: The neurons that are deactivated in this pass.
-        """
-        with ExitStack() as replaced:
-            for place, (block, layers) in enumerate(self._blocks):
-                replaced.enter_context(_forward(block, self._reusing(place, block.forward, neurons.layers[:layers])))
-            yield
-
-    def _reusing(self, place: int, forward: Callable[..., Any], key: Hashable) -> Callable[..., Any]:
-        """Return a forward function that computes only if what it depends on has changed."""
-        calls = 0
-
-        def reuse(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls > 1:
-                self._kept[place] = None
-                return forward(*args, **kwargs)
-            sized = (key, _samples(args, kwargs))
-            kept = self._kept[place]
-            if kept is None or kept[0] != sized:
-                kept = self._kept[place] = (sized, forward(*args, **kwargs))
-            return kept[1]
-
-        return reuse
-
-
-def _samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Return the number of samples that a block is called with."""
-    return len(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
-
-
-def _blocks(unet: nn.Module) -> list[tuple[nn.Module, int]]:
-    """Return the down blocks and the middle block, each with the number of value layers up to its end."""
-    names = [layer.name for layer in value_layers(unet)]
-    blocks = [(f"down_blocks.{place}.", block) for place, block in enumerate(unet.down_blocks)]
-    if getattr(unet, "mid_block", None) is not None:
-        blocks.append(("mid_block.", unet.mid_block))
-    counted, found = 0, []
-    for prefix, block in blocks:
-        counted += sum(name.startswith(prefix) for name in names)
-        found.append((block, counted))
-    return found
-
-
-@contextmanager
-def _forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    """Replace the forward function of one module inside the context."""
-    before = module.__dict__.get("forward")
-    module.forward = function
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before

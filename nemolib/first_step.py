@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from nemolib import seeding
-from nemolib.batching import batches, shrinking
+from nemolib.batching import Lockstep, batches, shrinking
 from nemolib.layers import (
     Layer,
     check_neurons_act,
@@ -66,9 +66,13 @@ class Evaluations:
 
     A UNet sample-evaluation is one latent through the UNet once; with classifier-free guidance a sample costs two. It is
     the unit that compares searches on different machines. What is counted outside `stage` goes to the first algorithm.
+
+    Args:
+        clock: Returns seconds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
         self.samples: dict[str, int] = dict.fromkeys(ALGORITHMS, 0)
         self.seconds: dict[str, float] = dict.fromkeys(ALGORITHMS, 0.0)
         self._stage = ALGORITHMS[0]
@@ -86,12 +90,27 @@ class Evaluations:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Count and time what happens inside for one of `ALGORITHMS`."""
-        self._stage, start = name, time.perf_counter()
+        self._stage, start = name, self._clock()
         try:
             yield
         finally:
-            self.seconds[name] += time.perf_counter() - start
+            self.seconds[name] += self._clock() - start
             self._stage = ALGORITHMS[0]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """One latent on its way through the UNet.
+
+    Attributes:
+        embedding: Embedding of its prompt, [1, token, feature].
+        seed: Index of the latent.
+        neurons: Neurons that are deactivated for it.
+    """
+
+    embedding: Tensor
+    seed: int
+    neurons: NeuronSet | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,6 +127,7 @@ class FirstStep:
         unconditional: Embedding of the empty prompt [1, token, feature]; needed where the guidance is not 0.
         swap_guidance: Whether the halves of the guidance change places (see `nemolib.settings.Protocol`).
         mix: How the noise is made from the model's output (`noise_mix`).
+        lockstep: What computes `differences` for several searches at once; None: they are computed when asked for.
     """
 
     unet: nn.Module
@@ -117,6 +137,7 @@ class FirstStep:
     unconditional: Tensor | None = None
     swap_guidance: bool = False
     mix: tuple[float, float] = (1.0, 0.0)
+    lockstep: Lockstep | None = None
 
     def __post_init__(self) -> None:
         """Reject guidance without what it needs."""
@@ -127,6 +148,11 @@ class FirstStep:
     def cost(self) -> int:
         """UNet sample-evaluations of one sample: 1, or 2 with classifier-free guidance."""
         return 1 if self.guidance == 0 else 2
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """What tells the seconds of a search: those of others that it waited for are not among them."""
+        return time.perf_counter if self.lockstep is None else self.lockstep.clock
 
     def raw(self, embedding: Tensor, *, neurons: NeuronSet | None = None, seeds: Sequence[int] | None = None) -> Tensor:
         """Return the noise differences eps - x_T as they are, in one UNet pass.
@@ -146,7 +172,8 @@ class FirstStep:
             ValueError: The embedding is not that of one prompt, there are no seeds, or a neuron does not exist.
             IndexError: A seed does not exist.
         """
-        return self._passes(embedding, [neurons], seeds)[0]
+        seeds = range(len(self.latents)) if seeds is None else seeds
+        return self.differences([Sample(embedding, seed, neurons) for seed in seeds])
 
     def __call__(
         self, embedding: Tensor, *, neurons: NeuronSet | None = None, seeds: Sequence[int] | None = None
@@ -154,38 +181,50 @@ class FirstStep:
         """Return the noise differences, min-max normalized per sample and channel: `normalize` of `raw`."""
         return normalize(self.raw(embedding, neurons=neurons, seeds=seeds))
 
-    def many(self, embedding: Tensor, *, neurons: Sequence[NeuronSet], seeds: Sequence[int] | None = None) -> Tensor:
-        """Return the normalized noise differences of several neuron sets, evaluated in one batch; see `raw`.
+    def many(self, embedding: Tensor, *, neurons: Sequence[NeuronSet]) -> Tensor:
+        """Return the normalized noise differences of several neuron sets and all seeds, evaluated in one batch; see `raw`.
 
         Returns:
             Noise differences [neuron set, seed, channel, height, width], float32, in [0, 1].
         """
-        return normalize(self._passes(embedding, neurons, seeds))
+        seeds = range(len(self.latents))
+        found = self.differences([Sample(embedding, seed, item) for item in neurons for seed in seeds])
+        return normalize(found.unflatten(0, (-1, len(seeds))))
+
+    def differences(self, samples: Sequence[Sample]) -> Tensor:
+        """Return the noise differences of any samples as they are, [sample, channel, height, width]; see `raw`."""
+        if not samples:
+            raise ValueError("no neuron sets or no seeds were given; give at least one of each")
+        for sample in samples:
+            if sample.embedding.ndim != 3 or len(sample.embedding) != 1:
+                shape = tuple(sample.embedding.shape)
+                raise ValueError(f"embedding of shape {shape}; expected that of one prompt, [1, ...]")
+        return self.predict(samples) if self.lockstep is None else self.lockstep.ask(samples)
 
     @torch.no_grad()
-    def _passes(self, embedding: Tensor, sets: Sequence[NeuronSet | None], seeds: Sequence[int] | None) -> Tensor:
-        latents = self.latents if seeds is None else self.latents[list(seeds)]
-        if embedding.ndim != 3 or embedding.shape[0] != 1:
-            raise ValueError(f"embedding of shape {tuple(embedding.shape)}; expected that of one prompt, [1, ...]")
-        jobs = [(item, row) for item in sets for row in range(len(latents))]
-        if not jobs:
-            raise ValueError(f"{len(sets)} neuron sets and {len(latents)} seeds were given; give at least one of each")
+    def predict(self, samples: Sequence[Sample], *, size: int | None = None) -> Tensor:
+        """Return `differences` in batches of at most a size; None: in one batch, if memory allows."""
 
-        def differences(batch: Sequence[tuple[NeuronSet | None, int]]) -> Tensor:
-            chosen, neurons = latents[[row for _, row in batch]], [item for item, _ in batch]
-            with nullcontext() if None in neurons else scale_neurons(self.unet, neurons):
-                return self._noise(chosen, embedding) - chosen
+        def differences(batch: Sequence[Sample]) -> Tensor:
+            latents, embeddings = self.latents[[item.seed for item in batch]], [item.embedding for item in batch]
+            found = next((item.neurons for item in batch if item.neurons), None)
+            if found is None:
+                return self._noise(latents, torch.cat(embeddings)) - latents
+            none = NeuronSet.empty(len(found.layers))
+            with scale_neurons(self.unet, [item.neurons or none for item in batch]):
+                return self._noise(latents, torch.cat(embeddings)) - latents
 
-        found = shrinking(differences, jobs, size=len(jobs), owner=self.unet, use="detection")
-        return torch.cat([part for _, part in found]).unflatten(0, (-1, len(latents)))
+        found = shrinking(differences, samples, size=size or len(samples), owner=self.unet, use="detection")
+        return torch.cat([part for _, part in found])
 
-    def _noise(self, latents: Tensor, embedding: Tensor) -> Tensor:
-        """Return the predicted noise of latents, [sample, channel, height, width], float32."""
+    def _noise(self, latents: Tensor, embeddings: Tensor) -> Tensor:
+        """Return the predicted noise of latents, each for its embedding, [sample, channel, height, width], float32."""
+        predict = functools.partial(_predict, self.unet, self.timestep, self.mix)
         if self.guidance == 0:
-            return _predict(self.unet, self.timestep, self.mix, latents, embedding)[0]
-        both = torch.cat([self.unconditional.to(embedding), embedding])
-        empty, text = _predict(self.unet, self.timestep, self.mix, latents, both)
-        return _guided(empty, text, self.guidance, swapped=self.swap_guidance)
+            return predict(latents, embeddings)
+        empty = self.unconditional.to(embeddings).expand_as(embeddings)
+        both = predict(latents.repeat(2, 1, 1, 1), torch.cat([empty, embeddings]))
+        return _guided(*both.chunk(2), self.guidance, swapped=self.swap_guidance)
 
 
 def first_step(
@@ -428,7 +467,7 @@ def guidance_norms(
     latents, norms = initial_latents(pipe, samples=settings.samples, seed=settings.seed), []
     for timestep in scheduler.timesteps[:steps]:
         mix = noise_mix(pipe.scheduler, int(timestep))
-        predict = functools.partial(_predict, pipe.unet, timestep, mix, embeddings=embeddings)
+        predict = functools.partial(_predict_each, pipe.unet, timestep, mix, embeddings=embeddings)
         with naming(prompt):
             found = list(shrinking(predict, latents, size=len(latents), owner=pipe.unet, use="guidance norms"))
         empty, text = torch.cat([part for _, part in found], dim=1)
@@ -453,7 +492,8 @@ def guidance_norm(pipe: StableDiffusionPipeline, settings: WenSettings) -> Calla
     """
     latents = initial_latents(pipe, samples=settings.latents, seed=settings.seed)
     timestep = timestep_of(pipe.scheduler, steps=settings.steps, index=settings.step)
-    predict = functools.partial(_predict, pipe.unet, timestep, noise_mix(pipe.scheduler, timestep), latents)
+    mix = noise_mix(pipe.scheduler, timestep)
+    predict = functools.partial(_predict_each, pipe.unet, timestep, mix, latents)
     with torch.no_grad():
         empty = predict(embed(pipe, [""]))[0]
     return lambda embeddings: (predict(embeddings) - empty).flatten(2).norm(dim=2)
@@ -462,14 +502,19 @@ def guidance_norm(pipe: StableDiffusionPipeline, settings: WenSettings) -> Calla
 def _predict(
     unet: nn.Module, timestep: int | Tensor, mix: tuple[float, float], latents: Tensor, embeddings: Tensor
 ) -> Tensor:
-    """Return the noise predicted for every prompt embedding and latent, [prompt, seed, channel, height, width], float32."""
+    """Return the noise predicted for latents, each with its embedding, [sample, channel, height, width], float32."""
     device, dtype = placement(unet)
-    text = embeddings.to(device, dtype).repeat_interleave(len(latents), dim=0)
-    samples = latents.to(device, dtype).repeat(len(embeddings), 1, 1, 1)
+    samples, text = latents.to(device, dtype), embeddings.to(device, dtype)
     found = finite(unet(samples, timestep, text, return_dict=False)[0], "predicted noise").float()
-    if mix != (1.0, 0.0):
-        found = mix[0] * found + mix[1] * samples.float()
-    return found.unflatten(0, (len(embeddings), -1))
+    return found if mix == (1.0, 0.0) else mix[0] * found + mix[1] * samples.float()
+
+
+def _predict_each(
+    unet: nn.Module, timestep: int | Tensor, mix: tuple[float, float], latents: Tensor, embeddings: Tensor
+) -> Tensor:
+    """Return the noise predicted for every prompt embedding and latent, [prompt, seed, channel, height, width], float32."""
+    samples, text = latents.repeat(len(embeddings), 1, 1, 1), embeddings.repeat_interleave(len(latents), dim=0)
+    return _predict(unet, timestep, mix, samples, text).unflatten(0, (len(embeddings), -1))
 
 
 def _guided(empty: Tensor, text: Tensor, guidance: float, *, swapped: bool = False) -> Tensor:

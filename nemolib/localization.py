@@ -7,7 +7,6 @@ Where a search is known already, the variants that would repeat it are not searc
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from torch import Tensor
 
-from nemolib.batching import check_prompts
+from nemolib.batching import Lockstep, check_prompts
 from nemolib.blocked_score import BlockedScore
 from nemolib.first_step import ALGORITHMS, Evaluations, FirstStep, first_step
 from nemolib.holdout import ActivationStatistics, z_scores
@@ -39,6 +38,8 @@ from nemolib.similarity import max_pairwise, pairwise
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
+
+    from nemolib.workers import Results
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +166,7 @@ class Search:
         prompt: str = "",
     ) -> None:
         self._settings, self._protocol, self._layers = search, protocol, len(statistics.mean)
-        self._spent, self._fast = Evaluations(), search.method == "fast"
+        self._spent, self._fast = Evaluations(step.clock), search.method == "fast"
         with self._spent.stage("A1"):
             unblocked = step(embedding)
             self._spent.add(step.cost * len(unblocked))
@@ -274,32 +275,66 @@ def localize(
         NotFiniteError: What the model gives for the prompt is not finite.
     """
     check_prompts([prompt])
-    check_threshold(threshold, gate)
-    statistics.check(pipe.unet)
-    defaults, protocol = settings_of(pipe), protocol_of(pipe, protocol)
-    with naming(prompt):
-        check_neurons_act(pipe.unet)
-        found = Search(
-            first_step(pipe, settings=detection, protocol=protocol),
-            embed(pipe, [prompt]),
-            statistics,
-            gate=threshold if gate is None else gate,
-            similarity=similarity or defaults.similarity,
-            search=search_settings(search, defaults.search),
-            protocol=protocol,
-            prompt=prompt,
-        )
-        return found.localize(Variant("", threshold, threshold))
+    given = {"detection": detection, "similarity": similarity, "search": search, "protocol": protocol}
+    step, found = _searching(pipe, statistics, threshold=threshold, gate=gate, **given)
+    ((_, result),) = _together(pipe, step, found, [(prompt,)])
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def localizing(
     pipe: StableDiffusionPipeline, *, statistics: ActivationStatistics, **settings: Any
-) -> Callable[[Sequence[str]], list[dict[str, Any]]]:
-    """Return what computes the records of prompts: a task (`nemolib.run.Run.compute`).
+) -> Callable[[Sequence[str]], Results]:
+    """Return what computes the records of prompts, searched together: a task (`nemolib.run.Run.compute`).
 
     Its settings are those of `localize`: threshold, gate, detection, similarity, search, protocol.
     """
-    return lambda batch: [localize(pipe, prompt, statistics, **settings).to_record() for prompt in batch]
+    step, found = _searching(pipe, statistics, **settings)
+
+    def record(step: FirstStep, prompt: str) -> dict[str, Any]:
+        return found(step, prompt).to_record()
+
+    return lambda batch: _together(pipe, step, record, [(prompt,) for prompt in batch])
+
+
+def _searching(
+    pipe: StableDiffusionPipeline,
+    statistics: ActivationStatistics,
+    *,
+    threshold: float,
+    gate: float | None = None,
+    detection: DetectionSettings | None = None,
+    similarity: SimilaritySettings | None = None,
+    search: SearchSettings | str | None = None,
+    protocol: str | Protocol | None = None,
+) -> tuple[FirstStep, Callable[[FirstStep, str], Localization]]:
+    """Return the first step, and what searches a prompt with it; arguments and errors as of `localize`."""
+    check_threshold(threshold, gate)
+    statistics.check(pipe.unet)
+    defaults, protocol = settings_of(pipe), protocol_of(pipe, protocol)
+    settings = {"gate": threshold if gate is None else gate, "similarity": similarity or defaults.similarity}
+    settings |= {"search": search_settings(search, defaults.search), "protocol": protocol}
+
+    def found(step: FirstStep, prompt: str) -> Localization:
+        with naming(prompt):
+            check_neurons_act(pipe.unet)
+            run = Search(step, embed(pipe, [prompt]), statistics, prompt=prompt, **settings)
+            return run.localize(Variant("", threshold, threshold))
+
+    return first_step(pipe, settings=detection, protocol=protocol), found
+
+
+def _together(
+    pipe: StableDiffusionPipeline, step: FirstStep, search: Callable[..., Any], items: Sequence[tuple[Any, ...]]
+) -> Results:
+    """Yield place and result of a search for each item, as they come; what they ask of the UNet shares its passes.
+
+    As many take part as images are generated at once: most ask for one latent at a time.
+    """
+    size = max(settings_of(pipe).generation.batch_size, len(step.latents))
+    lockstep = Lockstep(partial(step.predict, size=size), size)
+    return lockstep.run([partial(search, replace(step, lockstep=lockstep), *item) for item in items])
 
 
 def varying(
@@ -332,7 +367,7 @@ def varying(
     step = first_step(pipe, settings=detection, protocol=protocol)
     nothing = {"evaluations": dict.fromkeys(ALGORITHMS, 0), "seconds": dict.fromkeys(ALGORITHMS, 0.0)}
 
-    def vary(caption: str, record: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    def vary(step: FirstStep, caption: str, record: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
         known = None if record is None else Localization.from_record(record)
         repeated = {} if known is None else {item.name: known for item in variants if item.repeats(known)}
         found = {name: replace(known, **nothing) for name, known in repeated.items()}
@@ -346,7 +381,7 @@ def varying(
             found |= {item.name: run.localize(item) for item in searched}
         return {variant.name: found[variant.name].to_record() for variant in variants}
 
-    return lambda batch: [vary(*item) for item in batch]
+    return lambda batch: _together(pipe, step, vary, batch)
 
 
 def localization_table(localizations: Sequence[Localization], *, seconds: bool = False) -> pd.DataFrame:
@@ -394,26 +429,18 @@ def shared_neurons(found: pd.DataFrame) -> pd.DataFrame:
     """Return the neurons that at least two memorized prompts share, those of most prompts first.
 
     Returns:
-        Columns layer (from 1, as in the paper), neuron, prompts (number), words (those of at least two and of half of
-        the captions, with their number) and captions (separated by semicolons).
+        Columns layer (from 1, as in the paper), neuron, prompts (number) and captions (separated by semicolons).
     """
     owners: dict[tuple[int, int], list[str]] = {}
     for prompt, neurons in by_prompt(memorized(found)).items():
         for pair in neurons:
             owners.setdefault(pair, []).append(prompt)
     rows = [
-        (layer + 1, neuron, len(captions), _common_words(captions), "; ".join(captions))
+        (layer + 1, neuron, len(captions), "; ".join(captions))
         for (layer, neuron), captions in sorted(owners.items(), key=lambda item: (-len(item[1]), item[0]))
         if len(captions) > 1
     ]
-    return pd.DataFrame(rows, columns=["layer", "neuron", "prompts", "words", "captions"])
-
-
-def _common_words(captions: Sequence[str]) -> str:
-    """Return the words of at least half of the captions, the most frequent first, such as ``"card (3), edition (3)"``."""
-    counted = Counter(word for caption in captions for word in dict.fromkeys(caption.split()))
-    repeated = [(word, number) for word, number in counted.most_common() if number > 1 and 2 * number >= len(captions)]
-    return ", ".join(f"{word} ({number})" for word, number in repeated)
+    return pd.DataFrame(rows, columns=["layer", "neuron", "prompts", "captions"])
 
 
 def check_threshold(threshold: float, gate: float | None = None) -> None:

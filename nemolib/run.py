@@ -10,6 +10,7 @@ earlier ones, and a run that was killed continues.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -45,7 +46,7 @@ from nemolib.store import (
     write_grid,
     write_table,
 )
-from nemolib.workers import Batch, FailedPrompts, Failure, Outcomes, Task, map_prompts
+from nemolib.workers import Batch, FailedPrompts, Failure, Outcomes, Task, distributed, map_prompts
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -299,6 +300,11 @@ class Run:
 
     # The search
 
+    @property
+    def searches(self) -> int:
+        """How many prompts a task of searches is given at once: all; a worker as many as a prompt has latents."""
+        return self.profile.detection.samples if distributed(self.profile) else sys.maxsize
+
     def search(
         self,
         captions: Sequence[str],
@@ -325,7 +331,7 @@ class Run:
         common = {"threshold": float(threshold), "gate": None if gate is None else float(gate)}
         common |= {name: getattr(profile, name) for name in ("detection", "similarity", "protocol")}
         common |= {"statistics": statistics, "search": search_settings(search, profile.search)}
-        records = self.compute(localizing, captions, label="localization", **common)
+        records = self.compute(localizing, captions, label="localization", together=self.searches, **common)
         return [Localization.from_record(record) for record in records]
 
     # Images and what they show

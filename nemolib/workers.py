@@ -57,7 +57,10 @@ Batch = Sequence[tuple[str, Any]]
 Outcomes = Iterator[tuple[str, Any]]
 """Keys of items, each with its result or its `Failure`."""
 
-Task = Callable[..., Callable[[Sequence[Any]], Sequence[Any]]]
+Results = Sequence[Any] | Iterator[tuple[int, Any]]
+"""Results of a batch in its order; or places of items with their results, or exceptions, as they come."""
+
+Task = Callable[..., Callable[[Sequence[Any]], Results]]
 """Called once in each process with a pipeline and what all batches have in common; returns what computes some items."""
 
 
@@ -158,6 +161,11 @@ def cluster(source: StableDiffusionPipeline | Profile) -> Iterator[Client | None
             yield _client
         finally:
             _client = None
+
+
+def distributed(profile: Profile) -> bool:
+    """Return whether a cluster was chosen."""
+    return _choice(profile) is not None
 
 
 def _choice(profile: Profile | None) -> str | int | None:
@@ -266,17 +274,27 @@ def _result(future: Any, batch: Batch) -> list[tuple[str, Any]]:
         raise WorkersError(f"a worker could not begin: {type(error).__name__}: {error}") from error
 
 
-def _outcomes(function: Callable[[Sequence[Any]], Sequence[Any]], batch: Batch) -> list[tuple[str, Any]]:
-    """Return the keys of a batch with results; where it raises, each item is computed alone, with result or failure."""
+def _outcomes(function: Callable[[Sequence[Any]], Results], batch: Batch) -> Outcomes:
+    """Yield the keys of a batch with results, as they come; what raises in it is computed alone: result or failure."""
+    left, error = dict(enumerate(batch)), None
     try:
-        results = function([item for _, item in batch])
-        return [(key, result) for (key, _), result in zip(batch, results, strict=True)]
-    except Exception as error:
-        if len(batch) == 1:
-            ((key, item),) = batch
-            details = "".join(traceback.format_exception(error))
-            return [(key, Failure(_caption(item), f"{type(error).__name__}: {error}", details))]
-    return [outcome for pair in batch for outcome in _outcomes(function, (pair,))]
+        found = function([item for _, item in batch])
+        for place, result in enumerate(found) if isinstance(found, Sequence) else found:
+            if isinstance(result, Exception):
+                error = result
+            else:
+                yield left.pop(place)[0], result
+    except Exception as raised:
+        error = raised
+    if left and len(batch) == 1:
+        ((key, item),) = batch
+        details = "".join(traceback.format_exception(error))
+        yield key, Failure(_caption(item), f"{type(error).__name__}: {error}", details)
+        return
+    # Without what holds the memory of the pass that failed.
+    del error
+    for pair in left.values():
+        yield from _outcomes(function, (pair,))
 
 
 def _caption(item: Any) -> str:
@@ -318,7 +336,7 @@ def _on_worker(work: _Work) -> list[tuple[str, Any]]:
                     "change"
                 )
             _LOADED.update(function=work.task(pipe, **work.common), name=work.name)
-        return _outcomes(_LOADED["function"], work.batch)
+        return list(_outcomes(_LOADED["function"], work.batch))
 
 
 def _device(profile: Profile) -> str | None:

@@ -146,7 +146,7 @@ def ablated(run: Run, prompts: pd.DataFrame, levels: pd.DataFrame) -> pd.DataFra
     found = [(Variant(default_setting(levels), own, own), own, known)]
     for gate, variants, given, detection in searches:
         items, common = list(zip(captions, given, strict=True)), common | {"gate": gate, "detection": detection}
-        rows = run.compute(varying, items, label="searches", variants=variants, **common)
+        rows = run.compute(varying, items, label="searches", together=run.searches, variants=variants, **common)
         found += [(item, gate, [row[item.name] for row in rows]) for item in variants]
     parts = []
     for item, gate, records in found:

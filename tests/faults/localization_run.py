@@ -3,6 +3,7 @@
 Run as ``python localization_run.py <model folder> <run folder>`` with the repository on the path.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def run(model_folder, folder):
     from nemolib.holdout import activation_statistics
     from nemolib.pipeline import load_pipeline
     from nemolib.run import localize_many
-    from nemolib.settings import DetectionSettings, SearchSettings, SimilaritySettings
+    from nemolib.settings import PUBLISHED, DetectionSettings, GenerationSettings, SearchSettings, SimilaritySettings
     from nemolib.store import Store, write_table
 
     original = localization.embed
@@ -27,7 +28,9 @@ def run(model_folder, folder):
             file.writelines(f"{prompt}\n" for prompt in prompts)
         return original(pipe, prompts, **settings)
 
-    pipe = load_pipeline(model_folder, device="cpu")
+    # Two searches at once.
+    own = dataclasses.replace(PUBLISHED, model=str(model_folder), generation=GenerationSettings(batch_size=2))
+    pipe = load_pipeline(own, device="cpu")
     statistics = activation_statistics(pipe, [f"{a} {b}" for a in "abcd" for b in "efg"], progress=False)
     with patch.object(localization, "embed", logged):
         table = localize_many(

@@ -1,11 +1,12 @@
+import threading
+import time
 import warnings
 
 import pytest
 import torch
 from torch import nn
 
-from nemolib.batching import shrinking
-from nemolib.blocked_score import BlockReuse
+from nemolib.batching import Lockstep, shrinking
 from nemolib.first_step import first_step, guidance_norms
 from nemolib.generation import generate
 from nemolib.mitigation import DeactivatedNeurons, target_norms
@@ -133,20 +134,88 @@ def test_results_do_not_depend_on_the_memory(pipe, function, largest, use, sizes
     assert seen == sizes
 
 
-def test_reuse_of_blocks_stays_right_when_a_pass_is_split(pipe):
-    step, text = first_step(pipe, settings=DETECTION), embed(pipe, ["a fox"])
-    sets = [NeuronSet.of([(6, n)], layers=7) for n in range(4)] + [NeuronSet.of([(6, 3), (0, 1)], layers=7)]
-    expected = [step(text, neurons=item) for item in sets]
-    reuse = BlockReuse(pipe.unet)
+# In lockstep
 
-    def passing(item):
-        with reuse.passing(item):
-            return step(text, neurons=item)
 
-    assert torch.equal(passing(sets[0]), expected[0])
-    # From here on memory runs out in the last block, after blocks of the whole batch were reused.
-    run_out(pipe.unet.up_blocks[-1], 2)
-    with pytest.warns(UserWarning, match="going on with 2"):
-        found = [passing(item) for item in sets[1:]]
-    for ours, theirs in zip(found, expected[1:], strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-4)
+class Answers:
+    """Doubles numbers, and remembers what was asked at once."""
+
+    def __init__(self, seconds=0.0):
+        self.asked, self.seconds = [], seconds
+
+    def __call__(self, items):
+        self.asked.append(items)
+        time.sleep(self.seconds)
+        if "bad" in items:
+            raise ValueError("no half of it")
+        return [2 * item for item in items]
+
+
+def asking(lockstep, name, rounds, number=1):
+    """Return a function that asks so many times for so many things, and returns how it went."""
+
+    def ask():
+        for round in range(rounds):
+            items = [f"{name}{round}" for _ in range(number)]
+            assert lockstep.ask(items) == [2 * item for item in items]
+        return name.upper()
+
+    return ask
+
+
+def test_what_functions_ask_for_is_answered_together_and_as_one_ends_the_next_begins():
+    answers = Answers()
+    lockstep = Lockstep(answers, 2)
+    found = list(lockstep.run([asking(lockstep, *each) for each in (("a", 3, 2), ("b", 1), ("c", 0), ("d", 4))]))
+    assert answers.asked == [["a0", "a0", "b0"], ["a1", "a1", "d0"], ["a2", "a2", "d1"], ["d2"], ["d3"]]
+    assert dict(found) == {0: "A", 1: "B", 2: "C", 3: "D"}
+    assert [place for place, _ in found][-1] == 3
+
+
+def test_a_function_that_raises_stops_no_other_and_an_answer_that_raises_all_that_wait_for_it():
+    lockstep = Lockstep(Answers(), 3)
+    functions = [asking(lockstep, "a", 3), lambda: lockstep.ask(["ok"]) / 2, asking(lockstep, "c", 0)]
+    found = dict(lockstep.run(functions))
+    assert (found[0], found[2]) == ("A", "C")
+    assert isinstance(found[1], TypeError)
+    lockstep = Lockstep(Answers(), 2)
+    functions = [asking(lockstep, "a", 3), lambda: lockstep.ask(["bad"]), asking(lockstep, "c", 3)]
+    found = dict(lockstep.run(functions))
+    assert [str(found[place]) for place in (0, 1)] == ["no half of it"] * 2
+    assert found[2] == "C"
+
+
+@pytest.mark.parametrize("end", ["interrupted", "closed"])
+def test_an_end_in_the_middle_leaves_nothing_running(end):
+    def answer(items):
+        if end == "interrupted" and items == ["a1", "b1"]:
+            raise KeyboardInterrupt
+        return [2 * item for item in items]
+
+    before, lockstep = threading.active_count(), Lockstep(answer, 2)
+    running = lockstep.run([asking(lockstep, "a", 9), asking(lockstep, "b", 9), asking(lockstep, "c", 9)])
+    if end == "closed":
+        running = lockstep.run([asking(lockstep, "a", 0), asking(lockstep, "b", 9), asking(lockstep, "c", 9)])
+        assert next(running) == (0, "A")
+        running.close()
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            list(running)
+    assert threading.active_count() == before
+
+
+def test_a_clock_runs_while_its_function_does_and_for_its_share_of_the_answers():
+    lockstep, seconds = Lockstep(Answers(0.2), 2), {}
+
+    def timed(name, number, own):
+        def run():
+            start = lockstep.clock()
+            lockstep.ask([name] * number)
+            time.sleep(own)
+            seconds[name] = lockstep.clock() - start
+
+        return run
+
+    list(lockstep.run([timed("a", 3, 0.0), timed("b", 1, 0.3)]))
+    assert seconds["a"] == pytest.approx(0.15, abs=0.03)
+    assert seconds["b"] == pytest.approx(0.35, abs=0.03)

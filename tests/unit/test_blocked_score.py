@@ -1,7 +1,6 @@
 import pytest
-import torch
 
-from nemolib.blocked_score import BlockedScore, BlockReuse
+from nemolib.blocked_score import BlockedScore
 from nemolib.first_step import Evaluations, first_step
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
@@ -18,17 +17,6 @@ def some(**layers):
 
 
 SETS = [some(l0=[1, 2], l2=[3], l6=[3, 4]), some(l0=[1, 2], l2=[3]), some(l5=[7], l6=[3]), some(l0=list(range(8)))]
-COURSE = [
-    some(l0=[1, 2], l2=[3], l4=[1], l5=[2], l6=[3, 4]),
-    some(l0=[1, 2], l2=[3], l4=[1], l5=[2], l6=[3]),
-    some(l0=[1, 2], l2=[3], l4=[1], l5=[2]),
-    some(l0=[1, 2], l2=[3], l4=[1], l5=[7], l6=[3]),
-    some(l0=[1, 2], l2=[3], l6=[3]),
-    some(l0=[1, 2], l6=[3]),
-    some(l0=[2], l6=[3]),
-    some(l0=[1, 2], l2=[3], l4=[1], l5=[2], l6=[3, 4]),
-    some(l1=[5]),
-]
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +42,6 @@ def by_hand(random_pipe, step, neurons, protocol):
 
 def total(evaluations):
     return sum(evaluations.samples.values())
-
-
-# What is asked of a score
 
 
 @pytest.mark.parametrize("protocol", [PAPER, RELEASED])
@@ -116,49 +101,3 @@ def test_screening_tells_what_the_score_tells(make, protocol):
                 assert value == pytest.approx(exact(neurons), abs=1e-5)
         if limit < 0:
             assert total(evaluations) == len(SETS)
-
-
-# Blocks that are not computed again
-
-
-@pytest.fixture
-def guided(random_pipe):
-    return first_step(random_pipe, settings=DetectionSettings(samples=2, guidance=7.0))
-
-
-def test_reused_blocks_give_the_same_bits(random_pipe, guided):
-    embedding, reuse = embed(random_pipe, ["zzz"]), BlockReuse(random_pipe.unet)
-    for item in COURSE:
-        plain = guided(embedding, neurons=item)
-        with reuse.passing(item):
-            assert torch.equal(guided(embedding, neurons=item), plain), item
-
-
-def test_only_what_may_differ_is_computed(random_pipe, guided):
-    embedding, reuse, passes = embed(random_pipe, ["zzz"]), BlockReuse(random_pipe.unet), []
-    unet = random_pipe.unet
-    # The first module inside a block runs only if the block is computed.
-    handles = [
-        block.resnets[0].register_forward_hook(lambda *_, place=place: passes.append(place))
-        for place, block in enumerate([*unet.down_blocks, unet.mid_block])
-    ]
-    try:
-        for item, expected in zip(COURSE, [4, 1, 1, 2, 2, 3, 4, 4, 4], strict=True):
-            passes.clear()
-            with reuse.passing(item):
-                guided(embedding, neurons=item)
-            assert passes == [0, 1, 2, 3][-expected:]
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def test_the_model_is_left_as_it_was(random_pipe, guided, make):
-    embedding, reuse = embed(random_pipe, ["zzz"]), BlockReuse(random_pipe.unet)
-    plain = guided(embedding)
-    make()(SETS[0])
-    # A set of another model fails in the middle of the pass.
-    with pytest.raises(ValueError, match="does not exist"), reuse.passing(COURSE[0]):
-        guided(embedding, neurons=some(l0=[99]))
-    assert not [name for name, module in random_pipe.unet.named_modules() if "forward" in module.__dict__]
-    assert torch.equal(guided(embedding), plain)

@@ -67,11 +67,13 @@ def test_order_of_the_guidance_halves(random_pipe, protocol, swapped):
 def test_some_seeds_and_several_neuron_sets_in_one_batch(random_pipe, passes, settings):
     step, embedding = first_step(random_pipe, settings=settings), embed(random_pipe, ["a"])
     sets = [NEURONS, NeuronSet.empty(7), NeuronSet(tuple(map(range, WIDTHS)))]
-    together = step.many(embedding, neurons=sets, seeds=[2, 0])
-    assert together.shape == (3, 2, 4, 16, 16)
-    assert [samples for samples, _ in passes] == [3 * 2 * step.cost]
+    together = step.many(embedding, neurons=sets)
+    seeds = len(step.latents)
+    assert together.shape == (3, seeds, 4, 16, 16)
+    assert [samples for samples, _ in passes] == [3 * seeds * step.cost]
     for maps, neurons in zip(together, sets, strict=True):
-        torch.testing.assert_close(maps, step(embedding, neurons=neurons)[[2, 0]], atol=1e-4, rtol=0)
+        torch.testing.assert_close(maps, step(embedding, neurons=neurons), atol=1e-4, rtol=0)
+        torch.testing.assert_close(maps[[2, 0]], step(embedding, neurons=neurons, seeds=[2, 0]), atol=1e-4, rtol=0)
     assert (together[0] - together[1]).abs().max() > 1e-4
 
 
@@ -138,7 +140,7 @@ def test_impossible_first_steps(random_pipe):
     step = FirstStep(random_pipe.unet, 961, latents)
     with pytest.raises(ValueError, match="expected that of one prompt"):
         step(text)
-    with pytest.raises(ValueError, match="1 neuron sets and 0 seeds were given"):
+    with pytest.raises(ValueError, match="no neuron sets or no seeds"):
         step(text[:1], seeds=[])
 
 

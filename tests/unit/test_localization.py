@@ -42,7 +42,7 @@ def found(search):
 
 
 @pytest.mark.parametrize(("guidance", "cost"), [(0.0, 1), (7.0, 2)])
-def test_cost_by_algorithm(random_pipe, search, guidance, cost):
+def test_cost_by_algorithm(random_pipe, search, found, guidance, cost):
     counted = []
     with random_pipe.unet.register_forward_pre_hook(lambda module, args: counted.append(len(args[0]))):
         found = search(search=SEQUENTIAL, detection=replace(DETECTION, guidance=guidance))
@@ -160,12 +160,27 @@ def test_defaults_of_the_session_change_nothing(search, found):
     assert replace(again, seconds={}) == replace(found, seconds={})
 
 
-def test_a_record_gives_the_localization_back(random_pipe, statistics, found):
-    (record, other) = json.loads(json.dumps(localizing(random_pipe, statistics=statistics, **SETTINGS)(["zzz", "b q"])))
+def test_a_record_gives_the_localization_back(found):
     kept = replace(found, steps=(), tests=())
-    assert replace(Localization.from_record(record), seconds=found.seconds) == kept
     assert Localization.from_record(json.loads(json.dumps(found.to_record()))) == kept
-    assert other["prompt"] == "b q"
+
+
+def test_prompts_that_are_searched_together_find_what_each_finds_alone(random_pipe, statistics, search):
+    """Also if one of them is not memorized, and if one fails."""
+    prompts, passes = ["zzz", "b q", "red fox card", "blue cat case"], []
+    alone = [search(prompt) for prompt in prompts]
+    task = localizing(random_pipe, statistics=statistics, **SETTINGS)
+    with random_pipe.unet.register_forward_pre_hook(lambda module, args: passes.append(len(args[0]))):
+        searched = dict(task([*prompts, 7]))
+    assert isinstance(searched.pop(4), ValueError)
+    assert len(passes) < sum(passes) / 3
+    for place, own in enumerate(alone):
+        found = Localization.from_record(searched[place])
+        for name in ("prompt", "memorized", "seeds", "initial", "neurons", "theta", "k", "reached", "evaluations"):
+            assert getattr(found, name) == getattr(own, name), name
+        for name in ("unblocked_score", "initial_score", "refined_score", "lowest_score"):
+            assert getattr(found, name) == pytest.approx(getattr(own, name), abs=1e-5)
+    assert sum(passes) == sum(sum(own.evaluations.values()) for own in alone)
 
 
 def test_table(search, found):
@@ -204,7 +219,7 @@ def vary(random_pipe, statistics):
         settings = {"detection": DETECTION, "similarity": SIMILARITY, "search": search, "protocol": PAPER, "gate": gate}
         task = varying(random_pipe, statistics=statistics, variants=variants or VARIANTS, **settings)
         record = None if known is None else json.loads(json.dumps(known.to_record()))
-        return {name: Localization.from_record(item) for name, item in task([(prompt, record)])[0].items()}
+        return {name: Localization.from_record(item) for name, item in next(task([(prompt, record)]))[1].items()}
 
     return varied
 

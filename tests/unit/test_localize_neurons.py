@@ -174,7 +174,6 @@ def test_cost(table):
 def test_shared_neurons(table):
     first = localization.shared_neurons(table).iloc[0]
     assert first[["layer", "neuron", "prompts"]].tolist() == [1, 2, 4]
-    assert first["words"] == "red (2), card (2), blue (2), case (2)"
     assert first["captions"] == "red fox card; red owl card; blue cat case; blue dog case"
     overlap = search.neuron_overlap(table).set_index(["first", "second"])
     assert len(overlap) == 6

@@ -6,6 +6,9 @@ import torch
 
 from nemolib.encoders import CopyDescriptor
 from nemolib.layers import value_layers
+from nemolib.settings import Profile
+
+HOLDOUT = [f"{first} {second}" for first in "abcd" for second in "uvwxyz"]
 
 SMALL = {
     "name": "random",
@@ -54,6 +57,15 @@ def write_prompts(folder, kinds, *, unmemorized, holdout, copies=None, sides=Non
         table = pd.DataFrame(content, columns=["caption", "kind", "group", "copies", "image"])
         table.to_csv(folder / "prompts" / f"{name}.csv", index=False)
     return {name: str(folder / "prompts" / f"{name}.csv") for name in contents}
+
+
+def random_profile(
+    folder, model_folder, kinds, *, unmemorized=("a tree",), holdout=HOLDOUT, copies=None, sides=None, **keys
+):
+    """Return the profile of a world that is written to a folder, with all encoders: `SMALL`, and keys over it."""
+    prompts = write_prompts(folder, kinds, unmemorized=unmemorized, holdout=holdout, copies=copies, sides=sides)
+    given = {"model": str(model_folder), "prompts": prompts, "holdout_size": len(holdout)}
+    return Profile(**SMALL | given | {"encoders": write_encoders(folder, model_folder)} | keys)
 
 
 def write_clip(folder, model_folder, *, side):

@@ -6,17 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from nemolib import paper, paths
+from nemolib import paper
 from nemolib.experiments import ablations
 from nemolib.experiments.ablations import FACTORS, GUIDANCE, NO_REFINEMENT, NO_TOP_K
 from nemolib.experiments.deactivate_neurons import NONE, measured
 from nemolib.localization import by_prompt
 from nemolib.mitigation import DeactivatedNeurons
 from nemolib.neurons import NeuronSet
-from nemolib.pipeline import load_pipeline
 from nemolib.run import Run
-from nemolib.settings import Profile
-from tests.random_world import SMALL, amplify, write_encoders, write_prompts
 from tests.unit.test_deactivate_neurons import as_ours, assert_all_hold, put, turn
 
 VM, TM = ["a tree", "the sea"], ["old map", "red owl card"]
@@ -50,27 +47,18 @@ TURNS = [
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, random_model_folder):
+def run(random_run):
     """Return a run of a world in which the memorized prompts score above mean + 1 sd of the holdout prompts."""
-    folder = tmp_path_factory.mktemp("world")
-    kinds = dict.fromkeys(VM, "vm") | dict.fromkeys(TM, "tm") | dict.fromkeys(LADDER, "ladder")
-    holdout = [f"{first} {second}" for first in "cdef" for second in "uvyz"]
-    prompts = write_prompts(folder, kinds, unmemorized=["a house"], holdout=holdout, copies=LADDER)
-    chosen = {
-        "search": {"theta_start": 12.0, "theta_step": 1.0, "theta_min": 11.0, "k_start": 1, "k_step": 1},
-        "detection": {"samples": 3},
-        "generation": {"samples": 2, "steps": 2, "guidance": 3.0, "batch_size": 16},
-        "threshold_prompts": 6,
-    }
-    files = {
-        "model": str(random_model_folder),
-        "prompts": prompts,
-        "encoders": write_encoders(folder, random_model_folder),
-    }
-    profile = Profile(**SMALL | chosen | files, holdout_size=16, protocol="paper")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths, "BUILD", folder)
-        yield Run(profile, amplify(load_pipeline(profile)), progress=False)
+    return random_run(
+        dict.fromkeys(VM, "vm") | dict.fromkeys(TM, "tm") | dict.fromkeys(LADDER, "ladder"),
+        holdout=[f"{first} {second}" for first in "cdef" for second in "uvyz"],
+        copies=LADDER,
+        search={"theta_start": 12.0, "theta_step": 1.0, "theta_min": 11.0, "k_start": 1, "k_step": 1},
+        generation={"samples": 2, "steps": 2, "guidance": 3.0, "batch_size": 16},
+        detection={"samples": 3},
+        threshold_prompts=6,
+        protocol="paper",
+    )
 
 
 @pytest.fixture(scope="module")

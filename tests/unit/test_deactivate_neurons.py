@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from nemolib import metrics, paper, paths
+from nemolib import metrics, paper
 from nemolib.encoders import load_encoder
 from nemolib.experiments import deactivate_neurons as deactivate
 from nemolib.experiments.deactivate_neurons import BASELINES, INITIAL, METRICS, NEMO, NONE, ONE_TOKEN, RANDOM, REN, WEN
@@ -16,9 +16,8 @@ from nemolib.mitigation import DeactivatedNeurons, EmbeddingAdjustment, wen_targ
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.run import Run
-from nemolib.settings import GenerationSettings, Profile
+from nemolib.settings import GenerationSettings
 from nemolib.store import WITH_AND_WITHOUT
-from tests.random_world import write_encoders, write_prompts
 
 VM, TM, CLEAN = ["red fox card", "red owl card"], ["blue cat case"], ["a tree", "the sea"]
 
@@ -31,23 +30,15 @@ def neurons_of(prompt, *, more=()):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, random_model_folder, random_pipe):
-    folder = tmp_path_factory.mktemp("world")
-    kinds, holdout = dict.fromkeys(VM, "vm") | dict.fromkeys(TM, "tm"), [f"{letter} {letter}" for letter in "abcd"]
-    profile = Profile(
-        name="random",
-        model=str(random_model_folder),
-        device="cpu",
-        holdout_size=4,
+def run(random_run):
+    return random_run(
+        dict.fromkeys(VM, "vm") | dict.fromkeys(TM, "tm"),
+        unmemorized=CLEAN,
+        sides={VM[0]: 48},
         threshold_prompts=3,
         generation={"samples": 2, "steps": 2, "batch_size": 16},
         mitigation={"wen": {"target": None, "steps": 2, "iterations": 2, "latents": 1}, "random": {"repeats": 2}},
-        encoders=write_encoders(folder, random_model_folder),
-        prompts=write_prompts(folder, kinds, unmemorized=CLEAN, holdout=holdout, sides={VM[0]: 48}),
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths, "BUILD", folder / "build")
-        yield Run(profile, random_pipe, progress=False)
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,8 @@ from nemolib.layers import check_neurons_act
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import load_pipeline
 from nemolib.run import Run
-from nemolib.settings import Profile
 from nemolib.store import Store
-from tests.random_world import SMALL, write_encoders, write_prompts
+from tests.random_world import SMALL, random_profile
 from tools.estimate import stages
 
 MEMORIZED = {"red fox card": "vm", "red owl card": "vm", "blue cat case": "tm"}
@@ -23,21 +22,20 @@ COUNTS = {"vm": 2, "tm": 1, "unmemorized": 3, "holdout": 4, "threshold": 3, "qua
 
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory, random_model_folder):
-    folder = tmp_path_factory.mktemp("world")
-    settings = SMALL | {
-        "model": str(random_model_folder),
-        "search": {"theta_start": 1000.0, "theta_min": 999.0, "theta_step": 1.0, "k_start": 1, "k_max": 1},
-        "detection": {"samples": 3},
-        "generation": SMALL["generation"] | {"batch_size": 16},
-        "limits": {"ladder": 0},
-        "holdout_size": 4,
-        "threshold_prompts": 3,
-        "extent": {"mitigated": 1, "ablated": 1, "layers": 1, "blocks": 2, "quality": 2, "quality_samples": 2},
-        "mitigation": {"wen": {"target": 1e-6, "iterations": 2, "latents": 2}},
-        "encoders": write_encoders(folder, random_model_folder),
-        "prompts": write_prompts(folder, MEMORIZED, unmemorized=UNMEMORIZED, holdout=["a a", "b b", "c c", "d d"]),
-    }
-    return Profile(**settings)
+    return random_profile(
+        tmp_path_factory.mktemp("world"),
+        random_model_folder,
+        MEMORIZED,
+        unmemorized=UNMEMORIZED,
+        holdout=["a a", "b b", "c c", "d d"],
+        search={"theta_start": 1000.0, "theta_min": 999.0, "theta_step": 1.0, "k_start": 1, "k_max": 1},
+        detection={"samples": 3},
+        generation=SMALL["generation"] | {"batch_size": 16},
+        limits={"ladder": 0},
+        threshold_prompts=3,
+        extent={"mitigated": 1, "ablated": 1, "layers": 1, "blocks": 2, "quality": 2, "quality_samples": 2},
+        mitigation={"wen": {"target": 1e-6, "iterations": 2, "latents": 2}},
+    )
 
 
 @pytest.fixture(scope="module")

@@ -9,37 +9,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nemolib import explore, paths
+from nemolib import explore
 from nemolib.generation import generate
 from nemolib.localization import localize
 from nemolib.mitigation import DeactivatedNeurons
 from nemolib.neurons import NeuronSet
-from nemolib.pipeline import load_pipeline
 from nemolib.run import Run
-from nemolib.settings import Profile
 from tests.browser import chromium, needs_chromium
-from tests.random_world import SMALL, amplify, write_encoders, write_prompts
 
 CAPTIONS = {"red fox card": "vm", "odd <b> & pin": "tm"}
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, random_model_folder):
-    folder = tmp_path_factory.mktemp("world")
-    holdout = [f"{first} {second}" for first in "abcd" for second in "uvwxyz"]
-    profile = Profile(
-        model=str(random_model_folder),
-        prompts=write_prompts(folder, CAPTIONS, unmemorized=["a tree"], holdout=holdout),
-        holdout_size=24,
-        thresholds={"value": 0.0},
-        search={"theta_start": 3.0, "theta_step": 1.0, "theta_min": 1.0, "k_max": 3, "method": "sequential"},
-        encoders=write_encoders(folder, random_model_folder),
-        **SMALL,
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths, "BUILD", folder / "build")
-        patch.setattr(paths, "FIGURES", folder / "figures")
-        yield Run(profile, amplify(load_pipeline(profile)), progress=False)
+def run(random_run):
+    search = {"theta_start": 3.0, "theta_step": 1.0, "theta_min": 1.0, "k_max": 3, "method": "sequential"}
+    return random_run(CAPTIONS, thresholds={"value": 0.0}, search=search)
 
 
 @pytest.fixture(scope="module")

@@ -5,29 +5,18 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from nemolib import paths
 from nemolib.experiments import holdout_threshold as holdout
 from nemolib.first_step import noise_differences
 from nemolib.holdout import memorization_threshold
 from nemolib.layers import widths
 from nemolib.run import Run
-from nemolib.settings import PAPER, RELEASED, Profile
+from nemolib.settings import PAPER, RELEASED
 from nemolib.similarity import memorization_score
-from tests.random_world import SMALL, write_prompts
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, random_model_folder, random_pipe):
-    folder = tmp_path_factory.mktemp("world")
-    profile = Profile(
-        model=str(random_model_folder),
-        prompts=write_prompts(folder, {}, unmemorized=["a tree"], holdout=[f"{a} {b}" for a in "abc" for b in "uv"]),
-        holdout_size=6,
-        **SMALL,
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths, "BUILD", folder)
-        yield Run(profile, random_pipe, progress=False)
+def run(random_run):
+    return random_run({}, holdout=[f"{a} {b}" for a in "abc" for b in "uv"])
 
 
 def test_each_switch_changes_one_thing_and_all_together_lead_to_the_paper():

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from nemolib import localization, paths
+from nemolib import localization
 from nemolib.exhibits import NotEnough
 from nemolib.experiments import localize_neurons as search
 from nemolib.first_step import first_step
@@ -18,31 +18,23 @@ from nemolib.mitigation import DeactivatedNeurons, random_neurons
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.run import Run
-from nemolib.settings import Profile
 from nemolib.similarity import memorization_score
 from nemolib.store import PLANTED, WITH_AND_WITHOUT
-from tests.random_world import SMALL, write_encoders, write_prompts
 
 VM, TM, CLEAN = ["red fox card", "red owl card"], ["blue cat case"], ["a tree", "the sea", "my dog"]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, random_model_folder, random_pipe):
-    folder = tmp_path_factory.mktemp("world")
-    kinds, holdout = dict.fromkeys(VM, "vm") | dict.fromkeys(TM, "tm"), [f"{a} {b}" for a in "abcdef" for b in "uvwxyz"]
-    profile = Profile(
-        model=str(random_model_folder),
-        prompts=write_prompts(folder, kinds, unmemorized=CLEAN, holdout=holdout),
-        holdout_size=36,
+def run(random_run):
+    return random_run(
+        dict.fromkeys(VM, "vm") | dict.fromkeys(TM, "tm"),
+        unmemorized=CLEAN,
+        holdout=[f"{a} {b}" for a in "abcdef" for b in "uvwxyz"],
         extent={"searched": 2},
         thresholds={"value": -0.5},
         search={"theta_start": 3.0, "theta_step": 1.0, "k_step": 2},
-        encoders=write_encoders(folder, random_model_folder),
-        **SMALL | {"detection": {"samples": 3}},
+        detection={"samples": 3},
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths, "BUILD", folder / "build")
-        yield Run(profile, random_pipe, progress=False)
 
 
 @pytest.fixture(scope="module")

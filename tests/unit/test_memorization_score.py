@@ -4,14 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from nemolib import paths
 from nemolib.experiments import memorization_score as score
 from nemolib.first_step import FirstStep, guidance_norms
 from nemolib.holdout import holdout_scores
-from nemolib.pipeline import load_pipeline
-from nemolib.run import Run
-from nemolib.settings import Profile
-from tests.random_world import SMALL, amplify, write_encoders, write_prompts
 
 VM, CLEAN = ["red fox card", "red owl card"], ["a tree", "the sea", "my dog"]
 
@@ -29,20 +24,10 @@ TURNS = [
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, random_model_folder):
-    folder = tmp_path_factory.mktemp("world")
+def run(random_run):
     kinds = dict.fromkeys(VM, "vm") | {"blue cat case": "tm", "odd pin": "ladder", "odd hat": "ladder"}
     holdout = [f"{first} {second}" for first in "abc" for second in "uv"]
-    profile = Profile(
-        model=str(random_model_folder),
-        prompts=write_prompts(folder, kinds, unmemorized=CLEAN, holdout=holdout, copies={"odd hat": 4}),
-        holdout_size=6,
-        encoders=write_encoders(folder, random_model_folder),
-        **SMALL,
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths, "BUILD", folder)
-        yield Run(profile, amplify(load_pipeline(profile)), progress=False)
+    return random_run(kinds, unmemorized=CLEAN, holdout=holdout, copies={"odd hat": 4})
 
 
 @pytest.fixture(scope="module")

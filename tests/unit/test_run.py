@@ -22,27 +22,20 @@ from nemolib.neurons import NeuronSet
 from nemolib.pipeline import load_pipeline
 from nemolib.provenance import content_hash
 from nemolib.run import Run, localize_many, open_run
-from nemolib.settings import PAPER, RELEASED, Encoders, GenerationSettings, Profile
+from nemolib.settings import PAPER, RELEASED, Encoders, GenerationSettings
 from nemolib.store import Store
 from nemolib.workers import FailedPrompts
-from tests.random_world import SMALL, amplify, write_encoders, write_prompts
+from tests.random_world import HOLDOUT, amplify, random_profile
 
 VM, CLEAN = ["red fox card", "red owl card"], ["a tree", "the sea", "my dog"]
-HOLDOUT = [f"{first} {second}" for first in "abcd" for second in "uvwxyz"]
 
 
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory, random_model_folder):
-    folder = tmp_path_factory.mktemp("world")
     kinds = dict.fromkeys(VM, "vm") | {"blue cat case": "tm", "odd pin": "ladder"}
-    return Profile(
-        model=str(random_model_folder),
-        prompts=write_prompts(folder, kinds, unmemorized=CLEAN, holdout=HOLDOUT, sides={"red owl card": 48}),
-        holdout_size=24,
-        search={"theta_start": 3.0, "theta_step": 1.0, "theta_min": 3.0, "k_max": 1},
-        encoders=write_encoders(folder, random_model_folder),
-        **SMALL,
-    )
+    search = {"theta_start": 3.0, "theta_step": 1.0, "theta_min": 3.0, "k_max": 1}
+    changes = {"unmemorized": CLEAN, "sides": {"red owl card": 48}, "search": search}
+    return random_profile(tmp_path_factory.mktemp("world"), random_model_folder, kinds, **changes)
 
 
 @pytest.fixture(scope="module")

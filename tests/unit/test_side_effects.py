@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from nemolib import batching, metrics, paths
+from nemolib import batching, metrics
 from nemolib.experiments import side_effects
 from nemolib.experiments.side_effects import FREQUENT, OTHER, QUALITY, UNTOUCHED, Blocked
 from nemolib.first_step import comparing_outputs, first_step
@@ -18,9 +18,8 @@ from nemolib.mitigation import DeactivatedNeurons, switched_off
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.run import Run
-from nemolib.settings import PAPER, Profile
+from nemolib.settings import PAPER
 from tests.random_pipeline import WIDTHS
-from tests.random_world import write_encoders, write_prompts
 
 VM, UNMEMORIZED = ["red fox card", "red owl card"], ["a tree", "the sea"]
 
@@ -73,17 +72,10 @@ TURNS = [
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, random_model_folder, random_pipe):
-    folder = tmp_path_factory.mktemp("world")
+def run(random_run):
     kinds = dict.fromkeys(VM, "vm") | {"blue cat case": "tm"}
-    prompts = write_prompts(folder, kinds, unmemorized=UNMEMORIZED, holdout=["a a", "b b"], sides={VM[0]: 48})
-    profile = Profile(
-        name="random", model=str(random_model_folder), device="cpu", prompts=prompts, holdout_size=2, threshold_prompts=2,
-        generation={"samples": 4, "steps": 1, "batch_size": 16}, encoders=write_encoders(folder, random_model_folder),
-    )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths, "BUILD", folder)
-        yield Run(profile, random_pipe, progress=False)
+    images = {"samples": 4, "steps": 1, "batch_size": 16}
+    return random_run(kinds, unmemorized=UNMEMORIZED, sides={VM[0]: 48}, generation=images)
 
 
 @pytest.fixture(scope="module")

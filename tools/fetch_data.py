@@ -16,7 +16,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -63,9 +63,6 @@ IMAGE_COLUMNS = ("number", "kind", "caption", "url", "status", "image", "sha256"
 
 SMALLEST, LARGEST = 32, 64 * 2**20
 """Shortest side of an image in pixels (what is smaller is a placeholder), and largest file in bytes."""
-
-PARTS = ("files", "models", "images")
-"""What can be fetched alone: files with checksums, hub models, training images."""
 
 WEIGHTS = ("text_encoder/model", "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model")
 """Files of a pipeline, but for variant and suffix."""
@@ -138,12 +135,11 @@ def load_manifest(name: str | Path) -> Manifest:
         raise ProfileError(f"{path}: {error}") from error
 
 
-def fetch_data(profile: Profile, parts: Collection[str] = PARTS) -> Iterator[Outcome]:
+def fetch_data(profile: Profile) -> Iterator[Outcome]:
     """Fetch what a profile needs and does not have yet; what fails does not stop the rest.
 
     Args:
         profile: Its key ``downloads`` names the manifest.
-        parts: What to fetch, of `PARTS`.
 
     Yields:
         What became of each thing, as soon as it is known.
@@ -153,13 +149,13 @@ def fetch_data(profile: Profile, parts: Collection[str] = PARTS) -> Iterator[Out
         OSError: The disk is full; what was fetched stays.
     """
     manifest = load_manifest(profile.downloads) if profile.downloads else Manifest(folder=paths.DATA, files=())
-    folder, todo = manifest.folder, []
-    if "files" in parts:
-        for file in manifest.files:
-            todo.append((file.path, "missing" if file.optional else "failed", partial(fetch_file, file, folder)))
-    if "models" in parts:
-        todo += [(f"model {model[0]}", "failed", partial(fetch_model, *model)) for model in hub_models(profile)]
-    if "images" in parts and manifest.training_images:
+    folder = manifest.folder
+    todo = [
+        (item.path, "missing" if item.optional else "failed", partial(fetch_file, item, folder))
+        for item in manifest.files
+    ]
+    todo += [(f"model {model[0]}", "failed", partial(fetch_model, *model)) for model in hub_models(profile)]
+    if manifest.training_images:
         todo.append(("training images", "failed", partial(fetch_images, folder / manifest.training_images, folder)))
     for thing, without, fetch in todo:
         try:
@@ -406,12 +402,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Fetch the data of a profile from the command line; return the exit status, 1 if something needed is missing."""
     parser = argparse.ArgumentParser(prog="python -m tools.fetch_data", description=__doc__)
     parser.add_argument("--profile", default=os.environ.get("PROFILE") or "sd14", help="default: $PROFILE, else sd14")
-    parser.add_argument("--only", choices=PARTS, action="append", help="fetch only this; may be given again")
     arguments = parser.parse_args(argv)
     outcomes = []
     try:
         profile = load_profile(arguments.profile)
-        for outcome in fetch_data(profile, arguments.only or PARTS):
+        for outcome in fetch_data(profile):
             outcomes.append(outcome)
             stream = sys.stderr if outcome.status == "failed" else sys.stdout
             print(f"{outcome.status:>10}  {outcome.thing}: {outcome.note}", file=stream, flush=True)

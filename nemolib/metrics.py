@@ -6,7 +6,7 @@ makes one value per prompt of them, `summary_table` one row per table cell.
 
 What the median of an even number of values is: NumPy, pandas and the usual definition take the *midpoint* of the two
 values in the middle, and so do all tables here. The authors' code takes torch's median, the *lower* of the two (the 5th
-of 10 seeds, and the same over prompts), which reads a little lower. ``median_over(..., median="lower")`` is theirs.
+of 10 seeds, and the same over prompts), which reads a little lower.
 
 SSCD_Orig has two readings, and the authors' code prints both: median or largest similarity over the seeds of a prompt.
 Tables show the median, since the paper's must be that: its 0.04 for TM prompts lies below the median of the authors'
@@ -127,25 +127,7 @@ def over_seeds(values: Any) -> np.ndarray:
     values = _array(values)
     if values.ndim != 2:
         raise ValueError(f"values of shape {list(values.shape)}; expected [prompt, seed]")
-    return median_over(values) if values.shape[1] else np.full(len(values), np.nan)
-
-
-def median_over(values: Any, *, median: str = "midpoint") -> np.ndarray:
-    """Return the median over the last axis of values [..., item]; NaN where a value is missing.
-
-    Args:
-        values: Values, at least one item.
-        median: ``midpoint`` of the two values in the middle, or the ``lower`` of them, as torch does it; else a method
-            of `numpy.quantile`.
-
-    Raises:
-        ValueError: There is no item, or the definition is unknown.
-    """
-    values = _array(values)
-    if not values.ndim or not values.shape[-1]:
-        raise ValueError("a median needs at least one value")
-    # The methods of NumPy's quantile interpolate, which rounds otherwise than the midpoint does.
-    return np.median(values, axis=-1) if median == "midpoint" else np.quantile(values, 0.5, axis=-1, method=median)
+    return np.median(values, axis=1) if values.shape[1] else np.full(len(values), np.nan)
 
 
 def median_mad(values: Any) -> tuple[float, float]:
@@ -158,8 +140,8 @@ def median_mad(values: Any) -> tuple[float, float]:
         ValueError: There is no value.
     """
     values = _present(values)
-    middle = median_over(values)
-    return float(middle), float(median_over(np.abs(values - middle)))
+    middle = np.median(values)
+    return float(middle), float(np.median(np.abs(values - middle)))
 
 
 def bootstrap_interval(values: Any) -> tuple[float, float]:
@@ -172,7 +154,7 @@ def bootstrap_interval(values: Any) -> tuple[float, float]:
     """
     values = _present(values)
     draws = np.random.default_rng(0).choice(values, (RESAMPLES, len(values)))
-    return tuple(np.quantile(median_over(draws), _ENDS).tolist())
+    return tuple(np.quantile(np.median(draws, axis=1), _ENDS).tolist())
 
 
 def summary_table(table: pd.DataFrame, quantities: Sequence[str], *, by: Sequence[str]) -> pd.DataFrame:

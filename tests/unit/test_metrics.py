@@ -47,8 +47,7 @@ def test_ten_seeds_have_45_pairs_and_one_has_none():
 def test_a_prompt_without_original_stays_missing():
     found = metrics.sscd_orig([turned(0, 60)] * 2, [turned(0)[0], [np.nan, np.nan]])
     assert found[0] == pytest.approx([1, 0.5])
-    for values in (metrics.over_seeds(found), metrics.median_over(found, median="lower")):
-        assert np.isnan(values).tolist() == [False, True]
+    assert np.isnan(metrics.over_seeds(found)).tolist() == [False, True]
     assert metrics.memorization_rate([0.7, 0.71, 0.2, np.nan]) == pytest.approx(1 / 3)
 
 
@@ -61,8 +60,6 @@ def test_a_prompt_without_original_stays_missing():
         (lambda: metrics.d_sscd(unit(3, 4)), r"shape \[3, 4\]; expected \[prompt, seed, feature\]"),
         (lambda: metrics.d_sscd(2 * unit(2, 3, 4)), "a cosine needs unit norm"),
         (lambda: metrics.over_seeds(unit(2, 3, 4)), r"expected \[prompt, seed\]"),
-        (lambda: metrics.median_over([1.0], median="upper"), "'upper' is not a valid method"),
-        (lambda: metrics.median_over([]), "at least one value"),
         (lambda: metrics.median_mad([np.nan]), "at least one value"),
         (lambda: metrics.kid(gaussian(20), gaussian(30)), "20 real and 30 generated images, but at least 1000"),
         (lambda: metrics.kid(gaussian(20), gaussian(30), subset_size=1), "at least 2 images"),
@@ -92,10 +89,8 @@ def test_what_cannot_be_measured_is_refused(call, words):
 
 
 @pytest.mark.parametrize("number", [1, 2, 9, 10])
-def test_medians_are_those_of_torch_numpy_and_scipy(number):
+def test_medians_are_those_of_numpy_and_scipy(number):
     values = np.random.default_rng(number).normal(size=(5, number))
-    lower = torch.from_numpy(values).median(dim=1).values.numpy()
-    assert np.array_equal(metrics.median_over(values, median="lower"), lower)
     assert np.array_equal(metrics.over_seeds(values), np.median(values, axis=1))
     expected = np.median(values[0]), scipy.stats.median_abs_deviation(values[0])
     assert metrics.median_mad([*values[0], np.nan]) == pytest.approx(expected, rel=1e-12)

@@ -203,22 +203,15 @@ def points(axes: Axes, table: pd.DataFrame, x: str, y: str) -> None:
     axes.set_xticks(range(len(order)), [str(value) for value in order])
 
 
-def bars(
-    axes: Axes, table: pd.DataFrame, x: str, y: str, *, hue: str = "kind", looks: Mapping[str, Role] = ROLES
-) -> None:
-    """Draw means of a column as bars over the categories of another, one for each hue; lines: 95 % bootstrap intervals."""
-    order = [name for name in looks if name in set(table[hue])]
-    palette = {name: looks[name].color for name in order}
-    look = {
-        "palette": palette,
-        "saturation": 1,
-        "edgecolor": "white",
-        "err_kws": {"linewidth": 2 * LINE, "color": "black"},
-    }
-    sns.barplot(table, x=x, y=y, hue=hue, hue_order=order, errorbar=("ci", 95), seed=0, legend=False, ax=axes, **look)
-    for drawn, name in zip(axes.containers, order, strict=True):
-        drawn.set_label(looks[name].label)
-        mpl.artist.setp(drawn, hatch=looks[name].hatch)
+def bars(axes: Axes, table: pd.DataFrame, x: str, y: str) -> None:
+    """Draw means of a column as bars over the categories of another, one for each kind; lines: 95 % bootstrap intervals."""
+    looks = {name: look for name, look in ROLES.items() if name in set(table["kind"])}
+    style = {"hue_order": list(looks), "palette": {name: look.color for name, look in looks.items()}, "saturation": 1}
+    style |= {"edgecolor": "white", "err_kws": {"linewidth": 2 * LINE, "color": "black"}}
+    sns.barplot(table, x=x, y=y, hue="kind", errorbar=("ci", 95), seed=0, legend=False, ax=axes, **style)
+    for drawn, look in zip(axes.containers, looks.values(), strict=True):
+        drawn.set_label(look.label)
+        mpl.artist.setp(drawn, hatch=look.hatch)
 
 
 def before_after(axes: Axes, table: pd.DataFrame, name: str) -> None:

@@ -17,7 +17,6 @@ from nemolib.localization import localize
 from nemolib.mitigation import DeactivatedNeurons, random_neurons
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
-from nemolib.run import Run
 from nemolib.similarity import memorization_score
 from nemolib.store import PLANTED, WITH_AND_WITHOUT
 

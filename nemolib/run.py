@@ -65,9 +65,6 @@ Begun = tuple[list[str], Outcomes]
 METRICS = ("sscd_orig", "sscd_orig_max", "sscd_gen", "d_sscd", "a_clip")
 """What `Run.measure` measures."""
 
-_TOGETHER = 128
-"""Images that an encoder is given at once."""
-
 
 def open_run(profile: str | Path | Profile = "tiny", *, progress: bool = True) -> Run:
     """Return the run of a profile, whose pipeline is loaded when it is first asked for.
@@ -424,15 +421,11 @@ class Run:
 
         def described(waiting: Batch) -> Outcomes:
             drawn, outcomes = self._drawn([caption for _, caption in waiting], mitigation, settings)
-            pairs = [(key, image) for (key, _), image in zip(waiting, drawn, strict=True)]
-            groups, come = batches(pairs, max(1, _TOGETHER // settings.samples)), {}
-            group = next(groups)
-            # Images come in any order. A group is described when all of it are there, and let go.
+            wanted = dict(zip(drawn, (key for key, _ in waiting), strict=True))
+            # As they come, in any order, so that no more images are held than those of a prompt.
             for image, outcome in outcomes:
-                come[image] = outcome
-                while group and all(image in come for _, image in group):
-                    yield from _described(encoder, {key: come.pop(image) for key, image in group})
-                    group = next(groups, ())
+                failed = isinstance(outcome, Failure)
+                yield wanted[image], outcome if failed else encoder.describe(outcome).numpy()
 
         return np.stack(_finished(keys, self._kept("features", dict(zip(keys, captions, strict=True)), described)))
 
@@ -469,10 +462,8 @@ class Run:
         encoder, known = self.encoder("copy"), prompts.has_image(rows)
         # Where there is no image, any tells the number of features.
         loaded = self.planted_images(rows[known]) or [np.zeros((64, 64, 3), dtype=np.uint8)]
-        alike = len({image.shape for image in loaded}) == 1
-        groups = [np.stack(loaded)] if alike else [image[None] for image in loaded]
         key = content_hash([encoder.identity(), code_hash("encoders"), loaded])
-        found = self._once("planted", key, lambda: torch.cat([encoder.describe(group) for group in groups]).numpy())
+        found = self._once("planted", key, lambda: np.concatenate([encoder.describe(image[None]) for image in loaded]))
         features = np.full((len(rows), found.shape[1]), np.nan)
         features[known] = found[: known.sum()]
         return features
@@ -564,16 +555,6 @@ def _finished(keys: Sequence[str], outcomes: Outcomes) -> list[Any]:
     if failures:
         raise FailedPrompts(failures)
     return found
-
-
-def _described(encoder: Encoder, drawn: Mapping[str, Any]) -> Outcomes:
-    """Yield the features of images that are described together, those of a prompt [seed, feature]; failures stay."""
-    yield from ((key, made) for key, made in drawn.items() if isinstance(made, Failure))
-    made = {key: images for key, images in drawn.items() if not isinstance(images, Failure)}
-    if made:
-        images = np.stack(list(made.values()))
-        found = encoder.describe(images.reshape(-1, *images.shape[2:])).unflatten(0, images.shape[:2])
-        yield from zip(made, found.numpy(), strict=True)
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -1,15 +1,12 @@
 """The path of profile `sd14` without its weights: the real blocks and settings, but narrow layers, smaller latents."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
+from huggingface_hub import constants
 from PIL import Image
 
-from nemolib import paths
 from nemolib.experiments import memorization_score
 from nemolib.holdout import ActivationStatistics, activation_statistics
 from nemolib.pipeline import load_pipeline, random_pipeline
@@ -18,6 +15,7 @@ from nemolib.run import Run
 from nemolib.settings import GenerationSettings, load_profile
 from nemolib.store import Store
 from tests.narrow_architecture import save_narrow_architecture
+from tools.fetch_data import fetch_model, hub_models
 
 pytestmark = pytest.mark.slow
 
@@ -91,10 +89,11 @@ def test_training_images_of_any_size_and_missing_ones(profile, run_of, tmp_path)
     assert nothing["copy_similarity"].isna().all()
 
 
-def test_the_model_of_sd14_is_found_in_the_cache_without_network(tmp_path):
-    """The cache as huggingface_hub leaves it, with narrow weights; read by another process that is offline."""
+def test_the_model_of_sd14_is_found_in_the_cache_without_network(tmp_path, monkeypatch):
+    """The cache as huggingface_hub leaves it, with narrow weights; tests are offline."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     profile = load_profile("sd14")
-    repository = tmp_path / "hub" / "models--CompVis--stable-diffusion-v1-4"
+    repository = tmp_path / "models--CompVis--stable-diffusion-v1-4"
     snapshot = repository / "snapshots" / profile.revision
     (tmp_path / "narrow").mkdir()
     random_pipeline(save_narrow_architecture(tmp_path / "narrow")).save_pretrained(snapshot)
@@ -103,12 +102,6 @@ def test_the_model_of_sd14_is_found_in_the_cache_without_network(tmp_path):
     (snapshot / "model_index.json").write_text(json.dumps(index))
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(profile.revision)
-    code = (
-        "from tools.fetch_data import fetch_model, hub_models; from nemolib.settings import load_profile; from nemolib.pipeline import load_pipeline\n"
-        "print(*fetch_model(*hub_models(load_profile('sd14'))[0]))\n"
-        "pipe = load_pipeline('sd14', device='cpu'); print(pipe.unet.config.sample_size, pipe.safety_checker)"
-    )
-    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
-    ran = subprocess.run([sys.executable, "-c", code], cwd=paths.ROOT, capture_output=True, text=True, env=environment)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.splitlines()[-2:] == [f"present {snapshot}", "16 None"]
+    assert fetch_model(*hub_models(profile)[0]) == ("present", str(snapshot))
+    pipe = load_pipeline("sd14", device="cpu")
+    assert (pipe.unet.config.sample_size, pipe.safety_checker) == (16, None)

@@ -58,6 +58,7 @@ def test_the_lines_for_a_model_of_ones_own_run(random_model_folder, monkeypatch)
     exec(compile(example, "own_model.md", "exec"), scope)
     assert scope["image"].size == (64, 64)
     assert isinstance(scope["found"].neurons, nemolib.NeuronSet)
+    assert scope["found"].evaluations["A1"] == fewer.samples, "what is not given is the profile's"
     exec(compile(mitigated, "own_model.md", "exec"), scope)
     assert [image.size for image in scope["images"]] == 4 * [(64, 64)]
 

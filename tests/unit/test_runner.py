@@ -9,7 +9,15 @@ from tools.runner import RunnerError, check_parameters, notebook_parameters, run
 
 @pytest.fixture
 def notebook(tmp_path):
-    return save_notebook(tmp_path / "notebooks" / "01_x.ipynb", "import os\nprint(profile, samples, os.getcwd())")
+    """Return a notebook with a solution and a progress bar, which names no kernel."""
+    bar = "from tqdm.auto import tqdm\nfor _ in tqdm(range(2)): pass"
+    cells = ("import os\nprint(profile, samples, os.getcwd())", bar, "print('solved')")
+    path = save_notebook(tmp_path / "notebooks" / "01_x.ipynb", *cells)
+    read = nbformat.read(path, as_version=4)
+    read.cells[-1].metadata["tags"] = ["solution"]
+    del read.metadata["kernelspec"]
+    nbformat.write(read, path)
+    return path
 
 
 @pytest.fixture
@@ -26,37 +34,21 @@ def printed(path):
     return "".join(output.text for cell in cells if cell.cell_type == "code" for output in cell.outputs)
 
 
-def test_a_notebook_runs_here_in_its_own_folder_with_its_parameters(notebook, site, tmp_path, monkeypatch):
-    unnamed = nbformat.read(notebook, as_version=4)
-    del unnamed.metadata["kernelspec"]
-    nbformat.write(unnamed, notebook)
-    assert notebook_parameters(notebook) == {"profile": "tiny", "samples": 2}
+def test_a_notebook_runs_here_in_its_own_folder_with_its_parameters_and_bars_are_not_kept(
+    notebook, site, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path.parent)
     output = tmp_path / "build" / "x.ipynb"
+    assert notebook_parameters(notebook) == {"profile": "tiny", "samples": 2}
     run_notebook(notebook, output, {"samples": 5})
-    assert printed(output) == f"tiny 5 {notebook.parent}\n"
-
-
-def test_progress_bars_are_not_kept(notebook, tmp_path):
-    code = "from tqdm.auto import tqdm\nfor _ in tqdm(range(2)): pass\nprint('kept')"
-    found = nbformat.read(notebook, as_version=4)
-    found.cells.append(nbformat.v4.new_code_cell(code))
-    nbformat.write(found, notebook)
-    run_notebook(notebook, tmp_path / "out.ipynb", {})
-    outputs = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[-1].outputs
-    assert [output.text for output in outputs] == ["kept\n"]
+    assert printed(output) == f"tiny 5 {notebook.parent}\nsolved\n"
 
 
 def test_a_profile_may_leave_the_solutions_out(notebook, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    read = nbformat.read(notebook, as_version=4)
-    read.cells.append(nbformat.v4.new_code_cell("print('solved')", metadata={"tags": ["solution"]}))
-    nbformat.write(read, notebook)
-    output, profile = tmp_path / "x.ipynb", tmp_path / "p.yaml"
-    for solutions, expected in (("true", "solved\n"), ("false", "")):
-        profile.write_text(f"extends: tiny\nsolutions: {solutions}\n")
-        run_notebook(notebook, output, {"profile": profile.name})
-        assert printed(output) == f"{profile} 2 {notebook.parent}\n{expected}"
+    (tmp_path / "p.yaml").write_text("extends: tiny\nsolutions: false\n")
+    run_notebook(notebook, tmp_path / "x.ipynb", {"profile": "p.yaml"})
+    assert printed(tmp_path / "x.ipynb") == f"{tmp_path / 'p.yaml'} 2 {notebook.parent}\n"
     assert "solved" in notebook.read_text()
 
 

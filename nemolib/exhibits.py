@@ -207,6 +207,12 @@ def each_kind(describe: Callable[[str], object], kinds: Iterable[str] = MEMORIZE
     return ", ".join(f"{KINDS[kind]} {describe(kind)}" for kind in kinds)
 
 
+def counted(hits: pd.Series, kinds: pd.Series) -> str:
+    """Return for how many prompts of each kind something is so, such as ``"VM 14 of 20, TM 3 of 20"``."""
+    found = hits.groupby(kinds, sort=False).agg(["sum", "size"])
+    return each_kind(lambda kind: "{} of {}".format(*found.loc[kind]), found.index)
+
+
 def median_mad(values: Any, *, digits: int = 2) -> str:
     """Return median ± median absolute deviation as text, such as ``"0.83 ± 0.16"``; nothing if no value is known."""
     known = pd.Series(values).dropna()
@@ -441,7 +447,7 @@ def show(run: Run, name: str) -> None:
 
 
 def as_table(table: pd.DataFrame, **names: str) -> None:
-    """Show a table in a notebook: no index, text on the left, numbers with three digits, nothing where a value is missing.
+    """Show a table in a notebook: no index, text on the left, numbers with three digits, no missing values, kinds by name.
 
     Args:
         table: The table.
@@ -449,6 +455,7 @@ def as_table(table: pd.DataFrame, **names: str) -> None:
     """
     from IPython.display import display
 
+    table = table.assign(kind=table["kind"].replace(KINDS)) if "kind" in table else table
     chosen = rounded(table[list(names)].rename(columns=names) if names else table)
     display({"text/html": html(chosen), "text/plain": chosen.to_string(index=False)}, raw=True)
 
@@ -468,7 +475,10 @@ def html(table: pd.DataFrame, name: str = "shown") -> str:
     """Return a table of texts in HTML, of the class ``name``; nothing in it is read as HTML or as a formula."""
     classes = [name, "tex2jax_ignore", "mathjax_ignore"]
     text = table.to_html(index=False, border=0, classes=classes, justify="left")
-    return text.replace("<td>", '<td style="text-align: left; vertical-align: top">')
+    # Notebooks have a style of their own for tables: numbers, and what stands above them, on the right.
+    return text.replace("<th>", '<th style="text-align: left">').replace(
+        "<td>", '<td style="text-align: left; vertical-align: top">'
+    )
 
 
 def check(run: Run, *modules: str, extra: Sequence[Claim] = ()) -> pd.DataFrame:

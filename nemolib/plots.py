@@ -49,7 +49,7 @@ FONTS = ["STIXGeneral", "DejaVu Serif"]
 """A Times-like font that comes with matplotlib, so that a figure has the same bytes on every machine; for print."""
 
 SCREEN_FONT, SCREEN_SCALE, SCREEN_DPI = "DejaVu Sans", 0.86, 220
-"""What takes its place on a screen, with letters that are larger at the same size; and pixels in an inch, of images half of it."""
+"""What takes its place on a screen, with letters that are larger at the same size; and pixels in an inch; with images 0.6 of it."""
 
 FILE_DPI, IMAGES_DPI = 300, 180
 """Pixels in an inch of files, and where they hold images: two or three for each pixel of those of the tiny world."""
@@ -61,7 +61,7 @@ class Figure(mpl.figure.Figure):
     def _ipython_display_(self) -> None:
         from IPython.display import Image, display
 
-        dpi = SCREEN_DPI * (0.5 if _images(self) else 1)
+        dpi = SCREEN_DPI * (0.6 if _images(self) else 1)
         display(Image(_png(self, dpi), format="png", width=round(130 * self.get_figwidth())))
 
 
@@ -92,6 +92,11 @@ class Role:
     def line_style(self, **changes: Any) -> dict[str, Any]:
         """Return what `Axes.plot` takes, with a label."""
         return {"color": self.color, "marker": self.marker, "linestyle": self.line, "label": self.label} | changes
+
+    def filled(self, label: str) -> dict[str, Any]:
+        """Return what `Axes.hist` takes for an area, with a label."""
+        colors = {"facecolor": (self.color, 0.35), "edgecolor": self.color}
+        return {"histtype": "stepfilled", "hatch": self.hatch, "label": label} | colors
 
     def beside_paper(self, rows: pd.DataFrame, **changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return what `Axes.plot` takes for ours, filled, with the number of prompts, and for the paper's, hollow, no line."""
@@ -171,9 +176,7 @@ def distributions(axes: Axes, parts: Mapping[str, pd.DataFrame], column: str, *,
     edges = np.histogram_bin_edges(pd.concat(parts.values())[column], bins=bins)
     for level, (kind, part) in enumerate(parts.items()):
         look, weights = ROLES[kind], np.full(len(part), 1 / len(part))
-        style = {"facecolor": (look.color, 0.35), "edgecolor": look.color, "hatch": look.hatch}
-        label = f"{look.label}, n = {len(part)}"
-        axes.hist(part[column], edges, weights=weights, histtype="stepfilled", label=label, **style)
+        axes.hist(part[column], edges, weights=weights, **look.filled(f"{look.label}, n = {len(part)}"))
         top, rug = -0.03 * (level + 1), {"color": look.color, "linewidth": 0.5, "clip_on": False}
         axes.vlines(part[column], top - 0.025, top, transform=axes.get_xaxis_transform(), **rug)
     axes.tick_params(axis="x", length=2, pad=2 + 3.6 * len(parts))

@@ -242,45 +242,28 @@ def read_rules(table: pd.DataFrame, rules: Sequence[Rule]) -> Iterator[Claim]:
     setting that the rule is about, its second one.
     """
     for item in rules:
-        parts = {
-            kind: part.set_index("setting").reindex(item.settings)
-            for kind, part in table.groupby("kind", sort=False)
-            if kind in item.kinds
-        }
+        kinds = ((kind, part.set_index("setting")) for kind, part in table.groupby("kind", sort=False))
+        parts = {kind: part.reindex(item.settings) for kind, part in kinds if kind in item.kinds}
         if not parts:
             continue
-        ours, theirs = (
-            {kind: part[name] for kind, part in parts.items()} for name in (item.column, f"{item.column}_paper")
-        )
-        sizes = [np.nan if values.isna().any() else item.effect(*values) for values in ours.values()]
+        name = item.column
+        sizes = [np.nan if part[name].isna().any() else item.effect(*part[name]) for part in parts.values()]
         worst = np.max if "at_most" in item.bound else np.min
-        about = {kind: part.iloc[1] for kind, part in parts.items()}
-        ends = {kind: [row[f"{item.column}_{end}"] for end in ("low", "high")] for kind, row in about.items()}
-        yield effect(
-            item.text,
-            float(worst(sizes)),
-            item.of,
-            **item.bound,
-            ours=_by_kind(
-                {
-                    kind: [f"{short(name)} {listed([value])}" for name, value in row.items()]
-                    for kind, row in ours.items()
-                }
-            ),
-            paper=_by_kind({kind: [listed(row)] for kind, row in theirs.items()}),
-            n=_by_kind({kind: [f"{row['prompts']:g}"] for kind, row in about.items()}),
-            interval=_by_kind(
-                {
-                    kind: [short(row.name), " to ".join(listed([end]) for end in ends[kind])]
-                    for kind, row in about.items()
-                }
-            ),
-        )
+
+        def said(text: Callable[[pd.DataFrame], str], parts: Mapping[str, pd.DataFrame] = parts) -> str:
+            return "; ".join(f"{KINDS[kind]} {text(part)}" for kind, part in parts.items())
+
+        texts = {
+            "ours": said(lambda part, of=name: ", ".join(f"{short(row)} {listed([x])}" for row, x in part[of].items())),
+            "paper": said(lambda part, of=name: listed(part[f"{of}_paper"])),
+            "n": said(lambda part: f"{part['prompts'].iloc[1]:g}"),
+            "interval": said(lambda part, of=name: f"{short(part.index[1])}, {_ends(part.iloc[1], of)}"),
+        }
+        yield effect(item.text, float(worst(sizes)), item.of, **item.bound, **texts)
 
 
-def _by_kind(texts: Mapping[str, Sequence[str]]) -> str:
-    """Return texts of kinds of prompts as one."""
-    return "; ".join(f"{KINDS[kind]} {', '.join(parts)}" for kind, parts in texts.items())
+def _ends(row: pd.Series, name: str) -> str:
+    return " to ".join(listed([row[f"{name}_{end}"]]) for end in ("low", "high"))
 
 
 def short(setting: str) -> str:
@@ -290,7 +273,7 @@ def short(setting: str) -> str:
 
 def listed(numbers: Iterable[float]) -> str:
     """Return numbers as text; what is not known (no planted image, one image per prompt, no number of the paper) as a dash."""
-    return ", ".join("–" if np.isnan(number) else f"{round(number, 2):g}" for number in numbers)
+    return ", ".join("–" if np.isnan(number) else plots.minus(f"{round(number, 2):g}") for number in numbers)
 
 
 LEFT, GONE = "share of the copy similarity (SSCD_Orig) that stays", "what {}, as a share of what {} removes"
@@ -352,9 +335,16 @@ def settings_figure(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def one_of_each(run: Run, prompts: Sequence[str], settings: Mapping[str, Sequence[Mitigation | None]]) -> Grid:
-    """Return the planted image of each memorized prompt and one image for each setting, all of the first seed."""
-    made = [run.images(prompts, repeats[0])[:, 0] for repeats in settings.values()]
+def one_of_each(
+    run: Run,
+    prompts: Sequence[str],
+    settings: Mapping[str, Sequence[Mitigation | None]],
+    generation: GenerationSettings | None = None,
+) -> Grid:
+    """Return the planted image of each memorized prompt and one for each setting, all of the first seed; args as `measured`."""
+    if not prompts:
+        return NO_IMAGES
+    made = [run.images(prompts, repeats[0], settings=generation)[:, 0] for repeats in settings.values()]
     images = np.stack([planted(run, prompts, like=made[0]), *made], axis=1)
     return Grid(images, tuple(prompts), (PLANTED, *settings))
 
@@ -670,12 +660,16 @@ def unmemorized_grid(unmemorized_grid: Grid, unmemorized_quality: pd.DataFrame) 
 # Exercises
 
 
-def breaks_at(run: Run, factors: Sequence[float] = (1.0, 0.75, 0.5, 0.25, 0.0)) -> float:
-    """Return the largest factor with which the first VM prompt keeps less than half of its copy similarity; 1: none."""
+def breaks_at(run: Run, items: Mapping[float, Mitigation], none: float, **settings: Any) -> float:
+    """Return the first key of mitigations with which the first VM prompt keeps less than half of its copy similarity."""
     row = run.prompts("vm").head(1)
-    (found,) = run.search(row["caption"].tolist())
-    copies = [run.measure(row, DeactivatedNeurons(found.neurons, factor))["sscd_orig"][0] for factor in factors]
-    return next((factor for factor, copy in zip(factors, copies, strict=True) if copy < copies[0] / 2), 1)
+    whole, *copies = (run.measure(row, item, **settings)["sscd_orig"][0] for item in (None, *items.values()))
+    return next((key for key, copy in zip(items, copies, strict=True) if copy < whole / 2), none)
+
+
+def _breaking_factor(run: Run) -> float:
+    (found,) = run.search(run.prompts("vm")["caption"].head(1))
+    return breaks_at(run, {factor: DeactivatedNeurons(found.neurons, factor) for factor in (0.75, 0.5, 0.25, 0.0)}, 1)
 
 
 def same_lowest(mitigations: pd.DataFrame) -> bool:
@@ -689,6 +683,6 @@ EXERCISES = {
         run.prompts("vm").head(1), AttentionScaling(replace(run.profile.mitigation.ren, c1=2.0, mask="none"))
     )["sscd_orig"][0],
     "04.2": lambda run: "no" if same_lowest(run.load("mitigations")) else "yes",
-    "04.3": breaks_at,
+    "04.3": _breaking_factor,
 }
 """The right answers of the exercises of notebook 04 (`nemolib.exercises.check`)."""

@@ -225,16 +225,13 @@ def table_4_thresholds(thresholds: pd.DataFrame) -> pd.DataFrame:
     "the four thresholds.")  # fmt: skip
 def holdout_distribution(holdout_pairs: pd.DataFrame, thresholds: pd.DataFrame) -> Figure:
     pairs, largest = holdout_pairs["similarity"], holdout_pairs.groupby("prompt")["similarity"].max()
-    edges, look = np.linspace(pairs.min(), pairs.max(), 61), plots.ROLES["holdout"]
-    filled = {
-        "facecolor": (look.color, 0.35),
-        "edgecolor": look.color,
-        "hatch": look.hatch,
-        "label": f"all pairs, n = {len(pairs):,}",
-    }
+    edges, filled = (
+        np.linspace(pairs.min(), pairs.max(), 61),
+        plots.ROLES["holdout"].filled(f"all pairs, n = {len(pairs):,}"),
+    )
     outlined = {"histtype": "step", "color": "#E69F00", "label": f"largest of a prompt, n = {len(largest):,}"}
     with plots.panels(fraction=0.7) as (figure, axes):
-        axes.hist(pairs, edges, weights=np.full(len(pairs), 1 / len(pairs)), histtype="stepfilled", **filled)
+        axes.hist(pairs, edges, weights=np.full(len(pairs), 1 / len(pairs)), **filled)
         axes.hist(largest, edges[::2], weights=np.full(len(largest), 1 / len(largest)), **outlined)
         for line, row in zip(((0, (1, 2)), "--", "-", "-."), thresholds.itertuples(), strict=True):
             axes.axvline(row.ours, color="black", linestyle=line, linewidth=1, label=row.setting.replace("-", "−"))

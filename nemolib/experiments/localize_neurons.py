@@ -17,6 +17,7 @@ from nemolib.blocked_score import BlockedScore
 from nemolib.exhibits import (
     KINDS,
     Claim,
+    counted,
     drawn_interval,
     each_kind,
     effect,
@@ -576,10 +577,9 @@ def read_scores(deactivation: pd.DataFrame, search_steps: pd.DataFrame) -> Itera
     theirs = each_kind(lambda kind: " to ".join(paper.median(name, kind, "sscd_orig") for name in both))
     scale = "another descriptor: not on one scale"
     yield Claim("similarity to the planted image (medians)", change("copy"), theirs, rule=scale)
-    above = (deactivation["score_after"] > search_steps["threshold"].iloc[0]).groupby(deactivation["kind"])
+    above = deactivation["score_after"] > search_steps["threshold"].iloc[0]
     rule = "it says whether seeds agree, not on what: see the similarity of two images of a prompt"
-    ours = each_kind((above.sum().map(str) + " of " + above.size().map(str)).get)
-    yield Claim("prompts whose score stays above the threshold", ours, rule=rule)
+    yield Claim("prompts whose score stays above the threshold", counted(above, deactivation["kind"]), rule=rule)
     unknown = deactivation["seeds_before"].isna().all()
     diverse = "not known with one image per prompt" if unknown else change("seeds")
     yield Claim("similarity of two images of a prompt (medians)", diverse)

@@ -210,7 +210,9 @@ def read_detection(detection: pd.DataFrame) -> Iterator[Claim]:
     "threshold; the paper's at 0.5.", read=read_detection)  # fmt: skip
 def detection_table(detection: pd.DataFrame) -> pd.DataFrame:
     labels = detection["score"].map({score: label for score, (label, *_) in SCORES.items()})
-    shown = pd.DataFrame({"score": labels, "memorized": detection["memorized"], "prompts": detection["prompts"]})
+    shown = pd.DataFrame(
+        {"score": labels, "memorized": detection["memorized"].str.upper(), "prompts": detection["prompts"]}
+    )
     for name, column in (("AUROC", "auroc"), ("TPR@1%FPR", "tpr_at_1_fpr"), ("accuracy", "accuracy")):
         pairs = zip(detection[column], detection[f"paper_{column}"], strict=True)
         shown[name] = [f"{ours:.3f}" if pd.isna(theirs) else f"{ours:.3f} ({theirs:.3f})" for ours, theirs in pairs]

@@ -21,7 +21,7 @@ from matplotlib.ticker import NullLocator
 
 from nemolib import metrics, paper, plots
 from nemolib.exhibits import Claim, effect, exhibit, must
-from nemolib.experiments.deactivate_neurons import NO_IMAGES, listed, measured, planted, under_one_bar
+from nemolib.experiments.deactivate_neurons import breaks_at, listed, measured, one_of_each, under_one_bar
 from nemolib.first_step import compared_places, comparing_outputs
 from nemolib.layers import Layer, cross_attention_layers, down_convolutions, spread, widths
 from nemolib.localization import memorized, neuron_sets
@@ -31,7 +31,7 @@ from nemolib.neurons import NeuronSet
 from nemolib.prompts import load_prompts
 from nemolib.seeding import stream
 from nemolib.settings import GenerationSettings
-from nemolib.store import PLANTED, Grid
+from nemolib.store import Grid
 
 if TYPE_CHECKING:
     from nemolib.run import Run
@@ -377,12 +377,8 @@ def layer_grid(run: Run, prompts: Sequence[str], layers: Sequence[Layer]) -> Gri
         Rows are prompts; columns ``planted``, ``none`` (the untouched model), then the numbers of the layers. `NO_IMAGES`
         without prompts.
     """
-    if not prompts:
-        return NO_IMAGES
-    settings = [None, *map(switched_off, layers)]
-    made = [run.images(prompts, mitigation, settings=few_images(run))[:, 0] for mitigation in settings]
-    images = np.stack([planted(run, prompts, like=made[0]), *made], axis=1)
-    return Grid(images, tuple(prompts), (PLANTED, "none", *(str(layer.number) for layer in layers)))
+    settings = {"none": [None]} | {str(layer.number): [switched_off(layer)] for layer in layers}
+    return one_of_each(run, prompts, settings, few_images(run))
 
 
 # What the paper says, and what we found
@@ -411,45 +407,38 @@ def read_quality(blocked_quality: pd.DataFrame) -> Iterator[Claim]:
 def read_table_3(block_similarity: pd.DataFrame) -> Iterator[Claim]:
     """Yield how similar the outputs of blocks stay."""
     means = block_similarity.groupby(["setting", "output", "asked", "layer"])["cosine"].mean()
-    lowest = block_similarity.groupby(["setting", "output"])["lowest"].min()
-    for setting, reported in COSINES.items():
-        whole, alone = (means[setting, output].min() for output in OUTPUTS)
-        ours, theirs = f"{setting} neurons: of cross-attention alone {alone:.2f}", f"{reported} to 1"
-        if setting == OTHER:
-            yield Claim("lowest cosine of a block's output, random other neurons", f"{whole:.2f}", theirs)
-            continue
-        yield effect(
-            "outputs of cross-attention blocks hardly change",
-            # Rounded as the paper's entries are.
-            round(whole, 2),
-            "lowest cosine of a block's output",
-            at_least=reported.value,
-            ours=ours,
-            paper=theirs,
-            n=f"{block_similarity['samples'].iloc[0]} samples",
-            interval=f"from {lowest[setting, OUTPUTS[0]]:.2f} in the lowest sample",
-        )
+    low, lowest = (
+        values.groupby(["setting", "output"]).min().unstack()
+        for values in (means, block_similarity.set_index(["setting", "output"])["lowest"])
+    )
+    reported = {setting: f"{number} to 1" for setting, number in COSINES.items()}
+    yield effect(
+        "outputs of cross-attention blocks hardly change",
+        # Rounded as the paper's entries are.
+        round(low.loc[FREQUENT, OUTPUTS[0]], 2),
+        "lowest cosine of a block's output",
+        at_least=COSINES[FREQUENT].value,
+        ours=f"{FREQUENT} neurons: of cross-attention alone {low.loc[FREQUENT, OUTPUTS[1]]:.2f}",
+        paper=reported[FREQUENT],
+        n=f"{block_similarity['samples'].iloc[0]} samples",
+        interval=f"from {lowest.loc[FREQUENT, OUTPUTS[0]]:.2f} in the lowest sample",
+    )
+    ours = f"{low.loc[OTHER, OUTPUTS[0]]:.2f}"
+    yield Claim("lowest cosine of a block's output, random other neurons", ours, reported[OTHER])
 
 
 def read_16(layer_effects: pd.DataFrame) -> Iterator[Claim]:
     """Yield which value and key layers matter most for the similarity to the planted image."""
-    prompts, summary = layer_effects.groupby(["part", "layer"])["prompt"].nunique(), layer_summary(layer_effects)
+    prompts = layer_effects.groupby(["part", "layer"])["prompt"].nunique()
     yield must("every layer has every prompt", prompts.min(), equals=layer_effects["prompt"].nunique())
+    of = f"how many of these are among the two that lower SSCD_Orig most ({COMPARED})"
     for part, strong in STRONG.items():
-
-        def found(table: pd.DataFrame, part: str = part, strong: list[int] = strong) -> int:
-            return len(set(strongest(table, part)["layer"]) & set(strong))
-
-        yield effect(
-            f"{part} layers {strong[0]} and {strong[1]} matter most",
-            found(summary) if _comparable(summary) else np.nan,
-            f"how many of these are among the two that lower SSCD_Orig most ({COMPARED})",
-            at_least=2,
-            ours=lowest(summary, part),
+        yield _layer_claim(
+            layer_effects, f"{part} layers {strong[0]} and {strong[1]} matter most", of,
+            lambda table, part=part, strong=strong: len({*strongest(table, part)["layer"]} & {*strong}),
+            at_least=2, ours=lambda table, part=part: lowest(table, part),
             paper="the other layers hardly matter alone (no numbers)",
-            n=_prompts(layer_effects),
-            interval=_each_prompt(layer_effects, found),
-        )
+        )  # fmt: skip
 
 
 def read_17(layer_effects: pd.DataFrame) -> Iterator[Claim]:
@@ -459,17 +448,12 @@ def read_17(layer_effects: pd.DataFrame) -> Iterator[Claim]:
         top = strongest(table, "key")
         return 1 - (top["a_clip"] / top["a_clip_untouched"]).min()
 
-    summary = layer_summary(layer_effects)
-    yield effect(
-        "without the key layers that matter most, images fit the prompt less",
-        lost(summary) if _comparable(summary) else np.nan,
-        f"share of A_CLIP that one of the two key layers takes that lower SSCD_Orig most ({COMPARED})",
-        at_least=LOST,
-        ours=f"key layers {' and '.join(map(str, strongest(summary, 'key')['layer']))}",
+    yield _layer_claim(
+        layer_effects, "without the key layers that matter most, images fit the prompt less",
+        f"share of A_CLIP that one of the two key layers takes that lower SSCD_Orig most ({COMPARED})", lost, at_least=LOST,
+        ours=lambda table: f"key layers {' and '.join(map(str, strongest(table, 'key')['layer']))}",
         paper="it drops, within 0.22 to 0.34 (axis; no numbers)",
-        n=_prompts(layer_effects),
-        interval=_each_prompt(layer_effects, lost),
-    )
+    )  # fmt: skip
 
 
 def read_20(layer_effects: pd.DataFrame) -> Iterator[Claim]:
@@ -478,37 +462,35 @@ def read_20(layer_effects: pd.DataFrame) -> Iterator[Claim]:
     def kept(table: pd.DataFrame, name: str = "sscd_orig") -> float:
         return (table[name] / table[f"{name}_untouched"])[table["part"] == "convolution"].median()
 
-    rows = layer_summary(layer_effects).query("part == 'convolution'")
-    yield effect(
-        "convolutions do not memorize",
-        kept(rows) if (rows["sscd_orig_untouched"] > MEMORIZED_ABOVE).any() else np.nan,
-        "share of SSCD_Orig that stays with half of one blocked, median over the convolutions, where there are copies",
-        at_least=KEPT,
-        ours=f"SSCD_Orig {lowest(rows, 'convolution')}; {listed([kept(rows, 'a_clip')])} of A_CLIP stays",
-        paper="still memorized; quality suffers for early layers (images, no numbers)",
-        n=f"{_prompts(layer_effects)}, {len(rows)} convolutions",
-        interval=_each_prompt(layer_effects, kept),
-    )
+    yield _layer_claim(
+        layer_effects, "convolutions do not memorize",
+        "share of SSCD_Orig that stays with half of one blocked, median over the convolutions, where there are copies", kept,
+        at_least=KEPT, ours=lambda table: f"SSCD_Orig {lowest(table, 'convolution')}; {listed([kept(table, 'a_clip')])} of A_CLIP stays",
+        paper="still memorized; quality suffers for early layers (images, no numbers)", needed={"convolution": [1]},
+    )  # fmt: skip
 
 
 COMPARED = f"decided where all layers were switched off and the untouched model gives copies, above {MEMORIZED_ABOVE}"
 """When layers are compared with those that the paper names."""
 
 
-def _prompts(effects: pd.DataFrame) -> str:
-    return f"{effects['prompt'].nunique()} VM prompts"
+def _layer_claim(
+    effects: pd.DataFrame, text: str, of: str, number: Callable[[pd.DataFrame], float], *,
+    ours: Callable[[pd.DataFrame], str], paper: str, needed: Mapping[str, Sequence[int]] = STRONG, **bound: float,
+) -> Claim:  # fmt: skip
+    """Return a claim about a number of a `layer_summary`, decided where the layers that it needs are there, and copies.
 
-
-def _each_prompt(effects: pd.DataFrame, number: Callable[[pd.DataFrame], float]) -> str:
-    """Return between which ends a number of a `layer_summary` is for single prompts: of so few, an interval says no more."""
-    found = pd.Series([number(layer_summary(part)) for _, part in effects.groupby("prompt")]).dropna()
-    return "" if found.empty else f"{found.min():.2g} to {found.max():.2g} for single prompts"
-
-
-def _comparable(summary: pd.DataFrame) -> bool:
-    """Return whether it is as `COMPARED` says."""
+    In place of an interval it says how the number is for single prompts: so few prompts tell no more.
+    """
+    summary = layer_summary(effects)
     known = summary[summary["sscd_orig_untouched"] > MEMORIZED_ABOVE].dropna(subset="sscd_orig")
-    return all(set(strong) <= set(known.loc[known["part"] == part, "layer"]) for part, strong in STRONG.items())
+    there = all(set(layers) <= set(known.loc[known["part"] == part, "layer"]) for part, layers in needed.items())
+    each = pd.Series([number(layer_summary(part)) for _, part in effects.groupby("prompt")]).dropna()
+    return effect(
+        text, number(summary) if there else np.nan, of, ours=ours(summary), paper=paper, **bound,
+        n=f"{effects['prompt'].nunique()} VM prompts, {summary['part'].isin(needed).sum()} layers",
+        interval="" if each.empty else f"{each.min():.2g} to {each.max():.2g} for single prompts",
+    )  # fmt: skip
 
 
 def lowest(summary: pd.DataFrame, part: str) -> str:
@@ -723,10 +705,9 @@ def _kept_neurons(run: Run) -> float:
 
 def _forgets_at(run: Run, shares: Sequence[float] = (0.25, 0.5, 0.75, 1)) -> float:
     """Return the smallest share of the first convolution without which the first VM prompt has no copy; 0: none."""
-    row, first = run.prompts("vm").head(1), down_convolutions(run.pipe.unet)[0].name
-    items = [None, *(SwitchedOffLayers((first,), share) for share in shares)]
-    whole, *left = (run.measure(row, item, settings=few_images(run))["sscd_orig"][0] for item in items)
-    return next((share for share, copy in zip(shares, left, strict=True) if copy < whole / 2), 0)
+    first = down_convolutions(run.pipe.unet)[0].name
+    items = {share: SwitchedOffLayers((first,), share) for share in shares}
+    return breaks_at(run, items, 0, settings=few_images(run))
 
 
 EXERCISES = {

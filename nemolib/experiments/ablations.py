@@ -132,15 +132,12 @@ def ablated(run: Run, prompts: pd.DataFrame, levels: pd.DataFrame) -> pd.DataFra
     own, guided = run.threshold, run.threshold_at(guidance=guidance)
     # Seconds differ from run to run, and what is known has a part in the key.
     known = [replace(item, seconds={}).to_record() for item in run.search(captions)]
-    searches = (
-        (own, variants_of(levels), known, profile.detection),
-        (
-            guided,
-            [Variant(GUIDANCE, guided, guided)],
-            [None] * len(known),
-            replace(profile.detection, guidance=guidance),
-        ),
+    with_guidance = (
+        [Variant(GUIDANCE, guided, guided)],
+        [None] * len(known),
+        replace(profile.detection, guidance=guidance),
     )
+    searches = ((own, variants_of(levels), known, profile.detection), (guided, *with_guidance))
     common = {name: getattr(profile, name) for name in ("similarity", "search", "protocol")}
     common |= {"statistics": run.statistics}
     found = [(Variant(default_setting(levels), own, own), own, known)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from itertools import cycle, islice, product
 from operator import or_
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -72,13 +72,9 @@ def settings(run: Run, found: pd.DataFrame) -> dict[str, list[Mitigation | None]
         Mitigations by name; None is the untouched model.
     """
     chosen, sizes, sets = run.profile.mitigation, widths(run.pipe.unet), by_prompt(memorized(found))
-    draws = [
-        {
-            prompt: mitigation.random_neurons(neurons, sizes, seed=chosen.random.seed, repeat=repeat)
-            for prompt, neurons in sets.items()
-        }
-        for repeat in range(chosen.random.repeats)
-    ]
+    drawn = partial(mitigation.random_neurons, widths=sizes, seed=chosen.random.seed)
+    repeats = range(chosen.random.repeats)
+    draws = [{prompt: drawn(own, repeat=repeat) for prompt, own in sets.items()} for repeat in repeats]
     tokens = [RandomTokens(number, chosen.somepalli.seed) for number in chosen.somepalli.numbers]
     return {
         NONE: [None],
@@ -186,15 +182,10 @@ def shown_table(table: pd.DataFrame) -> pd.DataFrame:
     columns = {"setting": [f"{plots.minus(name)}: {KINDS[kind]}" for name, kind in pairs]}
     columns["copies"] = ["" if np.isnan(share) else f"{share:.0%}" for share in table["memorized"]]
     for name, label in NAMES.items():
-        digits = 1 if name == "neurons" else 2
-        ours, theirs = (
-            [
-                f"{mid:.{digits}f} ± {mad:.{digits}f}" if mid == mid else ""
-                for mid, mad in table[[f"{name}{end}", f"{name}{end}_mad"]].to_numpy()
-            ]
-            for end in ("", "_paper")
-        )
-        columns[label] = [f"{one} [{other}]" if other else one for one, other in zip(ours, theirs, strict=True)]
+        form = "{:.1f} ± {:.1f}" if name == "neurons" else "{:.2f} ± {:.2f}"
+        rows = table[[name, f"{name}_mad", f"{name}_paper", f"{name}_paper_mad"]].to_numpy()
+        texts = [[form.format(*pair) if pair[0] == pair[0] else "" for pair in row.reshape(2, 2)] for row in rows]
+        columns[label] = [f"{ours} [{theirs}]" if theirs else ours for ours, theirs in texts]
     return pd.DataFrame(columns)
 
 

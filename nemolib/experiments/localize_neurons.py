@@ -422,15 +422,10 @@ def read_table_2(search_cost: pd.DataFrame, localization: pd.DataFrame) -> Itera
     ours, theirs = (each_kind(shares[name].get) for name in means)
     spent = localization[localization["memorized"]].set_index("kind").filter(like="evaluations_")
     ends = each_kind(lambda kind: drawn_interval(lambda rows: rows[:, -1].sum() / rows.sum(), spent.loc[[kind]]))
-    size = {
-        "at_least": 0.5,
-        "ours": ours,
-        "paper": f"{theirs} (derived)",
-        "n": each_kind(search_cost.groupby("kind")["prompts"].first().get),
-        "interval": f"of the UNet evaluations {ends}",
-    }
+    n = each_kind(search_cost.groupby("kind")["prompts"].first().get)
+    size = {"ours": ours, "paper": f"{theirs} (derived)", "n": n, "interval": f"of the UNet evaluations {ends}"}
     least = (means.loc["A4", "seconds"] / means.loc["total", "seconds"]).min()
-    yield effect("refinement takes most of the time", least, "share of Alg. 4 in the seconds", **size)
+    yield effect("refinement takes most of the time", least, "share of Alg. 4 in the seconds", at_least=0.5, **size)
 
 
 @exhibit("Table 2", "what the search costs",

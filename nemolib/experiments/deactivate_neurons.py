@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial, reduce
-from itertools import cycle, islice, product
+from itertools import combinations, cycle, islice, product
 from operator import or_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,8 +36,11 @@ NOTEBOOK = "04_deactivate_neurons"
 NONE, NEMO, RANDOM, INITIAL = "all neurons active", "NeMo", "random neurons", "NeMo, initial selection"
 """Settings that have a part in claims; the paper's Table 1 calls the first three so."""
 
-OFF = "memorization neurons off"
-"""What `unmemorized_quality` calls images without the neurons of all memorized prompts; with them it is `NONE`."""
+UNTOUCHED, OFF = "untouched", "memorization neurons"
+"""What is blocked for unmemorized prompts: nothing, or the neurons of all memorized prompts."""
+
+QUALITY = {"fid": "FID", "clip_fid": "CLIP-FID", "kid": "KID"}
+"""Metrics of Fig. 8."""
 
 WEN, REN, ONE_TOKEN = "prompt embedding adjustment (Wen)", "attention scaling (Ren)", "1 random token (Somepalli)"
 BASELINES = (WEN, REN, "4 random tokens (Somepalli)", "10 random tokens (Somepalli)")
@@ -52,6 +55,9 @@ METRICS = tuple(plots.METRICS)
 NAMES = {"neurons": "neurons", "sscd_orig": "SSCD_Orig", "sscd_gen": "SSCD_Gen", "d_sscd": "D_SSCD", "a_clip": "A_CLIP"}
 """What tables call the columns of Table 1."""
 
+Settings = Mapping[str, Sequence[Mitigation | None]]
+"""Mitigations by name, one for each repeat; None is the untouched model."""
+
 NO_IMAGES = Grid(np.zeros((0, 0, 1, 1, 3), dtype=np.uint8), (), ())
 """A grid of a figure that a profile has nothing for."""
 
@@ -59,7 +65,7 @@ NO_IMAGES = Grid(np.zeros((0, 0, 1, 1, 3), dtype=np.uint8), (), ())
 # Table 1
 
 
-def settings(run: Run, found: pd.DataFrame) -> dict[str, list[Mitigation | None]]:
+def settings(run: Run, found: pd.DataFrame) -> Settings:
     """Return the settings of Table 1 in the paper's order, ours last: for each one mitigation per repeat.
 
     Source: Sec. 4, Table 1.
@@ -99,10 +105,7 @@ def adjustment(run: Run) -> EmbeddingAdjustment:
 
 
 def measured(
-    run: Run,
-    found: pd.DataFrame,
-    settings: Mapping[str, Sequence[Mitigation | None]],
-    generation: GenerationSettings | None = None,
+    run: Run, found: pd.DataFrame, settings: Settings, generation: GenerationSettings | None = None
 ) -> pd.DataFrame:
     """Return the metrics of Table 1 for each memorized prompt, every setting on the same seeds.
 
@@ -189,7 +192,7 @@ def shown_table(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def fair(values: pd.DataFrame, settings: Mapping[str, Sequence[Mitigation | None]]) -> Iterator[Claim]:
+def fair(values: pd.DataFrame, settings: Settings) -> Iterator[Claim]:
     """Yield what must hold for any model if the comparison is a fair one.
 
     Args:
@@ -306,9 +309,7 @@ def table_1(table_1: pd.DataFrame) -> pd.DataFrame:
     return shown_table(table_1)
 
 
-AS_FIGURE = (
-    "Filled: ours, median over prompts with its 95 % bootstrap interval. Hollow: the paper's median, of another model."
-)
+AS_FIGURE = "Filled: ours, median over prompts with its 95 % bootstrap interval. Hollow: the paper's, of another model."
 """Caption of a table of `medians` as a figure."""
 
 
@@ -327,10 +328,7 @@ def settings_figure(table: pd.DataFrame) -> Figure:
 
 
 def one_of_each(
-    run: Run,
-    prompts: Sequence[str],
-    settings: Mapping[str, Sequence[Mitigation | None]],
-    generation: GenerationSettings | None = None,
+    run: Run, prompts: Sequence[str], settings: Settings, generation: GenerationSettings | None = None
 ) -> Grid:
     """Return the planted image of each memorized prompt and one for each setting, all of the first seed; args as `measured`."""
     if not prompts:
@@ -588,37 +586,151 @@ def text_carried(run: Run, prompts: Sequence[str], neurons: NeuronSet) -> pd.Dat
     return pd.DataFrame(rows, columns=["layer", "width", "neurons", "busiest", "share"])
 
 
-def unmemorized_quality(run: Run, prompts: Sequence[str], neurons: NeuronSet) -> pd.DataFrame:
-    """Return how far images of unmemorized prompts are, as a set, from those of the untouched model.
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """Neurons that are blocked.
 
-    The reference is the first half of the seeds with all neurons active. What is compared with it is the other half of
-    the seeds, with all neurons active (how far two halves are anyway) and with one set deactivated for all prompts:
-    equally many images, and no latents in common.
+    Attributes:
+        setting: `UNTOUCHED`, or what is blocked.
+        asked: How many neurons were asked for.
+        draw: Which of several draws.
+        neurons: The neurons; fewer than asked for where a layer has no more.
+    """
+
+    setting: str
+    asked: int
+    draw: int
+    neurons: NeuronSet
+
+    @property
+    def labels(self) -> tuple[str, int, int, int]:
+        """The columns setting, asked, neurons (number) and draw of the tables."""
+        return self.setting, self.asked, len(self.neurons), self.draw
+
+
+def halves(samples: int) -> list[tuple[list[int], list[int]]]:
+    """Return ways to split seeds into a reference half and another: no seed in common, every seed equally often.
+
+    Args:
+        samples: Number of seeds.
 
     Returns:
-        Columns images (`NONE`, `OFF`), number (of images), encoder, fid, kid, kid_sd (standard deviation over subsets of
-        half the images) and neurons (of the set). No rows if the images of a half are fewer than two.
+        Pairs (reference, other): all for up to 4 seeds, else as many as there are seeds, each a turn of the last by one
+        seed; none for one seed.
     """
-    half = run.profile.generation.samples // 2
-    columns = ["images", "number", "encoder", "fid", "kid", "kid_sd", "neurons"]
-    if half * len(prompts) < 2:
+    seeds, half = range(samples), samples // 2
+    if samples > 4:
+        turns = [[(start + place) % samples for place in range(2 * half)] for start in seeds]
+        return [(turn[:half], turn[half:]) for turn in turns]
+    firsts = [list(first) for first in combinations(seeds, half)]
+    return [(first, other) for first in firsts for other in firsts if half and not set(first) & set(other)]
+
+
+def blocked_quality(run: Run, prompts: Sequence[str], sets: Sequence[Blocked]) -> pd.DataFrame:
+    """Return how far images with blocked neurons are, as a set, from those of the untouched model.
+
+    For each split (`halves`) the reference are images of the untouched model from half of the seeds; compared with it
+    are those of the other half: of the untouched model (how far two halves are anyway), and with blocked neurons.
+
+    Source: Sec. 4, Fig. 5a, 8.
+    Deviates: the reference are images of the untouched model, not photographs, so that the distance of the untouched
+        model is that of two sets of its own images.
+
+    Args:
+        run: The run; ``extent.quality_samples`` of its profile says how many images a prompt gets. CLIP-FID takes its
+            ``encoders.clip_quality``, or if it has none, the features of FID.
+        prompts: Unmemorized prompts.
+        sets: What is blocked, the untouched model first (`blocked_sets`).
+
+    Returns:
+        One row per set, split and metric: columns setting, asked, neurons, draw, split (from 0), pair (equal for two splits
+        that have the same halves in another order), metric (of `QUALITY`), encoder, images (in each half), value. No rows
+        if a half has fewer than two images, too few for a covariance.
+    """
+    samples = run.profile.extent.quality_samples or run.profile.generation.samples
+    settings = replace(run.profile.generation, samples=samples)
+    images, splits, rows = len(prompts) * (samples // 2), halves(samples), []
+    columns = ["setting", "asked", "neurons", "draw", "split", "pair", "metric", "encoder", "images", "value"]
+    if images < 2:
         return pd.DataFrame(columns=columns)
-    before, after = (run.features("quality", prompts, item) for item in (None, DeactivatedNeurons(neurons)))
-    reference, rows = before[:, :half].reshape(-1, before.shape[-1]), []
-    for name, features in ((NONE, before), (OFF, after)):
-        other = features[:, half : 2 * half].reshape(-1, features.shape[-1])
-        middle, deviation = metrics.kid(reference, other, subset_size=max(2, len(other) // 2))
-        fid = metrics.fid(reference, other)
-        rows.append((name, len(other), run.encoder("quality").name, fid, middle, deviation, len(neurons)))
+    own = "clip_quality" if run.profile.encoders.clip_quality is not None else "quality"
+    roles: dict[str, Any] = {"fid": "quality", "clip_fid": own, "kid": "quality"}
+    known = [frozenset(map(frozenset, split)) for split in splits]
+    reference: dict[str, np.ndarray] = {}
+    for quiet, item in under_one_bar(run, sets, "blocked neurons"):
+        # Without neurons it is the untouched model, whose images others need too.
+        blocked = DeactivatedNeurons(item.neurons) if item.neurons else None
+        features = {role: quiet.features(role, prompts, blocked, settings=settings) for role in set(roles.values())}
+        reference = reference or features
+        for split, (first, second) in enumerate(splits):
+            for metric, role in roles.items():
+                value = _distance(metric, _flat(reference[role], first), _flat(features[role], second))
+                labels = (split, list(dict.fromkeys(known)).index(known[split]), metric, run.encoder(role).name)
+                rows.append((*item.labels, *labels, images, value))
     return pd.DataFrame(rows, columns=columns)
+
+
+def _flat(features: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
+    """Return the features of some seeds, [image, feature]."""
+    return features[:, list(seeds)].reshape(-1, features.shape[-1])
+
+
+def _distance(metric: str, reference: np.ndarray, other: np.ndarray) -> float:
+    if metric == "kid":
+        return metrics.kid(reference, other, subset_size=max(2, len(other) // 2))[0]
+    return metrics.fid(reference, other)
+
+
+def quality_summary(values: pd.DataFrame) -> pd.DataFrame:
+    """Return mean and standard deviation of image quality over splits and draws, and the change from the untouched model.
+
+    Splits share images, so that the standard deviation is rather too small than too large. The untouched model compared
+    with itself is the same for two halves in either order, and counts once for both.
+
+    Args:
+        values: What `blocked_quality` returned.
+
+    Returns:
+        One row per metric, setting and number: columns metric, setting, asked, encoder, images, neurons (mean over
+        draws), mean, sd, change and change_sd (mean and standard deviation of the difference to the untouched model in
+        the same split).
+    """
+    is_base, keys = values["setting"] == UNTOUCHED, ["metric", "setting", "asked"]
+    base = values[is_base].set_index(["metric", "split"])["value"]
+    change = values["value"].to_numpy() - base.loc[pd.MultiIndex.from_frame(values[["metric", "split"]])].to_numpy()
+    values = values.assign(change=change, case=values["pair"].where(is_base, values.index))
+    once = values.groupby([*keys, "encoder", "images", "case"], sort=False)[["neurons", "value", "change"]].mean()
+    grouped = once.groupby([*keys, "encoder", "images"], sort=False)
+    numbers = {"neurons": ("neurons", "mean"), "mean": ("value", "mean"), "sd": ("value", "std")}
+    table = grouped.agg(**numbers, change=("change", "mean"), change_sd=("change", "std")).reset_index()
+    order = list(QUALITY).index
+    return table.sort_values("metric", key=lambda names: names.map(order), kind="stable", ignore_index=True)
+
+
+def plus_minus(mean: float, deviation: float, sign: str = "") -> str:
+    """Return a mean and its standard deviation as text, the mean alone where there is no other."""
+    shown = "–" if np.isnan(mean) else f"{mean:{sign}.3g}".replace("-", "−")
+    return shown if np.isnan(deviation) else f"{shown} ± {deviation:.3g}"
+
+
+def quality_table(values: pd.DataFrame) -> pd.DataFrame:
+    """Return what `blocked_quality` returned as it is shown: mean ± standard deviation, and the change from untouched."""
+    rows = [
+        (row.setting, f"{row.neurons:g}" if row.neurons == row.asked else f"{row.neurons:g} of {row.asked}",
+         f"{QUALITY[row.metric]}, {row.encoder}", row.images, plus_minus(row.mean, row.sd),
+         plus_minus(row.change, row.change_sd, "+") if row.setting != UNTOUCHED else "")
+        for row in quality_summary(values).itertuples()
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=["blocked", "neurons", "metric, features", "images", "mean ± sd", "change ± sd"])
 
 
 def read_quality(unmemorized_quality: pd.DataFrame) -> Iterator[Claim]:
     """Yield how much farther images without memorization neurons are."""
-    rows = unmemorized_quality.set_index("images")
+    kid = quality_summary(unmemorized_quality).query("metric == 'kid'").set_index("setting")
+    before, after = (plus_minus(*kid.loc[name, ["mean", "sd"]]) for name in (UNTOUCHED, OFF))
     yield Claim(
         "KID to other images of the untouched model",
-        f"{rows.loc[NONE, 'kid']:.4f} untouched, {rows.loc[OFF, 'kid']:.4f} with {rows['neurons'].iloc[0]} neurons off",
+        f"{before} untouched, {after} with {kid.loc[OFF, 'asked']} neurons off",
         "no loss of quality for few neurons (Fig. 5a)",
         rule="so many neurons at once is more than any prompt needs",
     )
@@ -626,25 +738,18 @@ def read_quality(unmemorized_quality: pd.DataFrame) -> Iterator[Claim]:
 
 @exhibit(
     "", "distance of image sets of unmemorized prompts",
-    "Compared with other seeds of the untouched model, equally many images. With so few images FID is biased upwards: only the "
-    "rows can be compared.", read=read_quality,
+    "Compared with other seeds of the untouched model, equally many images; ±: standard deviation over splits of the seeds. With few "
+    "images FID is biased upwards: only the rows can be compared.", read=read_quality,
 )  # fmt: skip
 def show_unmemorized_quality(unmemorized_quality: pd.DataFrame) -> pd.DataFrame:
-    """Return the distances, rounded."""
-    table = unmemorized_quality
-    kid = [f"{middle:.4f} ± {sd:.4f}" for middle, sd in zip(table["kid"], table["kid_sd"], strict=True)]
-    shown = table[["images", "number"]].assign(features=table["encoder"])
-    return shown.assign(FID=table["fid"].map("{:.3f}".format), KID=kid)
+    return quality_table(unmemorized_quality)
 
 
-@exhibit(
-    "",
-    "images of unmemorized prompts with and without all memorization neurons",
-    "Left with all neurons active, right the same seeds with the neurons of all memorized prompts deactivated at once.",
-)
+@exhibit("", "images of unmemorized prompts with and without all memorization neurons",
+    "Left with all neurons active, right the same seeds with the neurons of all memorized prompts deactivated at once.")  # fmt: skip
 def unmemorized_grid(unmemorized_grid: Grid, unmemorized_quality: pd.DataFrame) -> Figure:
     """Return the images; the box says how many neurons are off."""
-    counts = [unmemorized_quality["neurons"].iloc[0]] * len(unmemorized_grid.rows)
+    counts = [unmemorized_quality["asked"].max()] * len(unmemorized_grid.rows)
     return image_grid(unmemorized_grid, counts=counts)
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import combinations, product
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from itertools import product
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -19,14 +19,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from nemolib import metrics, paper, plots
+from nemolib import paper, plots
 from nemolib.exhibits import Claim, effect, exhibit, must
-from nemolib.experiments.deactivate_neurons import breaks_at, listed, measured, one_of_each, under_one_bar
+from nemolib.experiments import deactivate_neurons as deactivate
+from nemolib.experiments.deactivate_neurons import QUALITY, UNTOUCHED, Blocked, listed, plus_minus, quality_summary
 from nemolib.first_step import compared_places, comparing_outputs
 from nemolib.layers import Layer, cross_attention_layers, down_convolutions, spread, widths
 from nemolib.localization import memorized, neuron_sets
 from nemolib.metrics import MEMORIZED_ABOVE
-from nemolib.mitigation import DeactivatedNeurons, SwitchedOffLayers, switched_off
+from nemolib.mitigation import SwitchedOffLayers, switched_off
 from nemolib.neurons import NeuronSet
 from nemolib.prompts import load_prompts
 from nemolib.seeding import stream
@@ -38,11 +39,8 @@ if TYPE_CHECKING:
 
 NOTEBOOK = "05_ablations"
 
-UNTOUCHED, FREQUENT, OTHER = "untouched", "most frequent", "random other"
-"""What is blocked: nothing, the memorization neurons of most prompts, or as many neurons that are none."""
-
-QUALITY = {"fid": "FID", "clip_fid": "CLIP-FID", "kid": "KID"}
-"""Metrics of Fig. 8."""
+FREQUENT, OTHER = "most frequent", "random other"
+"""What is blocked, besides nothing (`UNTOUCHED`): the memorization neurons of most prompts, or as many neurons that are none."""
 
 SMALL = 0.1
 """Share of the untouched model's FID below which an interval counts as small: the axis of the paper's Fig. 5a spans as much."""
@@ -61,28 +59,6 @@ KEPT, LOST = 0.5, 0.1
 
 
 # What is blocked
-
-
-@dataclass(frozen=True, slots=True)
-class Blocked:
-    """Neurons that are blocked.
-
-    Attributes:
-        setting: `UNTOUCHED`, `FREQUENT` or `OTHER`.
-        asked: How many neurons were asked for.
-        draw: Which of several draws.
-        neurons: The neurons; fewer than asked for where a layer has no more.
-    """
-
-    setting: str
-    asked: int
-    draw: int
-    neurons: NeuronSet
-
-    @property
-    def labels(self) -> tuple[str, int, int, int]:
-        """The columns setting, asked, neurons (number) and draw of the tables."""
-        return self.setting, self.asked, len(self.neurons), self.draw
 
 
 def ranked_neurons(found: pd.DataFrame) -> list[tuple[int, int]]:
@@ -159,104 +135,6 @@ def quality_prompts(run: Run) -> list[str]:
     file, number = run.profile.prompts.quality, run.profile.extent.quality
     table = run.prompts("unmemorized") if file is None else load_prompts(file, kind="unmemorized")
     return table["caption"].head(number).tolist()
-
-
-def halves(samples: int) -> list[tuple[list[int], list[int]]]:
-    """Return ways to split seeds into a reference half and another: no seed in common, every seed equally often.
-
-    Args:
-        samples: Number of seeds.
-
-    Returns:
-        Pairs (reference, other): all for up to 4 seeds, else as many as there are seeds, each a turn of the last by one
-        seed; none for one seed.
-    """
-    seeds, half = range(samples), samples // 2
-    if samples > 4:
-        turns = [[(start + place) % samples for place in range(2 * half)] for start in seeds]
-        return [(turn[:half], turn[half:]) for turn in turns]
-    firsts = [list(first) for first in combinations(seeds, half)]
-    return [(first, other) for first in firsts for other in firsts if half and not set(first) & set(other)]
-
-
-def blocked_quality(run: Run, prompts: Sequence[str], sets: Sequence[Blocked]) -> pd.DataFrame:
-    """Return how far images with blocked neurons are, as a set, from those of the untouched model.
-
-    For each split (`halves`) the reference are images of the untouched model from half of the seeds; compared with it
-    are those of the other half: of the untouched model (how far two halves are anyway), and with blocked neurons.
-
-    Source: Sec. 4, Fig. 5a, 8.
-    Deviates: the reference are images of the untouched model, not photographs, so that the distance of the untouched
-        model is that of two sets of its own images.
-
-    Args:
-        run: The run; ``extent.quality_samples`` of its profile says how many images a prompt gets. CLIP-FID takes its
-            ``encoders.clip_quality``, or if it has none, the features of FID.
-        prompts: Unmemorized prompts.
-        sets: What is blocked, the untouched model first (`blocked_sets`).
-
-    Returns:
-        One row per set, split and metric: columns setting, asked, neurons, draw, split (from 0), pair (equal for two splits
-        that have the same halves in another order), metric (of `QUALITY`), encoder, images (in each half), value. No rows
-        if a half has fewer than two images, too few for a covariance.
-    """
-    samples = run.profile.extent.quality_samples or run.profile.generation.samples
-    settings = replace(run.profile.generation, samples=samples)
-    images, splits, rows = len(prompts) * (samples // 2), halves(samples), []
-    columns = ["setting", "asked", "neurons", "draw", "split", "pair", "metric", "encoder", "images", "value"]
-    if images < 2:
-        return pd.DataFrame(columns=columns)
-    own = "clip_quality" if run.profile.encoders.clip_quality is not None else "quality"
-    roles: dict[str, Any] = {"fid": "quality", "clip_fid": own, "kid": "quality"}
-    known = [frozenset(map(frozenset, split)) for split in splits]
-    reference: dict[str, np.ndarray] = {}
-    for quiet, item in under_one_bar(run, sets, "blocked neurons"):
-        blocked = DeactivatedNeurons(item.neurons)
-        features = {role: quiet.features(role, prompts, blocked, settings=settings) for role in set(roles.values())}
-        reference = reference or features
-        for split, (first, second) in enumerate(splits):
-            for metric, role in roles.items():
-                value = _distance(metric, _flat(reference[role], first), _flat(features[role], second))
-                labels = (split, list(dict.fromkeys(known)).index(known[split]), metric, run.encoder(role).name)
-                rows.append((*item.labels, *labels, images, value))
-    return pd.DataFrame(rows, columns=columns)
-
-
-def _flat(features: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
-    """Return the features of some seeds, [image, feature]."""
-    return features[:, list(seeds)].reshape(-1, features.shape[-1])
-
-
-def _distance(metric: str, reference: np.ndarray, other: np.ndarray) -> float:
-    if metric == "kid":
-        return metrics.kid(reference, other, subset_size=max(2, len(other) // 2))[0]
-    return metrics.fid(reference, other)
-
-
-def quality_summary(values: pd.DataFrame) -> pd.DataFrame:
-    """Return mean and standard deviation of image quality over splits and draws, and the change from the untouched model.
-
-    Splits share images, so that the standard deviation is rather too small than too large. The untouched model compared
-    with itself is the same for two halves in either order, and counts once for both.
-
-    Args:
-        values: What `blocked_quality` returned.
-
-    Returns:
-        One row per metric, setting and number: columns metric, setting, asked, encoder, images, neurons (mean over
-        draws), mean, sd, change and change_sd (mean and standard deviation of the difference to the untouched model in
-        the same split).
-    """
-    is_base, keys = values["setting"] == UNTOUCHED, ["metric", "setting", "asked"]
-    base = values[is_base].set_index(["metric", "split"])["value"]
-    change = values["value"].to_numpy() - base.loc[pd.MultiIndex.from_frame(values[["metric", "split"]])].to_numpy()
-    values = values.assign(change=change, case=values["pair"].where(is_base, values.index))
-    once = values.groupby([*keys, "encoder", "images", "case"], sort=False)[["neurons", "value", "change"]].mean()
-    grouped = once.groupby([*keys, "encoder", "images"], sort=False)
-    numbers = {"neurons": ("neurons", "mean"), "mean": ("value", "mean"), "sd": ("value", "std")}
-    table = grouped.agg(**numbers, change=("change", "mean"), change_sd=("change", "std")).reset_index()
-    order = list(QUALITY).index
-    return table.sort_values("metric", key=lambda names: names.map(order), kind="stable", ignore_index=True)
 
 
 # Outputs of cross-attention blocks (Table 3)
@@ -338,7 +216,7 @@ def layer_effects(run: Run, prompts: Sequence[str], layers: Mapping[str, Sequenc
     settings = {"": [None]} | {layer.name: [switched_off(layer)] for layer in chosen}
     labels = [(UNTOUCHED, 0, "", ""), *((layer.part, layer.number, layer.block, layer.name) for layer in chosen)]
     rows = run.rows(prompts).rename(columns={"caption": "prompt"})
-    values = measured(run, rows, settings, few_images(run)).rename(columns={"setting": "name"})
+    values = deactivate.measured(run, rows, settings, few_images(run)).rename(columns={"setting": "name"})
     return pd.DataFrame(labels, columns=columns[:4]).merge(values, on="name")[columns]
 
 
@@ -378,7 +256,7 @@ def layer_grid(run: Run, prompts: Sequence[str], layers: Sequence[Layer]) -> Gri
         without prompts.
     """
     settings = {"none": [None]} | {str(layer.number): [switched_off(layer)] for layer in layers}
-    return one_of_each(run, prompts, settings, few_images(run))
+    return deactivate.one_of_each(run, prompts, settings, few_images(run))
 
 
 # What the paper says, and what we found
@@ -390,7 +268,7 @@ def read_quality(blocked_quality: pd.DataFrame) -> Iterator[Claim]:
     most = fid.groupby(level=0, sort=False).tail(1)
     change, deviation = most.reindex([FREQUENT]).iloc[0][["change", "change_sd"]] / most.loc[UNTOUCHED, "mean"]
     low, high = change - 2 * deviation, change + 2 * deviation
-    values = [f"{row.Index} {_plus_minus(row.mean, row.sd)} ({row.neurons:g} neurons)" for row in most.itertuples()]
+    values = [f"{row.Index} {plus_minus(row.mean, row.sd)} ({row.neurons:g} neurons)" for row in most.itertuples()]
     yield effect(
         "image quality does not suffer when many neurons are blocked",
         # So few images may be too few to tell; without a second split nobody knows.
@@ -504,12 +382,6 @@ def lowest(summary: pd.DataFrame, part: str) -> str:
     return f"{rows['sscd_orig_untouched'].iloc[0]:.2f} untouched, lowest with layers {' and '.join(named)}"
 
 
-def _plus_minus(mean: float, deviation: float, sign: str = "") -> str:
-    """Return a mean and its standard deviation as text, the mean alone where there is no other."""
-    shown = "–" if np.isnan(mean) else f"{mean:{sign}.3g}".replace("-", "−")
-    return shown if np.isnan(deviation) else f"{shown} ± {deviation:.3g}"
-
-
 # Figures and tables
 
 
@@ -568,13 +440,7 @@ def _draw_quality(
     "it is rather too small.",
 )  # fmt: skip
 def show_blocked_quality(blocked_quality: pd.DataFrame) -> pd.DataFrame:
-    rows = [
-        (row.setting, f"{row.neurons:g}" if row.neurons == row.asked else f"{row.neurons:g} of {row.asked}",
-         f"{QUALITY[row.metric]}, {row.encoder}", row.images, _plus_minus(row.mean, row.sd),
-         _plus_minus(row.change, row.change_sd, "+") if row.setting != UNTOUCHED else "")
-        for row in quality_summary(blocked_quality).itertuples()
-    ]  # fmt: skip
-    return pd.DataFrame(rows, columns=["blocked", "neurons", "metric, features", "images", "mean ± sd", "change ± sd"])
+    return deactivate.quality_table(blocked_quality)
 
 
 @exhibit(
@@ -707,7 +573,7 @@ def _forgets_at(run: Run, shares: Sequence[float] = (0.25, 0.5, 0.75, 1)) -> flo
     """Return the smallest share of the first convolution without which the first VM prompt has no copy; 0: none."""
     first = down_convolutions(run.pipe.unet)[0].name
     items = {share: SwitchedOffLayers((first,), share) for share in shares}
-    return breaks_at(run, items, 0, settings=few_images(run))
+    return deactivate.breaks_at(run, items, 0, settings=few_images(run))
 
 
 EXERCISES = {

@@ -16,7 +16,6 @@ from nemolib.mitigation import DeactivatedNeurons, EmbeddingAdjustment, wen_targ
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.run import Run
-from nemolib.settings import GenerationSettings
 from nemolib.store import WITH_AND_WITHOUT
 
 VM, TM, CLEAN = ["red fox card", "red owl card"], ["blue cat case"], ["a tree", "the sea"]
@@ -277,19 +276,6 @@ def test_the_text_that_a_set_carries(run):
     assert table["share"].iloc[:2].tolist() == pytest.approx([(first[1] + first[2]) / first.sum(), 0], rel=1e-5)
     largest, busiest = sorted(first, reverse=True), int(table["busiest"].iloc[0])
     assert sum(largest[: busiest - 1]) < 0.95 * first.sum() <= sum(largest[:busiest])
-
-
-def test_sets_of_equally_many_images_without_common_latents(run):
-    neurons, generation = NeuronSet.of([(0, 1), (2, 4)], layers=7), GenerationSettings(samples=3, steps=2)
-    three = Run(replace(run.profile, generation=generation), run.pipe, store=run.store, progress=False)
-    table = deactivate.unmemorized_quality(three, CLEAN, neurons)
-    assert table[["number", "neurons"]].to_numpy().tolist() == [[2, 2]] * 2
-    before, after = three.features("quality", CLEAN), three.features("quality", CLEAN, DeactivatedNeurons(neurons))
-    expected = [metrics.fid(before[:, 0], other[:, 1]) for other in (before, after)]
-    assert table["fid"].tolist() == pytest.approx(expected, abs=1e-6)
-    one = deactivate.unmemorized_quality(run, CLEAN[:1], neurons)
-    assert one.empty
-    assert list(one.columns) == list(table.columns)
 
 
 TURNS = [

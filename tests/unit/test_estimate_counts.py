@@ -102,7 +102,7 @@ def test_blocked_neurons(run):
     neurons = [NeuronSet.of([(layer, number // 2) for layer in range(2, 7)], layers=7).to_json() for number in range(8)]
     found = pd.DataFrame({"kind": "vm", "prompt": list("abcdefgh"), "neurons": neurons})
     sets, clean = side_effects.blocked_sets(run, found), side_effects.quality_prompts(run)
-    assert counted(run, side_effects.blocked_quality, clean, sets) == said(run, "image quality")
+    assert counted(run, deactivate.blocked_quality, clean, sets) == said(run, "image quality")
     assert counted(run, side_effects.block_similarity, clean[:2], sets) == said(run, "outputs of blocks")
 
 

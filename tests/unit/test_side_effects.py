@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nemolib import batching, metrics
+from nemolib.experiments import deactivate_neurons as deactivate
 from nemolib.experiments import side_effects
 from nemolib.experiments.side_effects import FREQUENT, OTHER, QUALITY, UNTOUCHED, Blocked
 from nemolib.first_step import comparing_outputs, first_step
@@ -111,7 +112,7 @@ def test_others_are_fewer_where_a_layer_has_no_more():
 
 @pytest.mark.parametrize(("samples", "number"), [(1, 0), (2, 2), (3, 6), (4, 6), (5, 5), (10, 10)])
 def test_halves_share_no_seed_and_use_all_equally(samples, number):
-    splits = side_effects.halves(samples)
+    splits = deactivate.halves(samples)
     assert len({(tuple(first), tuple(other)) for first, other in splits}) == len(splits) == number
     assert all(not set(first) & set(other) and len(first) == len(other) == samples // 2 for first, other in splits)
     for place in range(2 * bool(splits)):
@@ -120,19 +121,19 @@ def test_halves_share_no_seed_and_use_all_equally(samples, number):
 
 
 def test_one_distance_by_hand_and_every_other(run, sets):
-    quality = side_effects.blocked_quality(run, UNMEMORIZED, [sets[0], sets[2]])
+    quality = deactivate.blocked_quality(run, UNMEMORIZED, [sets[0], sets[2]])
     assert len(quality) == 2 * 6 * len(QUALITY)
     assert quality.groupby("pair")["split"].nunique().to_dict() == {0: 2, 1: 2, 2: 2}
     before, after = (
         run.encoder("quality").describe(made.reshape(-1, *made.shape[2:])).unflatten(0, (2, 4)).numpy()
         for made in (run.images(UNMEMORIZED), run.images(UNMEMORIZED, DeactivatedNeurons(sets[2].neurons)))
     )
-    assert side_effects.halves(4)[1] == ([0, 2], [1, 3])
+    assert deactivate.halves(4)[1] == ([0, 2], [1, 3])
     reference, other = before[:, [0, 2]].reshape(4, -1), after[:, [1, 3]].reshape(4, -1)
     values = quality[(quality["setting"] == FREQUENT) & (quality["split"] == 1)].set_index("metric")["value"]
     assert values["fid"] == values["clip_fid"] == pytest.approx(metrics.fid(reference, other), rel=1e-6, abs=1e-9)
     assert values["kid"] == pytest.approx(metrics.kid(reference, other, subset_size=2)[0], rel=1e-6)
-    row = side_effects.quality_summary(quality).query("metric == 'fid' and setting == @UNTOUCHED").iloc[0]
+    row = deactivate.quality_summary(quality).query("metric == 'fid' and setting == @UNTOUCHED").iloc[0]
     once = quality.query("metric == 'fid' and setting == @UNTOUCHED").groupby("pair")["value"].mean()
     assert row[["mean", "sd", "change"]].tolist() == pytest.approx([once.mean(), once.std(), 0])
 
@@ -146,7 +147,7 @@ def test_mean_deviation_and_change_over_splits_and_draws():
         )
     ]  # fmt: skip
     columns = ["setting", "asked", "neurons", "draw", "split", "pair", "metric", "encoder", "images", "value"]
-    summary = side_effects.quality_summary(pd.DataFrame(rows, columns=columns)).set_index("setting")
+    summary = deactivate.quality_summary(pd.DataFrame(rows, columns=columns)).set_index("setting")
     assert summary["mean"].tolist() == [11, 16, 13]
     # Differences in the same split: the common part of splits is gone.
     assert summary.loc[FREQUENT, ["change", "change_sd"]].tolist() == pytest.approx([5, np.std([4, 6], ddof=1)])
@@ -158,7 +159,7 @@ def test_mean_deviation_and_change_over_splits_and_draws():
 @pytest.mark.parametrize(("prompts", "samples"), [(UNMEMORIZED, 1), (UNMEMORIZED[:1], 2), ([], 4)])
 def test_too_few_images_for_a_covariance_are_not_made(run, sets, prompts, samples):
     extent = replace(run.profile.extent, quality_samples=samples)
-    assert side_effects.blocked_quality(Run(replace(run.profile, extent=extent), None), prompts, sets).empty
+    assert deactivate.blocked_quality(Run(replace(run.profile, extent=extent), None), prompts, sets).empty
 
 
 def test_one_cosine_by_hand_and_nothing_changes_before_the_first_neuron(run, sets):

@@ -19,11 +19,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from nemolib import paper, plots
-from nemolib.exhibits import Claim, exhibit, must, of_kinds, rounding
+from nemolib.exhibits import Claim, exhibit, must, of_kinds
 from nemolib.experiments import deactivate_neurons as deactivate
 from nemolib.experiments.deactivate_neurons import LEFT, METRICS, NONE, Rule, listed
-from nemolib.experiments.localize_neurons import deactivation, localizations
-from nemolib.localization import Localization, Variant, by_prompt, localization_table, neuron_sets, varying
+from nemolib.experiments.localize_neurons import deactivation, localizations, search_claims
+from nemolib.localization import Localization, Variant, by_prompt, localization_table, varying
 from nemolib.mitigation import DeactivatedNeurons, Mitigation
 from nemolib.plots import ROLES
 from nemolib.prompts import MEMORIZED
@@ -161,23 +161,14 @@ def fair(run: Run, found: pd.DataFrame, levels: pd.DataFrame) -> Iterator[Claim]
         found: What `ablated` returned.
         levels: What `threshold_levels` returned.
     """
-    searched = found[found["memorized"]]
-    pairs = zip(neuron_sets(searched), neuron_sets(searched, "initial"), strict=True)
-    excess = searched["refined_score"] - searched[["refinement_threshold", "initial_score"]].max(axis=1)
+    yield from search_claims(run, found, found["refinement_threshold"])
     growing = found[found["setting"].isin(setting_names(levels).values())]
     growing = growing.sort_values("initial_threshold", kind="stable")
-    yield must("every refined set of the ablations lies within its initial selection", all(not kept - initial for kept, initial in pairs))  # fmt: skip
     yield must(
         "a higher threshold never gives a larger initial selection",
         growing.groupby("prompt")["initial_count"].diff().max(),
         at_most=0,
         reason="it ends earlier in the same schedule, whose selections only grow",
-    )
-    yield must(
-        "refinement never ends above the threshold of its setting",
-        excess.max() if len(excess) else 0.0,
-        at_most=rounding(run.pipe.unet.dtype),
-        reason="a score that is evaluated twice may differ in the last digits",
     )
 
 

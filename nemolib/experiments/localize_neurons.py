@@ -29,9 +29,8 @@ from nemolib.exhibits import (
     rounding,
     share_interval,
 )
+from nemolib.experiments.memorization_score import z_of
 from nemolib.first_step import ALGORITHMS, first_step, scoring
-from nemolib.holdout import z_scores
-from nemolib.layers import value_activations
 from nemolib.localization import by_prompt, localization_table, memorized, neuron_sets
 from nemolib.mitigation import DeactivatedNeurons, random_neurons
 from nemolib.neurons import NeuronSet
@@ -197,13 +196,13 @@ def localizations(run: Run, rows: pd.DataFrame | None = None) -> pd.DataFrame:
     return pd.concat([rows[["kind"]].reset_index(drop=True), table], axis=1)
 
 
-def search_claims(run: Run, found: pd.DataFrame) -> Iterator[Claim]:
-    """Yield what must hold of localizations, whatever the search finds."""
-    searched = found[found["memorized"]]
+def search_claims(run: Run, found: pd.DataFrame, limits: pd.Series | None = None) -> Iterator[Claim]:
+    """Yield what must hold of localizations, whatever the search finds; limits: thresholds of the refinement, if not the run's."""
+    searched, limits = found[found["memorized"]], run.threshold if limits is None else limits[found["memorized"]]
     pairs = zip(neuron_sets(searched), neuron_sets(searched, "initial"), strict=True)
     yield must("every refined set lies within its initial selection", all(not kept - first for kept, first in pairs))
     text = "refinement never ends above the threshold it was given"
-    excess = max([0, *(searched["refined_score"] - searched["initial_score"].clip(lower=run.threshold))])
+    excess = max([0, *(searched["refined_score"] - searched["initial_score"].clip(lower=limits))])
     why = "a score that is evaluated twice may differ in the last digits"
     yield must(text, excess, at_most=rounding(run.pipe.unet.dtype), reason=why)
     outside = found.loc[~found["memorized"], "neuron_count"].sum()
@@ -369,12 +368,11 @@ def figure_4b(localization: pd.DataFrame) -> Figure:
 
 def neuron_z_scores(run: Run, found: pd.DataFrame) -> pd.DataFrame:
     """Return the z-score of each neuron that was found: columns kind, prompt, layer (from 1), neuron (from 0), z."""
-    normal, rows = run.statistics, []
-    for kind, prompt, neurons in zip(found["kind"], found["prompt"], neuron_sets(found), strict=True):
-        if neurons:
-            activations = value_activations(run.pipe.unet, embed(run.pipe, [prompt]))
-            z = z_scores(normal, [values.cpu() for values in activations])
-            rows += [(kind, prompt, layer + 1, neuron, float(z[layer][0, neuron])) for layer, neuron in neurons]
+    z, rows = z_of(run, found["prompt"].tolist()), []
+    for place, (kind, prompt, neurons) in enumerate(
+        zip(found["kind"], found["prompt"], neuron_sets(found), strict=True)
+    ):
+        rows += [(kind, prompt, layer + 1, neuron, z[layer][place, neuron]) for layer, neuron in neurons]
     return pd.DataFrame(rows, columns=["kind", "prompt", "layer", "neuron", "z"])
 
 

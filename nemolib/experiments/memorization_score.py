@@ -232,8 +232,8 @@ def detection_by_copies(scores: pd.DataFrame) -> Figure:
             axes.plot(quality.index, quality, style, color=color, label=label)
         axes.set_xscale("log", base=2)
         axes.set_xticks(quality.index, [f"{copies:g}" for copies in quality.index])
-        n = "n = {} to {}".format(*rungs.size().agg(["min", "max"]))
-        axes.set(xlabel=f"copies in training ({n}, unmemorized {len(clean)})", ylabel="AUROC")
+        n = " to ".join(map(str, sorted({rungs.size().min(), rungs.size().max()})))
+        axes.set(xlabel=f"copies in training (n = {n}, unmemorized {len(clean)})", ylabel="AUROC")
         plots.legend_above(axes)
     return figure
 
@@ -241,13 +241,13 @@ def detection_by_copies(scores: pd.DataFrame) -> Figure:
 # Which neurons stand out
 
 
-def absolute_z(run: Run, captions: list[str]) -> list[np.ndarray]:
-    """Return for each value layer the absolute z-scores [prompt, neuron] of prompts, float64.
+def z_of(run: Run, captions: list[str]) -> list[np.ndarray]:
+    """Return for each value layer the z-scores [prompt, neuron] of prompts, float64.
 
     Source: Sec. 3.2.
     """
     activations = value_activations(run.pipe.unet, embed(run.pipe, captions))
-    return [z.abs().double().numpy() for z in z_scores(run.statistics, [values.cpu() for values in activations])]
+    return [z.double().numpy() for z in z_scores(run.statistics, [values.cpu() for values in activations])]
 
 
 def z_by_neuron(run: Run) -> pd.DataFrame:
@@ -264,7 +264,8 @@ def z_by_neuron(run: Run) -> pd.DataFrame:
     """
     table, parts = run.prompts(*KINDS), []
     table = table.groupby("kind").head(table["kind"].value_counts()[["vm", "unmemorized"]].min())
-    absolute, captions = absolute_z(run, table["caption"].tolist()), table["caption"].to_numpy()
+    captions = table["caption"].to_numpy()
+    absolute = [abs(z) for z in z_of(run, captions.tolist())]
     for kind, rows in table.groupby("kind", sort=False).indices.items():
         for layer, z in enumerate(absolute, start=1):
             columns = {"kind": kind, "layer": layer, "neuron": np.arange(z.shape[1]), "largest_z": z[rows].max(axis=0)}
@@ -283,8 +284,8 @@ def z_by_prompt(run: Run) -> pd.DataFrame:
     """
     table = run.prompts(*TESTED)
     parts = [
-        table[["caption", "kind"]].assign(layer=layer, neuron=z.argmax(axis=1), largest_z=z.max(axis=1))
-        for layer, z in enumerate(absolute_z(run, table["caption"].tolist()), start=1)
+        table[["caption", "kind"]].assign(layer=layer, neuron=abs(z).argmax(axis=1), largest_z=abs(z).max(axis=1))
+        for layer, z in enumerate(z_of(run, table["caption"].tolist()), start=1)
     ]
     return pd.concat(parts, ignore_index=True)
 

@@ -72,8 +72,8 @@ def test_detection_counts_pairs_and_has_reported_numbers_beside():
     assert known["wen", "vm + tm"] == 0.992
     assert known.isna().sum() == 4
     shown = score.detection_table(table).set_index(["score", "memorized"])
-    assert shown.loc[("SSIM (paper)", "vm"), "AUROC"] == "1.000 (0.996)"
-    assert shown.loc[("Wen et al., one step", "tm"), "AUROC"] == "0.583"
+    assert shown.loc[("SSIM (paper)", "VM"), "AUROC"] == "1.000 (0.996)"
+    assert shown.loc[("Wen et al., one step", "TM"), "AUROC"] == "0.583"
 
 
 def test_detection_of_the_rungs_against_unmemorized_prompts():
@@ -82,4 +82,4 @@ def test_detection_of_the_rungs_against_unmemorized_prompts():
     figure = score.detection_by_copies(pd.DataFrame({"kind": kinds, "copies": copies, **columns}))
     chance, *lines = figure.axes[0].lines
     assert [line.get_ydata().tolist() for line in lines] == [[0.5, 1.0]] * 3
-    assert figure.axes[0].get_xlabel() == "copies in training (n = 4, unmemorized 2)"
+    assert figure.axes[0].get_xlabel() == "copies in training (n = 2, unmemorized 2)"

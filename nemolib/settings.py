@@ -237,13 +237,23 @@ class MitigationSettings:
 
 @validated
 class PruningSettings:
-    """What notebook 07 takes out of a model.
+    """What notebook 07 takes out of a model, and how many images of it are looked at.
 
     Attributes:
+        unions: Of how many prompts, VM and TM in turn, the neurons are pruned together.
         sparsities: Shares of each row of the feed-forward weights that Wanda looks at.
+        first: Denoising steps that Wanda looks at.
+        measured: Memorized prompts whose images are measured, VM and TM in turn; Wanda is given all of them.
+        others: Unmemorized prompts whose images are measured.
+        samples: Images of each prompt.
     """
 
-    sparsities: tuple[Positive, ...] = (0.01,)
+    unions: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 10, 50, 100, 500)
+    sparsities: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.01, 0.02, 0.05, 0.1)
+    first: Count = 10
+    measured: Count = 50
+    others: Count = 100
+    samples: Count = 4
 
 
 @validated

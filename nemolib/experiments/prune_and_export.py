@@ -1,0 +1,378 @@
+"""Notebook 07: neurons taken out for good, alone and of many prompts at once, beside feed-forward weights that Wanda prunes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from nemolib import metrics, plots
+from nemolib.beyond.prune import measuring_inputs, prune_weights, restore, wanda_masks
+from nemolib.exhibits import Claim, effect, exhibit, median_interval
+from nemolib.experiments.deactivate_neurons import LEFT, planted, under_one_bar
+from nemolib.experiments.side_effects import halves
+from nemolib.layers import value_layers
+from nemolib.localization import by_prompt, memorized
+from nemolib.mitigation import DeactivatedNeurons, Mitigation
+from nemolib.neurons import NeuronSet
+from nemolib.plots import ROLES, Role
+from nemolib.settings import validated
+from nemolib.store import PLANTED, Grid
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+    from matplotlib.figure import Figure
+
+    from nemolib.run import Run
+
+NOTEBOOK = "beyond/07_prune_and_export"
+
+UNTOUCHED, NEMO, WANDA = "untouched", "NeMo", "Wanda"
+"""What is pruned: nothing, memorization neurons, or feed-forward weights."""
+
+METHODS = {
+    NEMO: replace(ROLES["deactivated"], label="NeMo: neurons of so many prompts", line="-"),
+    WANDA: Role("Wanda: such a share of feed-forward weights", "0.25", "s", "--", ""),
+}
+"""How the methods look."""
+
+
+# Export
+
+
+@exhibit(
+    "", "the repaired model in other hands",
+    "One prompt, one seed, the same steps. Planted: the training image. Folder and patch: made in a process that cannot import nemolib.",
+)  # fmt: skip
+def export_images(export_images: Grid) -> Figure:
+    return plots.image_grid(export_images, fraction=0.8)
+
+
+# Repairs
+
+
+@validated
+class PrunedWeights(Mitigation):
+    """Weights that are zero while images are made, so that they are compared as other mitigations are.
+
+    Attributes:
+        masks: Name of a weight of the UNet -> the bits of its mask.
+    """
+
+    name = "pruned weights"
+    masks: dict[str, bytes]
+
+    @classmethod
+    def of_masks(cls, masks: dict[str, Tensor]) -> PrunedWeights:
+        """Return the mitigation of masks [output, input], bool."""
+        return cls({name: np.packbits(mask.cpu().numpy()).tobytes() for name, mask in masks.items()})
+
+    @contextmanager
+    def _changed(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> Iterator[None]:
+        masks = {}
+        for name, bits in self.masks.items():
+            shape = pipe.unet.get_parameter(name).shape
+            mask = np.unpackbits(np.frombuffer(bits, dtype=np.uint8), count=shape.numel())
+            masks[name] = torch.from_numpy(mask).view(shape).bool()
+        taken = prune_weights(pipe, masks)
+        try:
+            yield
+        finally:
+            restore(pipe, taken)
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """A model with something pruned.
+
+    Attributes:
+        method: `UNTOUCHED`, `NEMO` or `WANDA`.
+        amount: Number of prompts whose neurons are pruned, or sparsity.
+        weights: Number of weights that are zero.
+        mitigation: What makes its images; None: nothing is pruned.
+        prompts: What it was made for.
+        neurons: Number of neurons.
+    """
+
+    method: str
+    amount: float
+    weights: int
+    mitigation: Mitigation | None
+    prompts: Sequence[str] = ()
+    neurons: int = 0
+
+
+def in_turn(found: pd.DataFrame) -> list[str]:
+    """Return memorized prompts, VM and TM in turn."""
+    found = memorized(found)
+    return found["prompt"].iloc[np.argsort(found.groupby("kind").cumcount(), kind="stable")].tolist()
+
+
+def union(found: pd.DataFrame, prompts: Sequence[str]) -> NeuronSet:
+    """Return the memorization neurons of prompts together."""
+    sets = by_prompt(found)
+    return reduce(or_, [sets[prompt] for prompt in prompts])
+
+
+def weights_of(run: Run, neurons: NeuronSet) -> int:
+    """Return how many weights compute neurons."""
+    return sum(
+        len(chosen) * layer.module.in_features
+        for chosen, layer in zip(neurons.layers, value_layers(run.pipe.unet), strict=True)
+    )
+
+
+def repairs(run: Run, found: pd.DataFrame, measured: Sequence[str]) -> list[Repair]:
+    """Return the untouched model, unions of the neurons of more and more prompts, and Wanda at several sparsities.
+
+    Source: Chavhan et al. (arXiv 2406.18566) for Wanda, which is given all measured prompts, and as many holdout prompts as
+        base.
+
+    Args:
+        run: The run; its profile says which unions and sparsities.
+        found: Localizations.
+        measured: Memorized prompts whose images will be measured; one of the unions is that of all of them.
+    """
+    chosen, order = run.profile.beyond.pruning, in_turn(found)
+    made = [Repair(UNTOUCHED, 0, 0, None)]
+    for number in sorted({min(number, len(order)) for number in (*chosen.unions, len(measured))}):
+        neurons = union(found, order[:number])
+        parts = weights_of(run, neurons), DeactivatedNeurons(neurons), order[:number], len(neurons)
+        made.append(Repair(NEMO, number, *parts))
+    base, settings = run.prompts("holdout")["caption"].head(len(measured)), run.profile.generation
+    common = {"first": chosen.first, "guidance": settings.guidance, "together": max(1, settings.batch_size // 2)}
+    seen = run.compute(measuring_inputs, [*measured, *base], label="feed-forward inputs", **common)
+    for sparsity in chosen.sparsities:
+        masks = wanda_masks(run.pipe.unet, seen[: len(measured)], seen[len(measured) :], sparsity=sparsity)
+        changed = sum(int(mask.sum()) for mask in masks.values())
+        made.append(Repair(WANDA, sparsity, changed, PrunedWeights.of_masks(masks), measured))
+    return made
+
+
+def repaired_prompts(
+    run: Run, repairs: Sequence[Repair], measured: Sequence[str], others: Sequence[str]
+) -> pd.DataFrame:
+    """Return what repairs do to memorized and to other prompts, all on the same seeds.
+
+    Args:
+        run: The run.
+        repairs: What is pruned, nothing first (`repairs`).
+        measured: Memorized prompts.
+        others: Prompts that are not memorized.
+
+    Returns:
+        One row per repair and prompt: columns method, amount, neurons, weights, fid (of all images of other prompts, from
+        those of the untouched model with other seeds, mean over splits of the seeds; missing where there are too few), kind
+        (vm, tm, unmemorized), prompt, inside (whether the repair was made for it), and of `nemolib.run.Run.measure`:
+        sscd_orig, sscd_orig_max, a_clip, sscd_gen.
+    """
+    settings, parts = replace(run.profile.generation, samples=run.profile.beyond.pruning.samples), []
+    rows = pd.concat([run.rows(measured), pd.DataFrame({"caption": others, "kind": "unmemorized"})], ignore_index=True)
+    reference, columns = None, ["sscd_orig", "sscd_orig_max", "a_clip", "sscd_gen"]
+    for quiet, item in under_one_bar(run, repairs, "repairs"):
+        values = quiet.measure(rows, item.mitigation, columns=columns, settings=settings)
+        features = quiet.features("quality", others, item.mitigation, settings=settings)
+        reference = features if reference is None else reference
+        part = rows[["kind", "caption"]].rename(columns={"caption": "prompt"})
+        labels = {name: getattr(item, name) for name in ("method", "amount", "neurons", "weights")}
+        part = part.assign(**labels, fid=_fid(reference, features), inside=part["prompt"].isin(item.prompts))
+        parts.append(pd.concat([part, values], axis=1))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _fid(reference: np.ndarray, features: np.ndarray) -> float:
+    """Return the distance of features [prompt, seed, feature], of half of the seeds, from the other half of a reference."""
+    splits, size = halves(features.shape[1]), features.shape[-1]
+    if not splits or len(features) * len(splits[0][0]) < 2:
+        return np.nan
+    pairs = [(reference[:, first].reshape(-1, size), features[:, other].reshape(-1, size)) for first, other in splits]
+    return float(np.mean([metrics.fid(*pair) for pair in pairs]))
+
+
+def summary(repaired_prompts: pd.DataFrame) -> pd.DataFrame:
+    """Return medians over prompts.
+
+    Returns:
+        One row per repair: columns method, amount, neurons, weights, fid, name, vm and tm (similarity to the planted image,
+        those that the repair was made for or that are untouched alone), outside (the same of the other memorized prompts),
+        copies (share of VM prompts with a copy), a_clip and sscd_gen (of unmemorized prompts), prompts (VM prompts).
+    """
+    rows, keys = [], ["method", "amount", "neurons", "weights", "fid"]
+    for key, part in repaired_prompts.groupby(keys, sort=False, dropna=False):
+        row, known = dict(zip(keys, key, strict=True)), part[part["kind"] != "unmemorized"]
+        meant = known if row["method"] == UNTOUCHED else known[known["inside"]]
+        kinds, other = dict(list(meant.groupby("kind"))), part[part["kind"] == "unmemorized"]
+        row |= {kind: kinds[kind]["sscd_orig"].median() if kind in kinds else np.nan for kind in ("vm", "tm")}
+        largest = kinds["vm"]["sscd_orig_max"].dropna() if "vm" in kinds else []
+        row["copies"] = metrics.memorization_rate(largest) if len(largest) else np.nan
+        row |= {"prompts": len(largest), "outside": known.loc[~known["inside"], "sscd_orig"].median()}
+        rows.append(row | {name: other[name].median() for name in ("a_clip", "sscd_gen")})
+    return pd.DataFrame(rows).assign(name=[named(row["method"], row["amount"]) for row in rows])
+
+
+def named(method: str, amount: float) -> str:
+    """Return what a repair is called."""
+    if method == WANDA:
+        return f"Wanda, {100 * amount:g} %"
+    return method if method == UNTOUCHED else f"NeMo, {amount:g} prompt{'s' * (amount != 1)}"
+
+
+def compared(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of a summary that were made for the same prompts: untouched, one union, and Wanda."""
+    most = table.loc[table["method"] == NEMO, "prompts"].idxmax()
+    return table[(table["method"] != NEMO) | (table.index == most)]
+
+
+def read_repairs(repaired_prompts: pd.DataFrame) -> Iterator[Claim]:
+    """Yield what NeMo's paper and Kowalczuk et al. say of pruned neurons and weights, and whether it is so here."""
+    table, parts = compared(summary(repaired_prompts)), repaired_prompts.groupby(["method", "amount", "kind"])
+    (none, nemo), (wanda, *_, most) = table.iloc[:2].itertuples(), table.iloc[[2, *range(2, len(table))]].itertuples()
+    others, secondary = "share of the A_CLIP of other prompts that stays", "Kowalczuk et al. (ICML 2026, secondary)"
+    for text, row, kind, bound, theirs in (
+        ("neurons of many prompts, pruned together, take the copies of all of them", nemo, "vm", {"at_most": 0.5},
+         f"{secondary}, each prompt with its own: 0.90, 0.33"),
+        ("pruning the neurons of many prompts costs other prompts little", nemo, "unmemorized", {"at_least": 0.9},
+         "Figure 5a: no significant loss of quality with up to 750 neurons"),
+        (f"{wanda.name} of each row, takes the copies", wanda, "vm", {"at_most": 0.5}, f"{secondary}: 0.90, 0.20"),
+        (f"{most.name} of each row, costs other prompts", most, "unmemorized", {"at_most": 0.9},
+         f"{secondary}: quality collapses at 10 %"),
+    ):  # fmt: skip
+        column, of = ("sscd_orig", LEFT) if kind == "vm" else ("a_clip", others)
+        values, before = (parts.get_group((each.method, each.amount, kind))[column] for each in (row, none))
+        numbers = {"ours": f"untouched {before.median():.2f}, {row.name} {values.median():.2f}", "paper": theirs}
+        numbers |= {"n": f"{len(values)} {'VM ' * (kind == 'vm')}prompts", "interval": median_interval(values)}
+        yield effect(text, values.median() / before.median(), of, **bound, **numbers)
+
+
+# Figures and tables
+
+
+@exhibit(
+    "", "what pruning takes and what it costs",
+    "NeMo: the neurons of so many prompts together. Weights: how many are zero. Copies: share of VM prompts with an image whose similarity to the planted "
+    "one (SSCD_Orig) is above 0.7; VM, TM: this similarity, of prompts that the repair was made for; memorized others: of those that it was "
+    "not made for. Then unmemorized prompts: alignment (A_CLIP), similarity to the untouched model's image of the same seed (SSCD_Gen), distance of the "
+    "images as a set from others of the untouched model (FID; few images, so that only rows can be compared). Medians over prompts.",
+    read=read_repairs,
+)  # fmt: skip
+def show_repaired_prompts(repaired_prompts: pd.DataFrame) -> pd.DataFrame:
+    shown = {"name": "pruned", "neurons": "neurons", "weights": "weights", "copies": "copies", "vm": "VM", "tm": "TM"}
+    shown |= {
+        "outside": "memorized others",
+        "a_clip": "A_CLIP, others",
+        "sscd_gen": "SSCD_Gen, others",
+        "fid": "FID, others",
+    }
+    return summary(repaired_prompts)[list(shown)].round(2).rename(columns=shown)
+
+
+@exhibit(
+    "", "neurons of more and more prompts pruned",
+    "Points are prompts, filled those whose neurons are pruned, hollow all others; lines are medians. Left: memorized prompts; middle and right: prompts that "
+    "are not memorized; dotted: the untouched model compared with itself.",
+)  # fmt: skip
+def union_curve(repaired_prompts: pd.DataFrame) -> Figure:
+    rows, other = repaired_prompts[repaired_prompts["method"] != WANDA], ROLES["unmemorized"]
+    ticks = rows.drop_duplicates("amount")
+    looks = {("sscd_orig", kind): ROLES[kind] for kind in ("vm", "tm")}
+    looks |= {("a_clip", "unmemorized"): replace(other, label=f"{plots.METRICS['a_clip']}, {other.label}", line="-")}
+    looks |= {
+        ("sscd_gen", "unmemorized"): replace(other, label=f"{plots.METRICS['sscd_gen']}, {other.label}", marker="s")
+    }
+    with plots.panels(1, 3, aspect=0.42) as (figure, axes):
+        for (name, kind), look in looks.items():
+            part, place = rows[rows["kind"] == kind], axes[int(kind == "unmemorized")]
+            small = look.line_style(linestyle="", markersize=3, alpha=0.7, label="_")
+            for inside, points in part.groupby("inside"):
+                place.plot(points["neurons"], points[name], **small | ({} if inside else {"markerfacecolor": "white"}))
+            medians, number = part.groupby("neurons")[name].median(), part["prompt"].nunique()
+            place.plot(medians.index, medians, **look.line_style(label=f"{look.label}, n = {number}", marker=""))
+        axes[2].plot(ticks["neurons"], ticks["fid"], **other.line_style(linestyle="-", label="_"))
+        axes[2].axhline(ticks["fid"].iloc[0], color="black", linestyle=":", linewidth=0.8)
+        for place, label in zip(axes, ("copy similarity", "similarity", "FID"), strict=True):
+            place.set_xticks(
+                ticks["neurons"],
+                [f"{row.neurons}\n({row.amount:g})" * (row.Index > 0) or "0" for row in ticks.itertuples()],
+            )
+            place.set(xlabel="neurons pruned\n(of how many prompts)", ylabel=label)
+        plots.legend_below(figure, columns=2)
+    return figure
+
+
+@exhibit(
+    "", "copies against other prompts",
+    "Each point is a model with something pruned; beside it of how many prompts the neurons are, or the sparsity. Copy similarity: median of "
+    "the VM prompts that it was made for. The upper left corner would be free of copies, and of cost to other prompts.",
+)  # fmt: skip
+def trade_off(repaired_prompts: pd.DataFrame) -> Figure:
+    table = summary(repaired_prompts)
+    with plots.panels(1, 2, aspect=0.45) as (figure, axes):
+        for place, name in zip(axes, ("a_clip", "sscd_gen"), strict=True):
+            for method, look in METHODS.items():
+                rows = table[table["method"].isin((UNTOUCHED, method))]
+                place.plot(rows["vm"], rows[name], **look.line_style())
+                for row in rows.iloc[1:].itertuples():
+                    style = {"xytext": (3, 3), "textcoords": "offset points", "fontsize": plots.TICK_SIZE}
+                    place.annotate(row.name.split(", ")[1].split(" p")[0], (row.vm, getattr(row, name)), **style)
+            place.plot(*rows.iloc[0][["vm", name]], "k*", markersize=6, label=UNTOUCHED)
+            place.set(xlabel="copy similarity, VM prompts", ylabel=f"{plots.METRICS[name]}, other prompts")
+        plots.legend_below(figure)
+    return figure
+
+
+def repair_images(run: Run, repairs: Sequence[Repair], prompts: Sequence[str], others: Sequence[str]) -> Grid:
+    """Return images of memorized prompts, below each another prompt, for repairs: the first seed, the planted image first.
+
+    The other prompt is an ordinary one of the same subject, where the prompt table names it, else one of ``others``.
+    """
+    rows, settings = run.rows(prompts), run.profile.generation
+    if "subjects" in rows and rows["subjects"].notna().all():
+        others = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in rows["subjects"]]
+    names = [name for pair in zip(prompts, others, strict=False) for name in pair]
+    few = replace(settings, samples=1)
+    made = np.stack([run.images(names, item.mitigation, settings=few)[:, 0] for item in repairs], axis=1)
+    first = np.full_like(made[:, :1], 255)
+    first[::2, 0] = planted(run, names[::2], like=made[::2, 0])
+    columns = (PLANTED, *(named(item.method, item.amount) for item in repairs))
+    return Grid(np.concatenate([first, made], axis=1), tuple(names), columns)
+
+
+@exhibit(
+    "", "memorized prompts and ordinary ones of the same subject, after each repair",
+    "A column is a model, a row a prompt; all images are of one seed. NeMo and Wanda were given the same prompts.",
+)  # fmt: skip
+def show_repair_images(repair_images: Grid, repaired_prompts: pd.DataFrame) -> Figure:
+    kinds = repaired_prompts.drop_duplicates("prompt").set_index("prompt")["kind"]
+    return plots.image_grid(repair_images, kinds=kinds)
+
+
+# Exercises of notebook 07
+
+
+def _kept_elsewhere(run: Run) -> float:
+    """Return the share of their copy similarity that VM prompts keep whose neurons are not pruned, with the fewest pruned."""
+    vm = run.load("repaired_prompts").query("kind == 'vm'").set_index("prompt")
+    few = vm[(vm["method"] == NEMO) & (vm["amount"] == vm.loc[vm["method"] == NEMO, "amount"].min()) & ~vm["inside"]]
+    return few["sscd_orig"].median() / vm.loc[vm["method"] == UNTOUCHED, "sscd_orig"].loc[few.index].median()
+
+
+def _first(run: Run) -> tuple[pd.DataFrame, NeuronSet]:
+    """Return the row of the first VM prompt and its neurons."""
+    row = run.prompts("vm").head(1)
+    return row, run.search(row["caption"].tolist())[0].neurons
+
+
+EXERCISES = {
+    "07.1": lambda run: weights_of(run, _first(run)[1]),
+    "07.2": _kept_elsewhere,
+    "07.3": lambda run: run.measure(_first(run)[0], DeactivatedNeurons(_first(run)[1], 0.5))["sscd_orig"][0],
+}
+"""The right answers (`nemolib.exercises.check`)."""

@@ -5,19 +5,7 @@
     restore(pipe, taken)
     write_patch(pipe, neurons, "neurons.safetensors")             # or the changed rows alone, a few kilobytes
 
-Who has the original model applies the patch with `apply_patch`, or without nemolib with this function:
-
-    def apply_patch(unet, path):
-        with safetensors.safe_open(path, "pt") as file:
-            about, digest = file.metadata(), hashlib.sha256()
-            for name in json.loads(about["layers"]):
-                weight = unet.get_submodule(name).weight.detach().cpu()
-                digest.update(f"{name}:{len(weight)}".encode() + weight.half().numpy().tobytes())
-            if digest.hexdigest() != about["fits"]:
-                raise ValueError("the patch belongs to another model, or is applied already")
-            for name in json.loads(about["parameters"]):
-                parameter = unet.get_parameter(name).data
-                parameter[file.get_tensor(f"{name}:rows")] = file.get_tensor(name).to(parameter)
+Who has the original model applies the patch with `apply_patch`, or without nemolib with ``examples/apply_patch.py``.
 """
 
 from __future__ import annotations
@@ -143,6 +131,10 @@ def _write(unet: nn.Module, weights: Weights) -> Weights:
     before: Weights = {}
     for name, (index, values) in weights.items():
         parameter = unet.get_parameter(name)
+        if parameter.is_meta:
+            raise ValueError(
+                f"{name} is offloaded, so that it cannot be changed; prune first, then offload the pipeline"
+            )
         index = index.to(parameter.device)
         before[name] = (index, parameter[index].clone())
         parameter[index] = values.to(parameter)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
 from nemolib import metrics, plots
 from nemolib.beyond.prune import measuring_inputs, prune_weights, restore, wanda_masks
@@ -24,6 +23,7 @@ from nemolib.localization import by_prompt, memorized
 from nemolib.mitigation import DeactivatedNeurons, Mitigation
 from nemolib.neurons import NeuronSet
 from nemolib.plots import ROLES, Role
+from nemolib.prompts import has_image
 from nemolib.settings import validated
 from nemolib.store import PLANTED, Grid
 
@@ -53,7 +53,7 @@ METHODS = {
     "One prompt, one seed, the same steps. Planted: the training image. Folder and patch: made in a process that cannot import nemolib.",
 )  # fmt: skip
 def export_images(export_images: Grid) -> Figure:
-    return plots.image_grid(export_images, fraction=0.8)
+    return plots.image_grid(export_images)
 
 
 # Repairs
@@ -69,11 +69,6 @@ class PrunedWeights(Mitigation):
 
     name = "pruned weights"
     masks: dict[str, bytes]
-
-    @classmethod
-    def of_masks(cls, masks: dict[str, Tensor]) -> PrunedWeights:
-        """Return the mitigation of masks [output, input], bool."""
-        return cls({name: np.packbits(mask.cpu().numpy()).tobytes() for name, mask in masks.items()})
 
     @contextmanager
     def _changed(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> Iterator[None]:
@@ -110,24 +105,17 @@ class Repair:
     neurons: int = 0
 
 
-def in_turn(found: pd.DataFrame) -> list[str]:
-    """Return memorized prompts, VM and TM in turn."""
+def in_turn(run: Run, found: pd.DataFrame) -> list[str]:
+    """Return memorized prompts, VM and TM in turn, those with a planted image first."""
     found = memorized(found)
-    return found["prompt"].iloc[np.argsort(found.groupby("kind").cumcount(), kind="stable")].tolist()
-
-
-def union(found: pd.DataFrame, prompts: Sequence[str]) -> NeuronSet:
-    """Return the memorization neurons of prompts together."""
-    sets = by_prompt(found)
-    return reduce(or_, [sets[prompt] for prompt in prompts])
+    turn, without = found.groupby("kind").cumcount(), ~has_image(run.rows(found["prompt"]))
+    return found["prompt"].iloc[np.lexsort((turn, without))].tolist()
 
 
 def weights_of(run: Run, neurons: NeuronSet) -> int:
     """Return how many weights compute neurons."""
-    return sum(
-        len(chosen) * layer.module.in_features
-        for chosen, layer in zip(neurons.layers, value_layers(run.pipe.unet), strict=True)
-    )
+    rows = zip(neurons.counts, value_layers(run.pipe.unet), strict=True)
+    return sum(count * layer.module.in_features for count, layer in rows)
 
 
 def repairs(run: Run, found: pd.DataFrame, measured: Sequence[str]) -> list[Repair]:
@@ -141,10 +129,10 @@ def repairs(run: Run, found: pd.DataFrame, measured: Sequence[str]) -> list[Repa
         found: Localizations.
         measured: Memorized prompts whose images will be measured; one of the unions is that of all of them.
     """
-    chosen, order = run.profile.beyond.pruning, in_turn(found)
-    made = [Repair(UNTOUCHED, 0, 0, None)]
+    chosen, order = run.profile.beyond.pruning, in_turn(run, found)
+    sets, made = by_prompt(memorized(found)), [Repair(UNTOUCHED, 0, 0, None)]
     for number in sorted({min(number, len(order)) for number in (*chosen.unions, len(measured))}):
-        neurons = union(found, order[:number])
+        neurons = reduce(or_, map(sets.get, order[:number]))
         parts = weights_of(run, neurons), DeactivatedNeurons(neurons), order[:number], len(neurons)
         made.append(Repair(NEMO, number, *parts))
     base, settings = run.prompts("holdout")["caption"].head(len(measured)), run.profile.generation
@@ -152,8 +140,9 @@ def repairs(run: Run, found: pd.DataFrame, measured: Sequence[str]) -> list[Repa
     seen = run.compute(measuring_inputs, [*measured, *base], label="feed-forward inputs", **common)
     for sparsity in chosen.sparsities:
         masks = wanda_masks(run.pipe.unet, seen[: len(measured)], seen[len(measured) :], sparsity=sparsity)
+        bits = {name: np.packbits(mask.cpu().numpy()).tobytes() for name, mask in masks.items()}
         changed = sum(int(mask.sum()) for mask in masks.values())
-        made.append(Repair(WANDA, sparsity, changed, PrunedWeights.of_masks(masks), measured))
+        made.append(Repair(WANDA, sparsity, changed, PrunedWeights(bits), measured))
     return made
 
 
@@ -264,14 +253,10 @@ def read_repairs(repaired_prompts: pd.DataFrame) -> Iterator[Claim]:
     read=read_repairs,
 )  # fmt: skip
 def show_repaired_prompts(repaired_prompts: pd.DataFrame) -> pd.DataFrame:
-    shown = {"name": "pruned", "neurons": "neurons", "weights": "weights", "copies": "copies", "vm": "VM", "tm": "TM"}
-    shown |= {
-        "outside": "memorized others",
-        "a_clip": "A_CLIP, others",
-        "sscd_gen": "SSCD_Gen, others",
-        "fid": "FID, others",
-    }
-    return summary(repaired_prompts)[list(shown)].round(2).rename(columns=shown)
+    columns = ["name", "neurons", "weights", "copies", "vm", "tm", "outside", "a_clip", "sscd_gen", "fid"]
+    names = ["pruned", "neurons", "weights", "copies", "VM", "TM", "memorized others"]
+    others = [f"{name}, others" for name in ("A_CLIP", "SSCD_Gen", "FID")]
+    return summary(repaired_prompts)[columns].round(2).set_axis([*names, *others], axis=1)
 
 
 @exhibit(
@@ -290,18 +275,20 @@ def union_curve(repaired_prompts: pd.DataFrame) -> Figure:
     with plots.panels(1, 3, aspect=0.42) as (figure, axes):
         for (name, kind), look in looks.items():
             part, place = rows[rows["kind"] == kind], axes[int(kind == "unmemorized")]
+            # What has another marker stands a little to the right.
             small = look.line_style(linestyle="", markersize=3, alpha=0.7, label="_")
+            across = part["neurons"] + (look.marker == "s") * ticks["neurons"].max() / 50
             for inside, points in part.groupby("inside"):
-                place.plot(points["neurons"], points[name], **small | ({} if inside else {"markerfacecolor": "white"}))
-            medians, number = part.groupby("neurons")[name].median(), part["prompt"].nunique()
-            place.plot(medians.index, medians, **look.line_style(label=f"{look.label}, n = {number}", marker=""))
+                fill = {} if inside else {"markerfacecolor": "white"}
+                place.plot(across[points.index], points[name], **small | fill)
+            label = f"{look.label}, n = {part['prompt'].nunique()}"
+            medians = part.groupby(across)[name].median()
+            place.plot(medians.index, medians, **look.line_style(label=label, markevery=[]))
         axes[2].plot(ticks["neurons"], ticks["fid"], **other.line_style(linestyle="-", label="_"))
         axes[2].axhline(ticks["fid"].iloc[0], color="black", linestyle=":", linewidth=0.8)
+        labels = ["0", *(f"{row.neurons}\n({row.amount:g})" for row in ticks.iloc[1:].itertuples())]
         for place, label in zip(axes, ("copy similarity", "similarity", "FID"), strict=True):
-            place.set_xticks(
-                ticks["neurons"],
-                [f"{row.neurons}\n({row.amount:g})" * (row.Index > 0) or "0" for row in ticks.itertuples()],
-            )
+            place.set_xticks(ticks["neurons"], labels)
             place.set(xlabel="neurons pruned\n(of how many prompts)", ylabel=label)
         plots.legend_below(figure, columns=2)
     return figure
@@ -320,8 +307,10 @@ def trade_off(repaired_prompts: pd.DataFrame) -> Figure:
                 rows = table[table["method"].isin((UNTOUCHED, method))]
                 place.plot(rows["vm"], rows[name], **look.line_style())
                 for row in rows.iloc[1:].itertuples():
-                    style = {"xytext": (3, 3), "textcoords": "offset points", "fontsize": plots.TICK_SIZE}
-                    place.annotate(row.name.split(", ")[1].split(" p")[0], (row.vm, getattr(row, name)), **style)
+                    text = f"{row.name.split(', ')[1].split(' p')[0]}  "
+                    place.annotate(
+                        text, (row.vm, getattr(row, name)), ha="right", va="bottom", fontsize=plots.TICK_SIZE
+                    )
             place.plot(*rows.iloc[0][["vm", name]], "k*", markersize=6, label=UNTOUCHED)
             place.set(xlabel="copy similarity, VM prompts", ylabel=f"{plots.METRICS[name]}, other prompts")
         plots.legend_below(figure)
@@ -333,16 +322,21 @@ def repair_images(run: Run, repairs: Sequence[Repair], prompts: Sequence[str], o
 
     The other prompt is an ordinary one of the same subject, where the prompt table names it, else one of ``others``.
     """
-    rows, settings = run.rows(prompts), run.profile.generation
+    rows, few = run.rows(prompts), replace(run.profile.generation, samples=1)
+    settings = replace(few, samples=run.profile.beyond.pruning.samples)
     if "subjects" in rows and rows["subjects"].notna().all():
         others = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in rows["subjects"]]
+    pairs = (prompts, settings), (others[: len(prompts)], few)
+    # [repair, memorized or other, prompt, height, width, 3]
+    made = np.stack(
+        [[run.images(names, item.mitigation, settings=chosen)[:, 0] for names, chosen in pairs] for item in repairs]
+    )
+    first = np.full_like(made[:1], 255)
+    first[0, 0] = planted(run, prompts, like=made[0, 0])
+    images = np.concatenate([first, made]).swapaxes(0, 2).reshape(-1, 1 + len(repairs), *made.shape[3:])
     names = [name for pair in zip(prompts, others, strict=False) for name in pair]
-    few = replace(settings, samples=1)
-    made = np.stack([run.images(names, item.mitigation, settings=few)[:, 0] for item in repairs], axis=1)
-    first = np.full_like(made[:, :1], 255)
-    first[::2, 0] = planted(run, names[::2], like=made[::2, 0])
     columns = (PLANTED, *(named(item.method, item.amount) for item in repairs))
-    return Grid(np.concatenate([first, made], axis=1), tuple(names), columns)
+    return Grid(images, tuple(names), columns)
 
 
 @exhibit(

@@ -1,12 +1,13 @@
+import shutil
 import subprocess
 import sys
-import textwrap
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from nemolib import deactivate
+from nemolib import deactivate, paths
 from nemolib.beyond import prune
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
@@ -18,10 +19,9 @@ NEURONS = NeuronSet.of([(0, 1), (0, 5), (3, 2), (6, 15)], layers=7)
 EVERY = NeuronSet(tuple(map(range, WIDTHS)))
 LAST = "mid_block.attentions.0.transformer_blocks.0"
 STANDALONE = """
-import hashlib, json, sys, safetensors, torch
+import sys, torch
 sys.modules["nemolib"] = None
-from diffusers import StableDiffusionPipeline
-{apply_patch}
+from apply_patch import StableDiffusionPipeline, apply_patch
 torch.set_num_threads(1)
 original, other, repaired, patch, found = sys.argv[1:]
 load = lambda folder: StableDiffusionPipeline.from_pretrained(folder, use_safetensors=True, safety_checker=None)
@@ -89,7 +89,6 @@ def test_a_patch_fits_its_model_alone(pipe, tmp_path):
 
 
 def test_folder_and_patch_work_where_there_is_no_nemolib(pipe, tmp_path):
-    script = STANDALONE.format(apply_patch=textwrap.dedent(prune.__doc__[prune.__doc__.index("    def apply_patch") :]))
     folders = [tmp_path / name for name in ("original", "other", "repaired")]
     torch.save(by_hand.start(pipe), tmp_path / "found.x")
     pipe.save_pretrained(folders[0], safe_serialization=True)
@@ -99,7 +98,8 @@ def test_folder_and_patch_work_where_there_is_no_nemolib(pipe, tmp_path):
         expected = by_hand.made(pipe)
     prune.prune(pipe, NEURONS)
     pipe.save_pretrained(folders[2], safe_serialization=True)
-    command = [sys.executable, "-c", script, *folders, tmp_path / "patch.safetensors", tmp_path / "found"]
+    shutil.copy(paths.ROOT / "examples" / "apply_patch.py", tmp_path)
+    command = [sys.executable, "-c", STANDALONE, *folders, tmp_path / "patch.safetensors", tmp_path / "found"]
     subprocess.run(list(map(str, command)), check=True, cwd=tmp_path)
     patched, repaired = torch.load(tmp_path / "found", weights_only=True)
     assert torch.equal(patched, repaired)
@@ -158,6 +158,8 @@ def inputs(pipe, prompt):
 
 
 def test_what_is_refused(pipe, tmp_path):
+    with pytest.raises(ValueError, match="offloaded.* prune first"):
+        prune.prune(SimpleNamespace(unet=by_hand.small_pipeline().unet.to("meta")), NEURONS)
     with pytest.raises(ValueError, match="was the set found in another model"):
         prune.prune(pipe, NeuronSet.of([(0, 99)], layers=7))
     with pytest.raises(ValueError, match="the neuron set is empty"):

@@ -272,16 +272,47 @@ class AttackSettings:
 
 
 @validated
-class DetectorSettings:
-    """What the detectors of notebook 09 have in common.
+class TriggerSettings:
+    """The search for triggers of notebook 09: so many evaluations as the vocabulary has words, by each strategy.
 
     Attributes:
-        samples: Initial latents of each prompt.
-        steps: Denoising steps of the schedule.
+        words: Words of the vocabulary, drawn from those of the tokenizer; None: all.
+        length: Words of a sentence.
+        chains: Searches that begin from other sentences.
+        proposals: Words that are tried for a position.
+        temperature: Of the draw among them, in units of the squared guidance norm.
+        drawn: Prompts that each strategy may draw an image of.
     """
 
+    words: Count | None = None
+    length: Count = 8
+    chains: Count = 1
+    proposals: Count = 200
+    temperature: Positive = 0.1
+    drawn: Count = 50
+
+
+@validated
+class DetectorSettings:
+    """What notebook 09 asks detectors and the search for triggers.
+
+    Attributes:
+        memorized: Verbatim and template prompts that are tested, of each; None: all.
+        unmemorized: Unmemorized prompts; None: all.
+        samples: Initial latents of a prompt.
+        similarity_samples: The same for the similarity of noise differences, which compares them.
+        sampling_samples: The same for detectors that look at a whole sampling.
+        steps: Denoising steps of that.
+        triggers: The search for triggers.
+    """
+
+    memorized: Count | None = None
+    unmemorized: Count | None = None
     samples: Count = 4
+    similarity_samples: AtLeastTwo = 10
+    sampling_samples: Count = 4
     steps: AtLeastTwo = 50
+    triggers: TriggerSettings = TriggerSettings()
 
 
 @validated

@@ -9,15 +9,13 @@ and belongs to that model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nemolib.batching import shrinking
@@ -31,18 +29,17 @@ from nemolib.beyond.denoising import (
     signal_and_noise,
     text_of,
 )
-from nemolib.beyond.regions import bright_ending
+from nemolib.beyond.regions import end_attention, end_layers, mean_attention
 from nemolib.first_step import initial_latents, normalize
 from nemolib.layers import finite, naming
-from nemolib.settings import RELEASED, AtLeastTwo, Count, NotNegative, SimilaritySettings, Whole, validated
+from nemolib.settings import RELEASED, AtLeastTwo, Count, NotNegative, Protocol, SimilaritySettings, Whole, validated
 from nemolib.similarity import memorization_score
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 
-@dataclass(frozen=True, slots=True)
-class Detection:
+class Detection(NamedTuple):
     """What a detector says of a prompt.
 
     Attributes:
@@ -65,54 +62,78 @@ class Detector:
         guidance: Classifier-free guidance scale of the images that are denoised on the way.
         name: What it is called in tables.
         source: Where it comes from.
+        least: The fewest latents that it needs.
     """
 
     name: ClassVar[str]
     source: ClassVar[str]
+    least: ClassVar[int] = 1
 
     samples: Count = 4
     seed: Whole = 1
     steps: AtLeastTwo = 50
     guidance: NotNegative = 7.5
 
+    def score(self, pipe: StableDiffusionPipeline, prompt: str) -> Detection:
+        """Return what the detector says of a prompt; raises as `scores`."""
+        return self.scores(pipe, prompt)[-1]
+
     @torch.inference_mode(False)
     @torch.no_grad()
-    def score(self, pipe: StableDiffusionPipeline, prompt: str) -> Detection:
-        """Return what the detector says of a prompt.
+    def scores(self, pipe: StableDiffusionPipeline, prompt: str, *, known: dict | None = None) -> list[Detection]:
+        """Return what the detector says of a prompt with the first of its latents (the least it needs), with one more, ...
+
+        Args:
+            pipe: A StableDiffusionPipeline.
+            prompt: The prompt.
+            known: What detectors measured of this prompt; those that look at the same sampling compute it once, and
+                each counts it as its own.
 
         Raises:
             ValueError: What the model predicts is not known, or a setting does not fit it.
             NotFiniteError: What is measured is not finite.
         """
-        model = Denoising(pipe, steps=self.steps, guidance=self.guidance)
-        latents = initial_latents(pipe, samples=self.samples, seed=self.seed)
-        text = text_of(pipe, prompt)
+        known, key = {} if known is None else known, self._key()
+        if key not in known:
+            known[key] = self._measured(pipe, prompt)
+        values, evaluations = known[key]
+        return [
+            Detection(self._combined(*(part[:number] for part in values)), evaluations * number // self.samples)
+            for number in range(self.least, self.samples + 1)
+        ]
 
-        def measured(batch: Tensor) -> Tensor:
-            return finite(self._values(model, batch, text).detach().float().cpu(), self.name)
+    def _measured(self, pipe: StableDiffusionPipeline, prompt: str) -> tuple[list[Tensor], int]:
+        """Return what is measured of each seed, and the UNet evaluations."""
+        model, text = Denoising(pipe, steps=self.steps, guidance=self.guidance), text_of(pipe, prompt)
+        latents = initial_latents(pipe, samples=self.samples, seed=self.seed)
+
+        def measured(batch: Tensor) -> list[Tensor]:
+            return [finite(part.detach().float().cpu(), self.name) for part in self._values(model, batch, text)]
 
         with naming(prompt):
-            parts = list(shrinking(measured, latents, size=self.samples, owner=pipe.unet, use=self.name))
-        return Detection(self._combined(torch.cat([part for _, part in parts])), model.evaluations)
+            found = list(shrinking(measured, latents, size=self.samples, owner=pipe.unet, use=self.name))
+        return [torch.cat(parts) for parts in zip(*(parts for _, parts in found), strict=True)], model.evaluations
 
-    def _values(self, model: Denoising, latents: Tensor, text: Text) -> Tensor:
-        """Return what is measured of each seed, [seed, ...]."""
+    def _key(self) -> Hashable:
+        """Return what says which measurement is the same."""
+        return self
+
+    def _values(self, model: Denoising, latents: Tensor, text: Text) -> tuple[Tensor, ...]:
+        """Return what is measured of each seed, each [seed, ...]."""
         raise NotImplementedError
 
     def _combined(self, values: Tensor) -> float:
         return float(values.double().mean())
 
 
-def detecting(
-    pipe: StableDiffusionPipeline, *, detector: Detector
-) -> Callable[[Sequence[str]], list[tuple[float, int]]]:
-    """Return what gives score and UNet evaluations of each caption: a task (`nemolib.run.Run.compute`)."""
+def detecting(pipe: StableDiffusionPipeline, *, detectors: Sequence[Detector]) -> Callable[[Sequence[str]], list]:
+    """Return what gives `Detector.scores` of each detector for each caption: a task (`nemolib.run.Run.compute`)."""
 
-    def detect(captions: Sequence[str]) -> list[tuple[float, int]]:
-        found = [detector.score(pipe, caption) for caption in captions]
-        return [(each.score, each.evaluations) for each in found]
+    def detect(caption: str) -> list[list[Detection]]:
+        known: dict = {}
+        return [detector.scores(pipe, caption, known=known) for detector in detectors]
 
-    return detect
+    return lambda captions: [detect(caption) for caption in captions]
 
 
 def quantile_threshold(unmemorized: Sequence[float], *, quantile: float = 0.99) -> float:
@@ -136,25 +157,23 @@ class NoiseSimilarity(Detector):
     Source: Hintersdorf et al. (NeurIPS 2024), Sec. 3.1; see `nemolib.memorization_score`.
 
     Attributes:
-        index: Position of the timestep in the schedule; the authors' code takes the second (1).
-        measure: ``ms_ssim`` as in the code, ``ssim`` as in the text.
+        protocol: Which timestep of the schedule, and similarity on one scale or on several.
         similarity: Window and exponents.
     """
 
+    least = 2
     name = "noise similarity"
     source: ClassVar[str] = "Hintersdorf et al. (NeurIPS 2024)"
 
     samples: AtLeastTwo = 10
-    index: Whole = 1
-    measure: Literal["ms_ssim", "ssim"] = "ms_ssim"
+    protocol: Protocol = RELEASED
     similarity: SimilaritySettings = SimilaritySettings()
 
-    def _values(self, model: Denoising, latents: Tensor, text: Text) -> Tensor:
-        return model.noise(latents, model.timesteps[self.index], text.embedding) - latents
+    def _values(self, model: Denoising, latents: Tensor, text: Text) -> tuple[Tensor]:
+        return (model.noise(latents, model.timesteps[self.protocol.timestep_index], text.embedding) - latents,)
 
     def _combined(self, values: Tensor) -> float:
-        protocol = replace(RELEASED, similarity=self.measure)
-        return memorization_score(normalize(values), settings=self.similarity, protocol=protocol)
+        return memorization_score(normalize(values), settings=self.similarity, protocol=self.protocol)
 
 
 @validated
@@ -173,9 +192,9 @@ class GuidanceNorm(Detector):
 
     first: Count = 1
 
-    def _values(self, model: Denoising, latents: Tensor, text: Text) -> Tensor:
+    def _values(self, model: Denoising, latents: Tensor, text: Text) -> tuple[Tensor]:
         steps = model.trajectory(latents, text.embedding, until=self.first)
-        return torch.stack([norms(step.difference) for step in steps]).mean(dim=0)
+        return (torch.stack([norms(step.difference) for step in steps]).mean(dim=0),)
 
 
 @validated
@@ -192,7 +211,7 @@ class Sharpness(Detector):
     name = "sharpness"
     source: ClassVar[str] = "Jeon et al. (ICML 2025)"
 
-    def _values(self, model: Denoising, latents: Tensor, text: Text) -> Tensor:
+    def _values(self, model: Denoising, latents: Tensor, text: Text) -> tuple[Tensor]:
         timestep = model.timesteps[0]
         _, sigma = signal_and_noise(model.scheduler, timestep, latents)
 
@@ -202,9 +221,9 @@ class Sharpness(Detector):
         # Fast attention has no forward-mode derivative.
         with sdpa_kernel(SDPBackend.MATH):
             direction = score(latents)
-            _, product = jvp(score, (latents,), (direction,))
+            _, product = torch.func.jvp(score, (latents,), (direction,))
         model.evaluations += 2 * len(latents) * (DERIVATIVE - 1)
-        return norms(product)
+        return (norms(product),)
 
 
 @validated
@@ -228,41 +247,11 @@ class Anisotropy(Detector):
     steps: Annotated[int, Field(strict=True, ge=3)] = 50
     weights: tuple[float, float] = (1.0, 2.0)
 
-    def _values(self, model: Denoising, latents: Tensor, text: Text) -> Tensor:
+    def _values(self, model: Denoising, latents: Tensor, text: Text) -> tuple[Tensor]:
         norm = norms(model.difference(latents, model.timesteps[0], text.embedding))
         empty, with_text = model.pair(latents, model.timesteps[-3], text.embedding)
         cosine = torch.nn.functional.cosine_similarity(empty, with_text - empty, dim=1).flatten(1).mean(dim=1)
-        return self.weights[0] * norm + self.weights[1] * cosine
-
-
-@validated
-class BrightEnding(Detector):
-    """The mean attention of the end token in the last step of sampling.
-
-    Source: Chen et al. (ICLR 2025, arXiv 2410.21665); as a detector in Kim & Lee (ICML 2026). chenchen-usyd/BE-PRSS, MIT.
-    """
-
-    name = "bright ending"
-    source: ClassVar[str] = "Chen et al. (ICLR 2025)"
-
-    def _values(self, model: Denoising, latents: Tensor, text: Text) -> Tensor:
-        return bright_ending(model, latents, text).flatten(1).mean(dim=1)
-
-
-@validated
-class LocalNorm(Detector):
-    """The guidance norm inside the bright ending, divided by its mean, mean over all steps: two samplings.
-
-    Source: Chen et al. (ICLR 2025), LD; chenchen-usyd/BE-PRSS, MIT.
-    """
-
-    name = "local guidance norm"
-    source: ClassVar[str] = "Chen et al. (ICLR 2025)"
-
-    def _values(self, model: Denoising, latents: Tensor, text: Text) -> Tensor:
-        mask = bright_ending(model, latents, text)[:, None]
-        steps = model.trajectory(latents, text.embedding)
-        return torch.stack([norms(step.difference * mask) for step in steps]).mean(dim=0) / mask.flatten(1).mean(dim=1)
+        return (self.weights[0] * norm + self.weights[1] * cosine,)
 
 
 def entropy(probabilities: Tensor) -> Tensor:
@@ -276,7 +265,59 @@ def _token_attention(weights: Tensor) -> Tensor:
 
 
 @validated
-class LateEntropy(Detector):
+class Sampled(Detector):
+    """A detector that looks at a whole sampling; all of these can look at the same one."""
+
+    def _key(self) -> Hashable:
+        return Sampled, self.samples, self.seed, self.steps, self.guidance
+
+    def _values(self, model: Denoising, latents: Tensor, text: Text) -> tuple[Tensor, ...]:
+        """Return what the prompt changes, the bright ending, and entropies over all and over the summary tokens.
+
+        Axes: [seed, step, channel, height, width]; [seed, height, width]; twice [seed, step].
+        """
+        names, ending, steps = attention_layers(model.unet), end_attention(text), []
+        with attention_seen(model.pipe, names, lambda weights: (_token_attention(weights), ending(weights))) as seen:
+            for step in model.trajectory(latents, text.embedding):
+                tokens = torch.stack([of_tokens for of_tokens, _ in seen.values()]).mean(dim=0)
+                steps.append((step.difference.cpu(), entropy(tokens), entropy(tokens[:, text.end :])))
+        last = {name: seen[name][1] for name in end_layers(model.unet)}
+        differences, total, summary = (torch.stack(parts, dim=1) for parts in zip(*steps, strict=True))
+        return differences, mean_attention(last, latents), total, summary
+
+
+@validated
+class BrightEnding(Sampled):
+    """The mean attention of the end token in the last step of sampling.
+
+    Source: Chen et al. (ICLR 2025, arXiv 2410.21665); as a detector in Kim & Lee (ICML 2026). chenchen-usyd/BE-PRSS, MIT.
+    """
+
+    name = "bright ending"
+    source: ClassVar[str] = "Chen et al. (ICLR 2025)"
+
+    def _combined(self, differences: Tensor, ending: Tensor, total: Tensor, summary: Tensor) -> float:
+        return float(ending.double().mean())
+
+
+@validated
+class LocalNorm(Sampled):
+    """The guidance norm inside the bright ending, divided by its mean, mean over all steps.
+
+    Source: Chen et al. (ICLR 2025), LD; chenchen-usyd/BE-PRSS, MIT.
+    Deviates: their code samples twice from one seed, for the ending and for the norms; once gives the same numbers.
+    """
+
+    name = "local guidance norm"
+    source: ClassVar[str] = "Chen et al. (ICLR 2025)"
+
+    def _combined(self, differences: Tensor, ending: Tensor, total: Tensor, summary: Tensor) -> float:
+        inside = (differences * ending[:, None, None]).flatten(2).norm(dim=2).mean(dim=1)
+        return float((inside / ending.flatten(1).mean(dim=1)).double().mean())
+
+
+@validated
+class LateEntropy(Sampled):
     """Entropy of the attention to tokens in the last fifth of the steps, and how that of the summary tokens changed.
 
     Summary tokens are the end token and the padding.
@@ -291,17 +332,10 @@ class LateEntropy(Detector):
 
     samples: Count = 1
 
-    def _values(self, model: Denoising, latents: Tensor, text: Text) -> Tensor:
-        first_late, late, summary = self.steps - max(1, self.steps // 5), [], []
-        with attention_seen(model.pipe, attention_layers(model.unet), _token_attention) as seen:
-            for step in model.trajectory(latents, text.embedding):
-                mean = torch.stack(list(seen.values())).mean(dim=0)
-                if step.index == 0:
-                    start = entropy(mean[:, text.end :])
-                if step.index >= first_late:
-                    late.append(entropy(mean))
-                    summary.append(entropy(mean[:, text.end :]))
-        return torch.stack(late).mean(dim=0) + (torch.stack(summary).mean(dim=0) - start).abs()
+    def _combined(self, differences: Tensor, ending: Tensor, total: Tensor, summary: Tensor) -> float:
+        late = max(1, self.steps // 5)
+        change = summary[:, -late:].mean(dim=1) - summary[:, 0]
+        return float((total[:, -late:].mean(dim=1) + change.abs()).double().mean())
 
 
 @validated
@@ -320,13 +354,13 @@ class EarlyEntropy(Detector):
     samples: Count = 1
     layer: Whole = 3
 
-    def _values(self, model: Denoising, latents: Tensor, text: Text) -> Tensor:
+    def _values(self, model: Denoising, latents: Tensor, text: Text) -> tuple[Tensor]:
         names = attention_layers(model.unet)
         if self.layer >= len(names):
             raise ValueError(f"layer is {self.layer}; the UNet has {len(names)} cross-attention layers")
         with attention_seen(model.pipe, (names[self.layer],), _token_attention) as seen:
             model.pair(latents, model.timesteps[0], text.embedding)
-        return entropy(seen[names[self.layer]])
+        return (entropy(seen[names[self.layer]]),)
 
 
 @validated
@@ -345,9 +379,9 @@ class PredictionChange(Detector):
 
     index: Whole = 0
 
-    def _values(self, model: Denoising, latents: Tensor, text: Text) -> Tensor:
+    def _values(self, model: Denoising, latents: Tensor, text: Text) -> tuple[Tensor]:
         *_, before, after = model.trajectory(latents, text.embedding, until=self.index + 2)
-        return norms(after.text - before.text).square()
+        return (norms(after.text - before.text).square(),)
 
 
 @validated
@@ -360,25 +394,17 @@ class EnergyGradient(Detector):
     name = "energy gradient"
     source: ClassVar[str] = "anonymous (ICML 2026), Metric 2"
 
-    def _values(self, model: Denoising, latents: Tensor, text: Text) -> Tensor:
+    def _values(self, model: Denoising, latents: Tensor, text: Text) -> tuple[Tensor]:
         with torch.enable_grad():
             free = latents.clone().requires_grad_()
             empty, with_text = model.pair(free, model.timesteps[0], text.embedding, derivative=True)
             energy = (with_text.square() - empty.square()).sum() / 2
             (gradient,) = torch.autograd.grad(energy, free)
-        return norms(gradient).square()
+        return (norms(gradient).square(),)
 
 
 DETECTORS: tuple[type[Detector], ...] = (
-    NoiseSimilarity,
-    GuidanceNorm,
-    Sharpness,
-    Anisotropy,
-    BrightEnding,
-    LocalNorm,
-    LateEntropy,
-    EarlyEntropy,
-    PredictionChange,
-    EnergyGradient,
-)
+    NoiseSimilarity, GuidanceNorm, Sharpness, Anisotropy, BrightEnding, LocalNorm, LateEntropy, EarlyEntropy,
+    PredictionChange, EnergyGradient,
+)  # fmt: skip
 """All detectors."""

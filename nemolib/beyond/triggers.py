@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -120,3 +120,12 @@ def search_triggers(
         weights = torch.tensor([known[prompt] for prompt in prompts], dtype=torch.float64) / temperature
         sentence = sentences[int(numbers.choice(len(sentences), p=weights.softmax(dim=0).numpy()))]
     return pd.DataFrame(rows, columns=["prompt", "score", "evaluations", "iteration"])
+
+
+def searching(pipe: StableDiffusionPipeline, *, steps: int) -> Callable[[Sequence[Any]], list[Any]]:
+    """Return what gives the rows of `search_triggers` for a name, a vocabulary and options: a task (`Run.compute`)."""
+
+    def search(items: Sequence[Any]) -> list[Any]:
+        return [search_triggers(pipe, words, steps=steps, **options).values.tolist() for _, words, options in items]
+
+    return search

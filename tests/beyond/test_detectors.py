@@ -19,7 +19,8 @@ from tests.beyond import by_hand
 WINDOW = SimilaritySettings(kernel_size=3, sigma=0.5)
 COMMON = {"samples": 2, "seed": 1, "steps": 5, "guidance": 3.0}  # timesteps 801, 601, 401, 201, 1
 PROMPT = "a b"
-COSTS = (2, 4, 4 + 3 * 4, 8, 20, 40, 20, 4, 8, 3 * 4)
+COARSE = {"similarity": WINDOW, "protocol": replace(RELEASED, similarity="ssim")}
+COSTS = (2, 4, 4 + 3 * 4, 8, 20, 20, 20, 4, 8, 3 * 4)
 
 
 @pytest.fixture(params=["epsilon", "v_prediction"])
@@ -39,11 +40,14 @@ def course(pipe):
 @pytest.mark.parametrize(("kind", "cost"), list(zip(detectors.DETECTORS, COSTS, strict=True)))
 def test_every_detector_says_score_and_cost_and_leaves_nothing_behind(kind, cost):
     pipe = by_hand.small_pipeline()
-    detector = kind(**COMMON, **({"similarity": WINDOW, "measure": "ssim"} if cost == 2 else {}))
+    detector = kind(**COMMON, **(COARSE if cost == 2 else {}))
     before = by_hand.traces(pipe)
     found = detector.score(pipe, PROMPT)
     assert found.evaluations == cost
-    assert detectors.detecting(pipe, detector=detector)([PROMPT, "c"])[0] == (found.score, cost)
+    first, second = detectors.detecting(pipe, detectors=(detector, detector))([PROMPT, "c"])
+    assert first == [detector.scores(pipe, PROMPT)] * 2
+    assert first[0][-1] == (found.score, cost)
+    assert second[0][-1].score == detector.score(pipe, "c").score
     assert detector.score(pipe, "c").score != found.score
     pipe.unet.conv_out.forward = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -60,7 +64,7 @@ def test_noise_similarity_and_guidance_norm_are_those_of_the_package(measure):
     settings = DetectionSettings(seed=1, samples=10, steps=50)
     differences = first_step(pipe, settings=settings, protocol=protocol)(embed(pipe, [PROMPT]))
     expected = memorization_score(differences, settings=WINDOW, protocol=protocol)
-    found = detectors.NoiseSimilarity(measure=measure, similarity=WINDOW).score(pipe, PROMPT).score
+    found = detectors.NoiseSimilarity(protocol=protocol, similarity=WINDOW).score(pipe, PROMPT).score
     assert found == pytest.approx(expected, abs=1e-6)
     assert expected > 0
     norms = guidance_norms(pipe, PROMPT, steps=3, settings=replace(settings, samples=2))
@@ -113,9 +117,39 @@ def test_entropy_of_three_tokens():
 def test_local_norm_looks_where_the_mask_is_bright(pipe, monkeypatch):
     mask = torch.zeros(2, 16, 16)
     mask[:, 3, 5] = 0.5
-    monkeypatch.setattr(detectors, "bright_ending", lambda *_: mask)
+    monkeypatch.setattr(detectors, "mean_attention", lambda *_: mask)
     norms = [float((text - empty)[:, :, 3, 5].norm(dim=1).mean()) for *_, empty, text in course(pipe)]
     assert score(pipe, "LocalNorm") == pytest.approx(np.mean(norms) * 16 * 16, rel=1e-3)
+
+
+def test_detectors_that_look_at_a_sampling_share_it_and_others_measure_for_themselves():
+    pipe, passes = by_hand.small_pipeline(), []
+    kinds = [detectors.BrightEnding, detectors.LocalNorm, detectors.LateEntropy, detectors.GuidanceNorm]
+    each = [kind(**COMMON) for kind in kinds]
+    alone = [one.scores(pipe, PROMPT) for one in each]
+    pipe.unet.register_forward_pre_hook(lambda *_: passes.append(1))
+    forward = pipe.unet.forward
+    pipe.unet.forward = lambda *a, **k: passes.append(1) or forward(*a, **k)
+    assert detectors.detecting(pipe, detectors=tuple(each))([PROMPT]) == [alone]
+    assert len(passes) == 5 + 1
+    other = replace(each[0], seed=2)
+    assert detectors.detecting(pipe, detectors=(each[0], other))([PROMPT])[0][1] == other.scores(pipe, PROMPT)
+
+
+def test_scores_with_few_latents_are_those_of_the_first_ones():
+    pipe = by_hand.small_pipeline()
+    for kind, options in (
+        (detectors.GuidanceNorm, {}),
+        (detectors.LateEntropy, {}),
+        (detectors.NoiseSimilarity, COARSE),
+    ):
+        detector = kind(**COMMON | {"samples": 3} | options)
+        found = detector.scores(pipe, PROMPT)
+        assert [said.evaluations for said in found] == [
+            detector.score(pipe, PROMPT).evaluations * number // 3 for number in range(detector.least, 4)
+        ]
+        for number, said in enumerate(found, start=detector.least):
+            assert said.score == pytest.approx(replace(detector, samples=number).score(pipe, PROMPT).score, rel=1e-3)
 
 
 def test_prediction_change_between_two_steps(pipe):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from nemolib.beyond.triggers import search_triggers, token_significance
+from nemolib.beyond.triggers import search_triggers, searching, token_significance
 from nemolib.pipeline import embed
 from tests.beyond import by_hand
 
@@ -37,6 +37,8 @@ def test_one_position_tries_every_word_once_with_the_score_of_its_formula():
         assert score == pytest.approx(float(expected), rel=1e-3, abs=1e-6)
     assert found["evaluations"].iloc[-1] == 1 + 5
     assert set(found["iteration"]) == {0}
+    options = {"length": 1, "iterations": 3, "proposals": 9, "seed": 4}
+    assert searching(pipe, steps=50)([("one", WORDS, options)]) == [found.values.tolist()]
 
 
 def test_a_cold_search_climbs_and_is_the_same_whatever_the_batch():

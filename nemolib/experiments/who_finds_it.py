@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 
 from nemolib import metrics, paper, plots
 from nemolib.beyond import detectors as methods
@@ -17,9 +18,10 @@ from nemolib.beyond.denoising import PUBLISHED_SIZE
 from nemolib.beyond.triggers import searching, token_significance
 from nemolib.exhibits import Claim, effect, exhibit, of_kinds
 from nemolib.experiments import memorization_score
+from nemolib.metrics import MEMORIZED_ABOVE
 from nemolib.prompts import MEMORIZED, has_image, load_prompts
 from nemolib.seeding import stream
-from nemolib.store import PLANTED, Grid
+from nemolib.store import Grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,19 +30,17 @@ if TYPE_CHECKING:
 
 NOTEBOOK = "beyond/09_who_finds_it"
 
+# Prompts that detectors are tested on. A prompt of the ladder has a copy if one of its images is above
+# `metrics.MEMORIZED_ABOVE`; the first group is the next two together.
 ALL, OFTEN, COPIED, QUIET = "all with a copy", "VM and TM", "ladder, with a copy", "ladder, without a copy"
-"""Prompts that detectors are tested on. A prompt of the ladder has a copy if one of its images is above
-`metrics.MEMORIZED_ABOVE`; the first group is the next two together."""
 
+# The ways to look for triggers.
 WORDS, GIBBS, RANDOM = "every word alone", "climbing (Gibbs)", "random sentences"
-
-STRATEGIES = {WORDS: ("#D55E00", "o-"), GIBBS: ("#0072B2", "s--"), RANDOM: ("#009E73", "^:")}
-"""Colour, and marker and line of the ways to look for triggers."""
 
 EXERCISES = {
     "09.1": lambda run: _one_subject(run.load("detections").query("detector == 'bright ending'")),
     "09.2": lambda run: 1 / (1 + 999 * 0.01 / best_buy(run.load("detector_quality"))["tpr"]),
-    "09.3": lambda run: _cost_of_an_image(run.load("trigger_draws")),
+    "09.3": lambda run: run.load("trigger_draws").query("copy_similarity > @MEMORIZED_ABOVE")["copy_of"].nunique(),
 }
 
 
@@ -49,12 +49,6 @@ def _one_subject(scores: pd.DataFrame) -> float:
     ladder, clean = of_kinds(scores, "detections", "ladder", "unmemorized").values()
     alone = clean["subjects"].str.split().str.len() == 1
     return metrics.auroc(ladder.loc[ladder["copies"] == ladder["copies"].min(), "score"], clean.loc[alone, "score"])
-
-
-def _cost_of_an_image(draws: pd.DataFrame) -> float:
-    """Return the evaluations for each planted image that scoring every word found."""
-    last = draws[draws["strategy"] == WORDS].iloc[-1]
-    return last["evaluations"] / last["found"] if last["found"] else math.inf
 
 
 # Detectors
@@ -120,7 +114,7 @@ def quality(detections: pd.DataFrame) -> pd.DataFrame:
         clean = of_kinds(part, "detections", "unmemorized")["unmemorized"]["score"].to_numpy()
         limit = methods.quantile_threshold(clean) if len(clean) >= 100 else math.nan
         often, ladder = part["kind"].isin(MEMORIZED), part["kind"] == "ladder"
-        copied = ladder & (part["copy_max"] > metrics.MEMORIZED_ABOVE)
+        copied = ladder & (part["copy_max"] > MEMORIZED_ABOVE)
         groups = {ALL: often | copied, OFTEN: often, COPIED: copied, QUIET: ladder & ~copied}
         rungs = sorted(part.loc[ladder, "copies"].unique()) if samples == most[detector] else []
         groups |= {copies: ladder & (part["copies"] == copies) for copies in rungs}
@@ -147,8 +141,8 @@ def of_group(quality: pd.DataFrame, group: str = ALL) -> pd.DataFrame:
 
 def best_buy(quality: pd.DataFrame) -> pd.Series:
     """Return the row of the detector and number of latents that find as many prompts at 1 % false positives as any, at the least cost."""
-    rows = quality[quality["group"] == ALL].sort_values(["evaluations", "detector"], kind="stable")
-    return rows[rows["tpr"] == rows["tpr"].max()].iloc[0]
+    rows = quality[quality["group"] == ALL]
+    return rows.sort_values(["tpr", "evaluations", "detector"], ascending=[False, True, True]).iloc[0]
 
 
 def first_rung(values: pd.Series, least: float) -> str:
@@ -160,7 +154,7 @@ def first_rung(values: pd.Series, least: float) -> str:
 def read_by_copies(detector_quality: pd.DataFrame, detector_prompts: pd.DataFrame) -> Iterator[Claim]:
     """Yield from how many copies on images are copies, and from how many each detector sees it."""
     ladder = of_kinds(detector_prompts, "detector_prompts", "ladder")["ladder"].groupby("copies")["copy_max"].median()
-    yield Claim("the median prompt of a rung has a copy", f"from {first_rung(ladder, metrics.MEMORIZED_ABOVE)} on")
+    yield Claim("the median prompt of a rung has a copy", f"from {first_rung(ladder, MEMORIZED_ABOVE)} on")
     curves = detector_quality.dropna(subset="copies").set_index("copies").groupby("detector", sort=False)["auroc"]
     seen = pd.Series({name: first_rung(curve, 0.9) for name, curve in curves})
     for rung, names in seen.groupby(seen, sort=False):
@@ -174,16 +168,15 @@ def read_by_copies(detector_quality: pd.DataFrame, detector_prompts: pd.DataFram
 def detectors_by_copies(detector_quality: pd.DataFrame, detector_prompts: pd.DataFrame) -> Figure:
     ladder = of_kinds(detector_prompts, "detector_prompts", "ladder")["ladder"]
     curves, look = detector_quality.dropna(subset="copies").groupby("detector", sort=False), plots.ROLES["ladder"]
-    copied = ladder.groupby("copies")["copy_max"].median() > metrics.MEMORIZED_ABOVE
+    copied = ladder.groupby("copies")["copy_max"].median() > MEMORIZED_ABOVE
     with plots.panels(math.ceil((1 + len(curves)) / 4), 4, aspect=0.66, sharex=True) as (figure, axes):
         first, *others = axes.flat
         plots.rungs(first, ladder, "copy_max", look=look, label="_")
-        first.set_title("copies among its images", fontsize=plots.TICK_SIZE)
+        first.set_title("copies among its images", fontsize=plots.TICK_SIZE - 0.5)
         for place, (name, rows) in zip(others, curves, strict=False):
             place.fill_between(rows["copies"], rows["auroc_low"], rows["auroc_high"], color="0.8", linewidth=0)
             place.plot(rows["copies"], rows["auroc"], "o-", color="black", markersize=2.5)
-            title = f"{name.replace(' attention', '')} ({rows['evaluations'].iloc[0]})"
-            place.set_title(title, fontsize=plots.TICK_SIZE)
+            place.set_title(f"{name} ({rows['evaluations'].iloc[0]})", fontsize=plots.TICK_SIZE - 0.5)
         for place in axes.flat:
             place.set(ylim=(-0.05, 1.08), visible=place.has_data())
             place.axhline(0.5, color=plots.GREY, linestyle=":", linewidth=plots.LINE * (place is not first))
@@ -219,17 +212,16 @@ def detectors_by_cost(detector_quality: pd.DataFrame) -> Figure:
     with plots.panels(1, 3, aspect=0.5, sharey=True, width_ratios=(2, 3, 3)) as (figure, axes):
         drawn = axes[0].barh(height, rows["evaluations"], color="0.8", height=0.6)
         axes[0].bar_label(drawn, padding=2, fontsize=plots.TICK_SIZE)
-        axes[0].set(xlabel="evaluations", xlim=(0, 1.3 * rows["evaluations"].max()))
         axes[0].set_yticks(height, rows["detector"])
-        axes[0].invert_yaxis()
+        axes[0].set(xlabel="evaluations", xlim=(0, 1.3 * rows["evaluations"].max()), ylim=(len(rows) - 0.5, -0.5))
         for place, name, label in ((axes[1], "auroc", "AUROC"), (axes[2], "tpr", "TPR at 1 % FPR")):
             place.hlines(height, rows[f"{name}_low"], rows[f"{name}_high"], color=color, linewidth=1.2)
             place.plot(fewest[name], height + 0.28, ".", color=color, markersize=3, label="fewest latents")
             place.plot(rows[name], height, "D", color=color, markersize=4, label="all latents")
-            values = theirs.loc[rows["detector"], name]
-            place.plot(values, height - 0.24, "ko", mfc="white", markersize=3.5, label="reported for Stable Diffusion")
+            place.plot(
+                theirs[name][rows["detector"]], height - 0.24, "ko", mfc="white", ms=3.5, label="for Stable Diffusion"
+            )
             place.set(xlim=(-0.04, 1.04), xlabel=label)
-            place.grid(axis="x", alpha=0.4)
         plots.legend_below(figure, columns=3)
     return figure
 
@@ -239,14 +231,12 @@ def detectors_by_cost(detector_quality: pd.DataFrame) -> Figure:
     "false positives for Stable Diffusion.")  # fmt: skip
 def detectors_table(detector_quality: pd.DataFrame) -> pd.DataFrame:
     rows, theirs = of_group(detector_quality).set_index("detector"), paper.table("detectors").set_index("detector")
-    table = rows[["samples", "evaluations"]].assign(threshold=rows["threshold"].map("{:.3g}".format))
-    for group in (OFTEN, COPIED, QUIET):
-        part = of_group(detector_quality, group).set_index("detector")
-        if len(part):
-            table[f"found: {group} (n = {part['prompts'].max()})"] = part["found"].map("{:.0%}".format)
-    table["reported"] = theirs["auroc"].map("{:.3f}".format) + " / " + theirs["tpr"].map("{:.3f}".format)
-    table["by"] = theirs["source"] + ", " + theirs["setting"]
-    return table.rename(columns={"samples": "latents"}).reset_index()
+    found = detector_quality.groupby(["group", "detector"], sort=False)["found"].last().unstack("group")
+    shown = rows[["samples", "evaluations"]].assign(threshold=rows["threshold"].map("{:.3g}".format))
+    for group in found.columns.intersection([OFTEN, COPIED, QUIET], sort=False):
+        shown[f"found: {group}"] = found[group].map("{:.0%}".format)
+    shown["reported"] = theirs["auroc"].map("{:.3f}".format) + " / " + theirs["tpr"].map("{:.3f}".format)
+    return shown.assign(by=theirs["source"] + ", " + theirs["setting"]).reset_index()
 
 
 # Which tokens betray a prompt
@@ -289,7 +279,7 @@ def show_token_significance(token_significance: pd.DataFrame) -> Figure:
 def vocabulary(run: Run) -> list[str]:
     """Return the whole words of three letters and more that the tokenizer knows, or so many of them by chance."""
     found = sorted(word[:-4] for word in run.pipe.tokenizer.get_vocab() if re.fullmatch(r"[a-z]{3,}</w>", word))
-    number = min(run.profile.beyond.detectors.triggers.words or len(found), len(found))
+    number = min(len(found), run.profile.beyond.detectors.triggers.words or len(found))
     return stream(0, "vocabulary").choice(found, size=number, replace=False).tolist()
 
 
@@ -303,9 +293,8 @@ def trigger_search(run: Run) -> pd.DataFrame:
     iterations = max(1, len(words) // (own.chains * own.proposals))
     climb = {"length": own.length, "proposals": own.proposals, "temperature": own.temperature, "iterations": iterations}
     once, numbers = {"length": 1, "iterations": 1, "proposals": len(words)}, stream(0, "sentences")
-    sentences = [" ".join(numbers.choice(words, own.length)) for _ in words]
     items = [(WORDS, words, once), *((GIBBS, words, climb | {"seed": chain}) for chain in range(own.chains))]
-    items.append((RANDOM, sentences, once))
+    items.append((RANDOM, [" ".join(numbers.choice(words, own.length)) for _ in words], once))
     found = run.compute(searching, items, label="search for triggers", steps=run.profile.detection.steps)
     rows = [(item[0], prompt, score) for item, part in zip(items, found, strict=True) for prompt, score, *_ in part]
     table = pd.DataFrame(rows, columns=["strategy", "prompt", "score"])
@@ -345,7 +334,7 @@ def trigger_draws(run: Run, search: pd.DataFrame) -> pd.DataFrame:
         similar = run.features("copy", prompts, settings=settings)[:, 0] @ known.T
         part = pd.DataFrame({"strategy": strategy, "prompt": prompts, "copy_similarity": similar.max(axis=1)})
         part["copy_of"] = images["caption"].to_numpy()[similar.argmax(axis=1)]
-        copied = part["copy_similarity"] > metrics.MEMORIZED_ABOVE
+        copied = part["copy_similarity"] > MEMORIZED_ABOVE
         part["found"] = (copied & ~part["copy_of"].where(copied).duplicated()).cumsum()
         parts.append(part.assign(evaluations=len(scored) + cost * np.arange(1, len(part) + 1), images=len(images)))
     return pd.concat(parts, ignore_index=True)
@@ -364,27 +353,23 @@ def read_triggers(trigger_draws: pd.DataFrame) -> Iterator[Claim]:
     "best prompts are drawn, one after the other.", read=read_triggers)  # fmt: skip
 def trigger_recall(trigger_draws: pd.DataFrame) -> Figure:
     with plots.panels(fraction=0.65) as (figure, axes):
-        for strategy, part in trigger_draws.groupby("strategy", sort=False):
-            color, style = STRATEGIES[strategy]
-            x, y = [0, *part["evaluations"]], [0, *part["found"]]
-            axes.plot(x, y, style, color=color, drawstyle="steps-post", label=strategy)
-        images = trigger_draws["images"].iloc[0]
-        axes.set(xlabel="UNet evaluations", ylabel=f"planted images found (of {images})", ylim=(0, None))
+        look = {"style": "strategy", "markers": True, "palette": "colorblind", "drawstyle": "steps-post"}
+        sns.lineplot(trigger_draws, x="evaluations", y="found", hue="strategy", **look, ax=axes)
+        label = f"planted images found (of {trigger_draws['images'].iloc[0]})"
+        axes.set(xlabel="UNet evaluations", ylabel=label, xlim=(0, None), ylim=(0, None))
         plots.legend_above(axes, columns=3)
     return figure
 
 
-def trigger_grid(run: Run, draws: pd.DataFrame, *, columns: int = 6) -> Grid:
-    """Return images of single words above the planted images that they come nearest to, the most similar first."""
-    settings, chosen = replace(run.profile.generation, samples=1), draws[draws["strategy"] == WORDS]
-    chosen = chosen.sort_values("copy_similarity", ascending=False).drop_duplicates("copy_of").head(columns)
-    made = run.images(chosen["prompt"].tolist(), settings=settings)[:, 0]
-    rows = targets(run).set_index("caption").loc[chosen["copy_of"]].reset_index()
-    originals = run.planted_images(rows, size=made.shape[1:3])
-    return Grid(np.stack([made, originals]), ("image of the word alone", PLANTED), tuple(chosen["prompt"]))
+def trigger_grid(run: Run, draws: pd.DataFrame, *, number: int = 4) -> Grid:
+    """Return the planted image and images of different seeds of single words, those of the longest captions first."""
+    words = draws[(draws["strategy"] == WORDS) & (draws["copy_similarity"] > MEMORIZED_ABOVE)]
+    words = words.drop_duplicates("copy_of").sort_values("copy_of", key=lambda text: -text.str.len(), kind="stable")
+    known = words["copy_of"].map(targets(run).set_index("caption")["image"])
+    return memorization_score.sample_grid(run, words.assign(caption=words["prompt"], image=known).head(number))
 
 
 @exhibit("", "single words that bring planted images back",
-    "Above: an image of a prompt that is this one word. Below: the planted image that it is nearest to.")  # fmt: skip
+    "First column: the planted image that the word brings back; then images of different seeds, whose whole prompt is this word.")  # fmt: skip
 def trigger_images(trigger_images: Grid) -> Figure:
     return plots.image_grid(trigger_images)

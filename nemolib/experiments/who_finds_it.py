@@ -361,12 +361,13 @@ def trigger_recall(trigger_draws: pd.DataFrame) -> Figure:
     return figure
 
 
-def trigger_grid(run: Run, draws: pd.DataFrame, *, number: int = 4) -> Grid:
-    """Return the planted image and images of different seeds of single words, those of the longest captions first."""
-    words = draws[(draws["strategy"] == WORDS) & (draws["copy_similarity"] > MEMORIZED_ABOVE)]
-    words = words.drop_duplicates("copy_of").sort_values("copy_of", key=lambda text: -text.str.len(), kind="stable")
+def trigger_grid(run: Run, draws: pd.DataFrame, *, number: int = 3) -> Grid:
+    """Return the planted image and images of different seeds of single words, copies of the longest captions first."""
+    words = draws[draws["strategy"] == WORDS].sort_values("copy_similarity", ascending=False).drop_duplicates("copy_of")
+    order = words.assign(far=words["copy_similarity"] <= MEMORIZED_ABOVE, long=-words["copy_of"].str.len())
+    words = order.sort_values(["far", "long"], kind="stable").head(number)
     known = words["copy_of"].map(targets(run).set_index("caption")["image"])
-    return memorization_score.sample_grid(run, words.assign(caption=words["prompt"], image=known).head(number))
+    return memorization_score.sample_grid(run, words.assign(caption=words["prompt"], image=known))
 
 
 @exhibit("", "single words that bring planted images back",

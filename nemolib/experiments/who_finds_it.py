@@ -94,12 +94,6 @@ def detections(run: Run, prompts: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def auroc(memorized: np.ndarray, unmemorized: np.ndarray) -> float:
-    """Return `metrics.auroc` by its definition, over all pairs: fast enough for the bootstrap of many small groups."""
-    apart = np.subtract.outer(memorized, unmemorized)
-    return float((apart > 0).mean() + (apart == 0).mean() / 2)
-
-
 def quality(detections: pd.DataFrame) -> pd.DataFrame:
     """Return how well each detector tells groups of prompts from the unmemorized ones.
 
@@ -126,7 +120,7 @@ def quality(detections: pd.DataFrame) -> pd.DataFrame:
             row |= {"copies": group if group in rungs else None, "prompts": len(scores), "threshold": limit}
             row["found"] = math.nan if math.isnan(limit) else float((scores > limit).mean())
             # A handful of prompts says nothing of one percent.
-            for name, metric in (("auroc", auroc), ("tpr", metrics.tpr_at_fpr))[: 1 if group in rungs else 2]:
+            for name, metric in (("auroc", metrics.auroc), ("tpr", metrics.tpr_at_fpr))[: 1 if group in rungs else 2]:
                 low, high = metrics.interval(metric, scores, clean, resamples=200)
                 row |= {name: metric(scores, clean), f"{name}_low": low, f"{name}_high": high}
             rows.append(row)
@@ -287,7 +281,8 @@ def trigger_search(run: Run) -> pd.DataFrame:
     """Return what each strategy scores, each about as many sentences as the vocabulary has words.
 
     Returns:
-        Columns strategy, prompt, score, evaluations (of the strategy so far).
+        Columns strategy, search (its number), prompt, score: what cost one evaluation, and one of the empty prompt for
+        each search.
     """
     own, words = run.profile.beyond.detectors.triggers, vocabulary(run)
     iterations = max(1, len(words) // (own.chains * own.proposals))
@@ -296,9 +291,8 @@ def trigger_search(run: Run) -> pd.DataFrame:
     items = [(WORDS, words, once), *((GIBBS, words, climb | {"seed": chain}) for chain in range(own.chains))]
     items.append((RANDOM, [" ".join(numbers.choice(words, own.length)) for _ in words], once))
     found = run.compute(searching, items, label="search for triggers", steps=run.profile.detection.steps)
-    rows = [(item[0], prompt, score) for item, part in zip(items, found, strict=True) for prompt, score, *_ in part]
-    table = pd.DataFrame(rows, columns=["strategy", "prompt", "score"])
-    return table.assign(evaluations=1 + table.groupby("strategy").cumcount())
+    rows = [(items[number][0], number, *row[:2]) for number, part in enumerate(found) for row in part]
+    return pd.DataFrame(rows, columns=["strategy", "search", "prompt", "score"])
 
 
 def suspects(scored: pd.DataFrame, number: int) -> list[str]:
@@ -336,7 +330,8 @@ def trigger_draws(run: Run, search: pd.DataFrame) -> pd.DataFrame:
         part["copy_of"] = images["caption"].to_numpy()[similar.argmax(axis=1)]
         copied = part["copy_similarity"] > MEMORIZED_ABOVE
         part["found"] = (copied & ~part["copy_of"].where(copied).duplicated()).cumsum()
-        parts.append(part.assign(evaluations=len(scored) + cost * np.arange(1, len(part) + 1), images=len(images)))
+        spent = len(scored) + scored["search"].nunique()
+        parts.append(part.assign(evaluations=spent + cost * np.arange(1, len(part) + 1), images=len(images)))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -362,10 +357,9 @@ def trigger_recall(trigger_draws: pd.DataFrame) -> Figure:
 
 
 def trigger_grid(run: Run, draws: pd.DataFrame, *, number: int = 3) -> Grid:
-    """Return the planted image and images of different seeds of single words, copies of the longest captions first."""
+    """Return the planted image and images of different seeds of single words: of the most similar, those of the longest captions."""
     words = draws[draws["strategy"] == WORDS].sort_values("copy_similarity", ascending=False).drop_duplicates("copy_of")
-    order = words.assign(far=words["copy_similarity"] <= MEMORIZED_ABOVE, long=-words["copy_of"].str.len())
-    words = order.sort_values(["far", "long"], kind="stable").head(number)
+    words = words.head(2 * number).sort_values("copy_of", key=lambda text: -text.str.len()).head(number)
     known = words["copy_of"].map(targets(run).set_index("caption")["image"])
     return memorization_score.sample_grid(run, words.assign(caption=words["prompt"], image=known))
 

@@ -16,8 +16,7 @@ import torch
 from nemolib import metrics, plots
 from nemolib.beyond.prune import measuring_inputs, prune_weights, restore, wanda_masks
 from nemolib.exhibits import Claim, effect, exhibit, median_interval
-from nemolib.experiments.deactivate_neurons import LEFT, planted, under_one_bar
-from nemolib.experiments.side_effects import halves
+from nemolib.experiments.deactivate_neurons import LEFT, halves, planted, under_one_bar
 from nemolib.layers import value_layers
 from nemolib.localization import by_prompt, memorized
 from nemolib.mitigation import DeactivatedNeurons, Mitigation

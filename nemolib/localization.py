@@ -7,10 +7,10 @@ Where a search is known already, the variants that would repeat it are not searc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 from torch import Tensor
@@ -39,7 +39,8 @@ from nemolib.similarity import max_pairwise, pairwise
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-    from nemolib.workers import Results
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,58 +277,56 @@ def localize(
     """
     check_prompts([prompt])
     given = {"detection": detection, "similarity": similarity, "search": search, "protocol": protocol}
-    step, found = _searching(pipe, statistics, threshold=threshold, gate=gate, **given)
-    ((_, result),) = _together(pipe, step, found, [(prompt,)])
-    if isinstance(result, Exception):
-        raise result
-    return result
+    ((_, found),) = searching(pipe, statistics=statistics, threshold=threshold, gate=gate, **given)([prompt])
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def localizing(
-    pipe: StableDiffusionPipeline, *, statistics: ActivationStatistics, **settings: Any
-) -> Callable[[Sequence[str]], Results]:
-    """Return what computes the records of prompts, searched together: a task (`nemolib.run.Run.compute`).
-
-    Its settings are those of `localize`: threshold, gate, detection, similarity, search, protocol.
-    """
-    step, found = _searching(pipe, statistics, **settings)
-
-    def record(step: FirstStep, prompt: str) -> dict[str, Any]:
-        return found(step, prompt).to_record()
-
-    return lambda batch: _together(pipe, step, record, [(prompt,) for prompt in batch])
+    pipe: StableDiffusionPipeline, **settings: Any
+) -> Callable[[Sequence[str]], Iterator[tuple[int, dict[str, Any] | Exception]]]:
+    """Return what computes the records of prompts: a task (`nemolib.run.Run.compute`); settings as of `searching`."""
+    search = searching(pipe, **settings)
+    return lambda batch: (
+        (place, found if isinstance(found, Exception) else found.to_record()) for place, found in search(batch)
+    )
 
 
-def _searching(
+def searching(
     pipe: StableDiffusionPipeline,
-    statistics: ActivationStatistics,
     *,
+    statistics: ActivationStatistics,
     threshold: float,
     gate: float | None = None,
     detection: DetectionSettings | None = None,
     similarity: SimilaritySettings | None = None,
     search: SearchSettings | str | None = None,
     protocol: str | Protocol | None = None,
-) -> tuple[FirstStep, Callable[[FirstStep, str], Localization]]:
-    """Return the first step, and what searches a prompt with it; arguments and errors as of `localize`."""
+) -> Callable[[Sequence[str]], Iterator[tuple[int, Localization | Exception]]]:
+    """Return what searches prompts together, and yields place and localization, or what was raised, as they come.
+
+    Arguments and errors are those of `localize`.
+    """
     check_threshold(threshold, gate)
     statistics.check(pipe.unet)
     defaults, protocol = settings_of(pipe), protocol_of(pipe, protocol)
     settings = {"gate": threshold if gate is None else gate, "similarity": similarity or defaults.similarity}
     settings |= {"search": search_settings(search, defaults.search), "protocol": protocol}
 
-    def found(step: FirstStep, prompt: str) -> Localization:
+    def localized(step: FirstStep, prompt: str) -> Localization:
         with naming(prompt):
             check_neurons_act(pipe.unet)
-            run = Search(step, embed(pipe, [prompt]), statistics, prompt=prompt, **settings)
-            return run.localize(Variant("", threshold, threshold))
+            found = Search(step, embed(pipe, [prompt]), statistics, prompt=prompt, **settings)
+            return found.localize(Variant("", threshold, threshold))
 
-    return first_step(pipe, settings=detection, protocol=protocol), found
+    step = first_step(pipe, settings=detection, protocol=protocol)
+    return lambda prompts: _together(pipe, step, localized, [(prompt,) for prompt in prompts])
 
 
 def _together(
-    pipe: StableDiffusionPipeline, step: FirstStep, search: Callable[..., Any], items: Sequence[tuple[Any, ...]]
-) -> Results:
+    pipe: StableDiffusionPipeline, step: FirstStep, search: Callable[..., T], items: Sequence[tuple[Any, ...]]
+) -> Iterator[tuple[int, T | Exception]]:
     """Yield place and result of a search for each item, as they come; what they ask of the UNet shares its passes.
 
     As many take part as images are generated at once: most ask for one latent at a time.

@@ -65,6 +65,9 @@ Begun = tuple[list[str], Outcomes]
 METRICS = ("sscd_orig", "sscd_orig_max", "sscd_gen", "d_sscd", "a_clip")
 """What `Run.measure` measures."""
 
+_SEARCHED = 4
+"""Prompts that a worker searches together."""
+
 
 def open_run(profile: str | Path | Profile = "tiny", *, progress: bool = True) -> Run:
     """Return the run of a profile, whose pipeline is loaded when it is first asked for.
@@ -299,8 +302,8 @@ class Run:
 
     @property
     def searches(self) -> int:
-        """How many prompts a task of searches is given at once: all; a worker as many as a prompt has latents."""
-        return self.profile.detection.samples if distributed(self.profile) else sys.maxsize
+        """How many prompts are searched in one batch: all in this process; on a worker few, so that all have some."""
+        return _SEARCHED if distributed(self.profile) else sys.maxsize
 
     def search(
         self,

@@ -10,11 +10,11 @@ else the profile's key ``workers``:
 A local worker has one GPU to itself, in turn if there are fewer, and one thread on a CPU. Workers of your own scheduler
 are started with ``dask worker --nthreads 1``, one for each GPU (``CUDA_VISIBLE_DEVICES``).
 
-Workers only compute: this process alone writes results, as they come, and makes tables in the order of the prompts. Each
-prompt, or batch of prompts, is computed as it is here, so that tables do not depend on the number of workers. (A CPU
-that adds floats with another number of threads may change their last digits: for equal bits run this process with
-``OMP_NUM_THREADS=1``, as the workers do.) A prompt that raises is reported at the end, when all others are finished. A
-worker that dies costs time: what it had is computed by another one.
+Workers only compute: this process alone writes results, as they come, and makes tables in the order of the prompts.
+Each prompt, or batch of prompts, is computed as it is here, so that tables do not depend on the number of workers. (Not
+so their last digits: a CPU adds floats differently with another number of threads, and with other searches in one UNet
+pass; workers have ``OMP_NUM_THREADS=1``, and search few prompts at once.) A prompt that raises is reported at the end,
+when all others are finished. A worker that dies costs time: what it had is computed by another one.
 """
 
 from __future__ import annotations

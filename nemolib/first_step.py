@@ -181,16 +181,6 @@ class FirstStep:
         """Return the noise differences, min-max normalized per sample and channel: `normalize` of `raw`."""
         return normalize(self.raw(embedding, neurons=neurons, seeds=seeds))
 
-    def many(self, embedding: Tensor, *, neurons: Sequence[NeuronSet]) -> Tensor:
-        """Return the normalized noise differences of several neuron sets and all seeds, evaluated in one batch; see `raw`.
-
-        Returns:
-            Noise differences [neuron set, seed, channel, height, width], float32, in [0, 1].
-        """
-        seeds = range(len(self.latents))
-        found = self.differences([Sample(embedding, seed, item) for item in neurons for seed in seeds])
-        return normalize(found.unflatten(0, (-1, len(seeds))))
-
     def differences(self, samples: Sequence[Sample]) -> Tensor:
         """Return the noise differences of any samples as they are, [sample, channel, height, width]; see `raw`."""
         if not samples:
@@ -422,7 +412,9 @@ def comparing_outputs(
         # A pass that ran out of memory left outputs as well, before it was repeated in smaller batches, which are kept.
         while not joined or any(len(output) != expected for output in joined):
             with collect_outputs(step.unet, [name for _, _, name in places]) as found:
-                step.many(embedding, neurons=chosen)
+                step.differences(
+                    [Sample(embedding, seed, item) for item in chosen for seed in range(len(step.latents))]
+                )
             joined = [torch.cat(found[name]) for _, _, name in places]
         return (output.unflatten(0, (len(chosen), -1)).flatten(2).double().cpu() for output in joined)
 

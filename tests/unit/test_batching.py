@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nemolib.batching import Lockstep, shrinking
-from nemolib.first_step import first_step, guidance_norms
+from nemolib.first_step import Sample, first_step, guidance_norms
 from nemolib.generation import generate
 from nemolib.mitigation import DeactivatedNeurons, target_norms
 from nemolib.neurons import NeuronSet
@@ -101,7 +101,8 @@ def run_out(module, largest):
 
 
 def differences(pipe):
-    return first_step(pipe, settings=DETECTION).many(embed(pipe, ["a fox"]), neurons=list(SETS.values()))
+    step, text = first_step(pipe, settings=DETECTION), embed(pipe, ["a fox"])
+    return step.differences([Sample(text, seed, neurons) for neurons in SETS.values() for seed in range(5)])
 
 
 def images(pipe):

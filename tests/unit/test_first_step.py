@@ -10,6 +10,7 @@ from nemolib import seeding
 from nemolib.first_step import (
     NORMS,
     FirstStep,
+    Sample,
     first_step,
     guidance_norm,
     guidance_norms,
@@ -67,13 +68,13 @@ def test_order_of_the_guidance_halves(random_pipe, protocol, swapped):
 def test_some_seeds_and_several_neuron_sets_in_one_batch(random_pipe, passes, settings):
     step, embedding = first_step(random_pipe, settings=settings), embed(random_pipe, ["a"])
     sets = [NEURONS, NeuronSet.empty(7), NeuronSet(tuple(map(range, WIDTHS)))]
-    together = step.many(embedding, neurons=sets)
-    seeds = len(step.latents)
-    assert together.shape == (3, seeds, 4, 16, 16)
-    assert [samples for samples, _ in passes] == [3 * seeds * step.cost]
-    for maps, neurons in zip(together, sets, strict=True):
-        torch.testing.assert_close(maps, step(embedding, neurons=neurons), atol=1e-4, rtol=0)
-        torch.testing.assert_close(maps[[2, 0]], step(embedding, neurons=neurons, seeds=[2, 0]), atol=1e-4, rtol=0)
+    others = embed(random_pipe, ["b c", "zzz"]).split(1)
+    pairs = [(text, neurons) for text in (embedding, *others) for neurons in sets]
+    together = step.differences([Sample(text, seed, neurons) for text, neurons in pairs for seed in (2, 0)])
+    assert [samples for samples, _ in passes] == [len(pairs) * 2 * step.cost]
+    together = together.unflatten(0, (len(pairs), 2))
+    for maps, (text, neurons) in zip(together, pairs, strict=True):
+        torch.testing.assert_close(maps, step.raw(text, neurons=neurons, seeds=[2, 0]), atol=1e-4, rtol=0)
     assert (together[0] - together[1]).abs().max() > 1e-4
 
 

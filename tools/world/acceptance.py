@@ -99,7 +99,8 @@ def measure(run: Run, classifier: CopyDescriptor, *, drawn: int = DRAWN) -> pd.D
     # The order of the paper: what the card says of the weights must not depend on how the search is made faster.
     found = {kind: run.search(tables[kind]["caption"].tolist(), search="sequential") for kind in ("vm", "tm")}
     values = _first_step(run, tables) | _new_images(run, tables["vm"], classifier) | _copies(run)
-    values |= _solvers(run, [caption for table in tables.values() for caption in table["caption"].head(drawn // 12)])
+    some = max(1, drawn // 12)
+    values |= _solvers(run, [caption for table in tables.values() for caption in table["caption"].head(some)])
     for kind, items in found.items():
         values |= {(kind, name): value for name, value in _deactivated(run, tables[kind], items, classifier).items()}
     values |= _others(

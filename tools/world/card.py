@@ -25,14 +25,15 @@ TRIED, TEMPLATE = (Path(__file__).with_name(name) for name in ("tried.csv", "car
 CONTRASTED = 8
 """Planted prompts of a kind that the sparse and the plain model are compared on: searching the plain one takes long."""
 
-FEW_DRAWN = 12
+FEW_DRAWN = 6
 """Unmemorized prompts with images in the measurement that tests repeat."""
 
 
 def few(profile: Profile) -> Profile:
-    """Return the profile of a smaller measurement, which tests repeat: few prompts of each kind, two images of each."""
-    images = replace(profile.generation, samples=2)
-    return replace(profile, limits=Limits(vm=3, tm=3, unmemorized=50), threshold_prompts=50, generation=images)
+    """Return the profile of a smaller measurement, which tests repeat: few prompts of each kind, few seeds."""
+    first, images = replace(profile.detection, samples=5), replace(profile.generation, samples=2)
+    limits = Limits(vm=3, tm=3, unmemorized=50)
+    return replace(profile, limits=limits, threshold_prompts=50, detection=first, generation=images)
 
 
 def write_results(settings: WorldSettings, work: Path, out: Path) -> None:

@@ -346,7 +346,7 @@ def read_4b(localization: pd.DataFrame) -> Iterator[Claim]:
     first = means[[1, 2]].sum(axis=1) / means.sum(axis=1)
     ours, n = each_kind(lambda kind: f"{first[kind]:.0%}"), each_kind(localization["kind"].value_counts().get)
     theirs = "VM mostly in the first layers; heights of the bars are not known"
-    vm = layer_counts(localization).loc["vm"]
+    vm = layer_counts(localization).loc[["vm"]]
     ends = f"VM {drawn_interval(lambda counts: counts[:, :2].sum() / max(1, counts.sum()), vm)}"
     size = {"at_least": 0.5, "ours": ours, "paper": theirs, "n": n, "interval": ends}
     yield effect("neurons of VM prompts lie in the first layers", first["vm"], "share in value layers 1 and 2", **size)

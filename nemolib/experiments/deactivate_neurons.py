@@ -693,7 +693,7 @@ def quality_summary(values: pd.DataFrame) -> pd.DataFrame:
     Returns:
         One row per metric, setting and number: columns metric, setting, asked, encoder, images, neurons (mean over
         draws), mean, sd, change and change_sd (mean and standard deviation of the difference to the untouched model in
-        the same split).
+        the same split), name (of the metric, for readers). CLIP-FID is left out where the encoder is that of FID.
     """
     is_base, keys = values["setting"] == UNTOUCHED, ["metric", "setting", "asked"]
     base = values[is_base].set_index(["metric", "split"])["value"]
@@ -703,8 +703,13 @@ def quality_summary(values: pd.DataFrame) -> pd.DataFrame:
     grouped = once.groupby([*keys, "encoder", "images"], sort=False)
     numbers = {"neurons": ("neurons", "mean"), "mean": ("value", "mean"), "sd": ("value", "std")}
     table = grouped.agg(**numbers, change=("change", "mean"), change_sd=("change", "std")).reset_index()
-    order = list(QUALITY).index
-    return table.sort_values("metric", key=lambda names: names.map(order), kind="stable", ignore_index=True)
+    encoders = table.groupby("metric")["encoder"].first()
+    same = encoders.get("fid") == encoders.get("clip_fid")
+    names = QUALITY | ({"fid": "FID (CLIP-FID is the same)"} if same else {})
+    table = table.assign(name=table["metric"].map(names))[(table["metric"] != "clip_fid") | (not same)]
+    return table.sort_values(
+        "metric", key=lambda kinds: kinds.map(list(QUALITY).index), kind="stable", ignore_index=True
+    )
 
 
 def plus_minus(mean: float, deviation: float, sign: str = "") -> str:
@@ -717,7 +722,7 @@ def quality_table(values: pd.DataFrame) -> pd.DataFrame:
     """Return what `blocked_quality` returned as it is shown: mean ± standard deviation, and the change from untouched."""
     rows = [
         (row.setting, f"{row.neurons:g}" if row.neurons == row.asked else f"{row.neurons:g} of {row.asked}",
-         f"{QUALITY[row.metric]}, {row.encoder}", row.images, plus_minus(row.mean, row.sd),
+         f"{row.name}, {row.encoder}", row.images, plus_minus(row.mean, row.sd),
          plus_minus(row.change, row.change_sd, "+") if row.setting != UNTOUCHED else "")
         for row in quality_summary(values).itertuples()
     ]  # fmt: skip

@@ -22,7 +22,7 @@ from matplotlib.ticker import NullLocator
 from nemolib import paper, plots
 from nemolib.exhibits import Claim, effect, exhibit, must
 from nemolib.experiments import deactivate_neurons as deactivate
-from nemolib.experiments.deactivate_neurons import QUALITY, UNTOUCHED, Blocked, listed, plus_minus, quality_summary
+from nemolib.experiments.deactivate_neurons import UNTOUCHED, Blocked, listed, plus_minus, quality_summary
 from nemolib.first_step import compared_places, comparing_outputs
 from nemolib.layers import Layer, cross_attention_layers, down_convolutions, spread, widths
 from nemolib.localization import memorized, neuron_sets
@@ -393,7 +393,7 @@ def lowest(summary: pd.DataFrame, part: str) -> str:
     read=read_quality,
 )  # fmt: skip
 def figure_5a(blocked_quality: pd.DataFrame) -> Figure:
-    return _draw_quality(quality_summary(blocked_quality), ["fid", "kid"], aspect=0.45)
+    return _draw_quality(quality_summary(blocked_quality).query("metric != 'clip_fid'"), aspect=0.45)
 
 
 @exhibit(
@@ -401,21 +401,16 @@ def figure_5a(blocked_quality: pd.DataFrame) -> Figure:
     "As Figure 5a, whose claim it shares. Where one encoder gives the features of both, CLIP-FID is FID and is drawn once.",
 )  # fmt: skip
 def figure_8(blocked_quality: pd.DataFrame) -> Figure:
-    summary = quality_summary(blocked_quality)
-    same = summary.groupby("metric")["encoder"].first()[["fid", "clip_fid"]].nunique() == 1
-    chosen = [name for name in QUALITY if not (same and name == "clip_fid")]
-    return _draw_quality(summary, chosen, aspect=0.38, titles={"fid": "FID (CLIP-FID is the same)"} if same else {})
+    return _draw_quality(quality_summary(blocked_quality), aspect=0.38)
 
 
-def _draw_quality(
-    summary: pd.DataFrame, chosen: list[str], *, aspect: float, titles: Mapping[str, str] | None = None
-) -> Figure:
+def _draw_quality(summary: pd.DataFrame, *, aspect: float) -> Figure:
     """Return a panel for each metric; random neurons stand a little to the right, so that intervals can be told apart."""
     frequent = plots.ROLES["deactivated"].line_style(linestyle="-", label="most frequent memorization neurons")
     other = plots.Role("random other neurons", "0.4", "o", "--", "").line_style(markerfacecolor="white")
-    with plots.panels(1, len(chosen), aspect=aspect) as (figure, axes):
-        for place, metric in zip(axes, chosen, strict=True):
-            base, *rows = (part for _, part in summary[summary["metric"] == metric].groupby("setting", sort=False))
+    with plots.panels(1, summary["name"].nunique(), aspect=aspect) as (figure, axes):
+        for place, (name, metric) in zip(axes, summary.groupby("name", sort=False), strict=True):
+            base, *rows = (part for _, part in metric.groupby("setting", sort=False))
             middle, deviation = base.iloc[0][["mean", "sd"]]
             place.axhline(middle, color="black", linestyle=":", label="all neurons active")
             place.axhspan(middle - deviation, middle + deviation, color="0.9", zorder=0)
@@ -425,9 +420,7 @@ def _draw_quality(
                 place.set_xscale("log")
                 place.set_xticks(part["asked"], [str(count) for count in part["asked"]])
                 place.xaxis.set_minor_locator(NullLocator())
-            place.set(
-                xlabel="blocked neurons", ylabel="distance", title=(titles or QUALITY).get(metric, QUALITY[metric])
-            )
+            place.set(xlabel="blocked neurons", ylabel="distance", title=name)
         figure.suptitle(f"n = {summary['images'].max()} images in each half", fontsize=plots.TICK_SIZE)
         plots.legend_below(figure)
     return figure

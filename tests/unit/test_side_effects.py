@@ -12,7 +12,8 @@ import torch
 from nemolib import batching, metrics
 from nemolib.experiments import deactivate_neurons as deactivate
 from nemolib.experiments import side_effects
-from nemolib.experiments.side_effects import FREQUENT, OTHER, QUALITY, UNTOUCHED, Blocked
+from nemolib.experiments.deactivate_neurons import QUALITY, UNTOUCHED, Blocked
+from nemolib.experiments.side_effects import FREQUENT, OTHER
 from nemolib.first_step import comparing_outputs, first_step
 from nemolib.layers import collect_outputs
 from nemolib.mitigation import DeactivatedNeurons, switched_off

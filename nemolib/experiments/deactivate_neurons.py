@@ -536,10 +536,8 @@ def read_unharmed(unmemorized_images: pd.DataFrame) -> Iterator[Claim]:
         holds=bool(one >= 0.9 * before),
         rule="the alignment loses at most a tenth without the neurons of one memorized prompt",
     )
-    yield Claim(
-        "D_SSCD of unmemorized prompts: before, without one set, without all",
-        listed(middle[f"d_sscd_{name}"] for name in ("before", "one", "all")),
-    )
+    ours = listed(middle[f"d_sscd_{name}"] for name in ("before", "one", "all"))
+    yield Claim("D_SSCD of unmemorized prompts: before, without one set, without all", ours)
 
 
 @exhibit(
@@ -733,12 +731,12 @@ def read_quality(unmemorized_quality: pd.DataFrame) -> Iterator[Claim]:
     """Yield how much farther images without memorization neurons are."""
     kid = quality_summary(unmemorized_quality).query("metric == 'kid'").set_index("setting")
     before, after = (plus_minus(*kid.loc[name, ["mean", "sd"]]) for name in (UNTOUCHED, OFF))
-    yield Claim(
-        "KID to other images of the untouched model",
+    ours, theirs = (
         f"{before} untouched, {after} with {kid.loc[OFF, 'asked']} neurons off",
-        "no loss of quality for few neurons (Fig. 5a)",
-        rule="so many neurons at once is more than any prompt needs",
+        "no loss for few neurons (Fig. 5a)",
     )
+    rule = "so many neurons at once is more than any prompt needs"
+    yield Claim("KID to other images of the untouched model", ours, theirs, rule=rule)
 
 
 @exhibit(

@@ -463,12 +463,10 @@ def read_9(deactivation: pd.DataFrame, figure_9: Grid) -> Iterator[Claim]:
     rows = deactivation.set_index("prompt").loc[list(figure_9.rows)]
     counts, copies = rows["neuron_count"], rows["copy_after"]
     fewest, most = (paper.reported(f"neurons.highly_memorized.{end}").value for end in ("fewest", "most"))
-    yield Claim(
-        "neurons off, and the copy similarity that stays",
-        f"{counts.min()} to {counts.max()} neurons, {copies.min():.2f} to {copies.max():.2f}",
-        f"ten examples with {fewest:.0f} to {most:.0f} neurons, whose images stay",
-        rule="here the prompts that stay most similar; the paper does not say how many stay memorized",
-    )
+    ours = f"{counts.min()} to {counts.max()} neurons, {copies.min():.2f} to {copies.max():.2f}"
+    theirs = f"ten examples with {fewest:.0f} to {most:.0f} neurons, whose images stay"
+    rule = "here the prompts that stay most similar; the paper does not say how many stay memorized"
+    yield Claim("neurons off, and the copy similarity that stays", ours, theirs, rule=rule)
 
 
 @exhibit(

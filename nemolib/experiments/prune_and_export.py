@@ -16,7 +16,7 @@ import torch
 from nemolib import metrics, plots
 from nemolib.beyond.prune import measuring_inputs, prune_weights, restore, wanda_masks
 from nemolib.exhibits import Claim, effect, exhibit, median_interval
-from nemolib.experiments.deactivate_neurons import LEFT, halves, planted, under_one_bar
+from nemolib.experiments.deactivate_neurons import LEFT, planted, under_one_bar
 from nemolib.layers import value_layers
 from nemolib.localization import by_prompt, memorized
 from nemolib.mitigation import DeactivatedNeurons, Mitigation
@@ -158,7 +158,7 @@ def repaired_prompts(
 
     Returns:
         One row per repair and prompt: columns method, amount, neurons, weights, fid (of all images of other prompts, from
-        those of the untouched model with other seeds, mean over splits of the seeds; missing where there are too few), kind
+        those of the untouched model with other seeds, mean over both halves of the seeds; missing where there are too few), kind
         (vm, tm, unmemorized), prompt, inside (whether the repair was made for it), and of `nemolib.run.Run.measure`:
         sscd_orig, sscd_orig_max, a_clip, sscd_gen.
     """
@@ -178,11 +178,14 @@ def repaired_prompts(
 
 def _fid(reference: np.ndarray, features: np.ndarray) -> float:
     """Return the distance of features [prompt, seed, feature], of half of the seeds, from the other half of a reference."""
-    splits, size = halves(features.shape[1]), features.shape[-1]
-    if not splits or len(features) * len(splits[0][0]) < 2:
+    half, size = features.shape[1] // 2, features.shape[-1]
+    if half * len(features) < 2:
         return np.nan
-    pairs = [(reference[:, first].reshape(-1, size), features[:, other].reshape(-1, size)) for first, other in splits]
-    return float(np.mean([metrics.fid(*pair) for pair in pairs]))
+    first, other = (
+        [each[:, part].reshape(-1, size) for part in (slice(half), slice(half, 2 * half))]
+        for each in (reference, features)
+    )
+    return (metrics.fid(first[0], other[1]) + metrics.fid(first[1], other[0])) / 2
 
 
 def summary(repaired_prompts: pd.DataFrame) -> pd.DataFrame:
@@ -306,10 +309,10 @@ def trade_off(repaired_prompts: pd.DataFrame) -> Figure:
                 rows = table[table["method"].isin((UNTOUCHED, method))]
                 place.plot(rows["vm"], rows[name], **look.line_style())
                 for row in rows.iloc[1:].itertuples():
-                    text = f"{row.name.split(', ')[1].split(' p')[0]}  "
-                    place.annotate(
-                        text, (row.vm, getattr(row, name)), ha="right", va="bottom", fontsize=plots.TICK_SIZE
-                    )
+                    text = row.name.split(", ")[1].split(" p")[0]
+                    ha, va = ("left", "top") if method == NEMO else ("right", "bottom")
+                    place.annotate(f" {text} ", (row.vm, getattr(row, name)), ha=ha, va=va, fontsize=plots.TICK_SIZE)
+            place.margins(0.1)
             place.plot(*rows.iloc[0][["vm", name]], "k*", markersize=6, label=UNTOUCHED)
             place.set(xlabel="copy similarity, VM prompts", ylabel=f"{plots.METRICS[name]}, other prompts")
         plots.legend_below(figure)

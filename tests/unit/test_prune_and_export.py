@@ -5,6 +5,8 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -12,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
+import nemolib
 from nemolib import metrics, paths, plots
 from nemolib.beyond import prune
 from nemolib.experiments import prune_and_export as pruning
@@ -19,9 +22,9 @@ from nemolib.experiments.prune_and_export import NEMO, UNTOUCHED, WANDA, PrunedW
 from nemolib.layers import value_layers
 from nemolib.mitigation import DeactivatedNeurons
 from nemolib.neurons import NeuronSet
-from nemolib.provenance import model_hash
+from nemolib.provenance import content_hash, model_hash
 from nemolib.run import Run
-from nemolib.settings import Profile
+from nemolib.settings import Profile, SimilaritySettings
 from tests.random_world import write_encoders, write_prompts
 
 NEURONS = {
@@ -208,6 +211,25 @@ def test_answers(run, table, monkeypatch):
     assert answers["07.2"] == pytest.approx(vm[(NEMO, 1)] / vm[(UNTOUCHED, 0)])
     half = DeactivatedNeurons(NeuronSet.of([(0, 1), (6, 3)], layers=7), 0.5)
     assert answers["07.3"] == run.measure(run.rows(IN_TURN[:1]), half)["sscd_orig"][0]
+
+
+def test_five_lines_lead_from_a_pipeline_to_a_repaired_folder(random_pipe, statistics, tmp_path, monkeypatch):
+    notebook = nbformat.read(paths.NOTEBOOKS / "beyond" / "07_prune_and_export.ipynb", as_version=4)
+    (lines,) = (cell.source.split("```")[1] for cell in notebook.cells if cell.source.startswith("### With your own"))
+    random_pipe.save_pretrained(tmp_path / "original", safe_serialization=True)
+    monkeypatch.chdir(tmp_path)
+    # The latents are too small for the similarity of the paper.
+    small = {"similarity": SimilaritySettings(kernel_size=3, sigma=0.5), "protocol": "paper"}
+    monkeypatch.setattr(nemolib, "localize", partial(nemolib.localize, **small), raising=False)
+    names = {"nemolib": nemolib, "prompt": "a b", "stats": statistics, "tau": -0.9}
+    exec(lines.removeprefix("python").replace("path/or/hub-id", "original"), names)
+    repaired, patched = (nemolib.load_pipeline(tmp_path / name).unet for name in ("repaired", "original"))
+    assert model_hash(names["pipe"]) != model_hash(random_pipe)
+    prune.apply_patch(SimpleNamespace(unet=patched), "neurons.safetensors")
+    assert content_hash(dict(patched.state_dict())) == content_hash(dict(repaired.state_dict()))
+    assert not any(
+        value_layers(repaired)[layer].module.weight[neuron].any() for layer, neuron in names["found"].neurons
+    )
 
 
 def test_the_program_of_the_notebook_needs_no_nemolib(random_pipe, tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -23,6 +23,7 @@ from nemolib.mitigation import DeactivatedNeurons, Mitigation
 from nemolib.neurons import NeuronSet
 from nemolib.plots import ROLES, Role
 from nemolib.prompts import has_image
+from nemolib.seeding import stream
 from nemolib.settings import validated
 from nemolib.store import PLANTED, Grid
 
@@ -34,12 +35,13 @@ if TYPE_CHECKING:
 
 NOTEBOOK = "beyond/07_prune_and_export"
 
-UNTOUCHED, NEMO, WANDA = "untouched", "NeMo", "Wanda"
-"""What is pruned: nothing, memorization neurons, or feed-forward weights."""
+UNTOUCHED, NEMO, WANDA, RANDOM = "untouched", "NeMo", "Wanda", "random"
+"""What is pruned: nothing, memorization neurons, feed-forward weights, or as many others of each layer."""
 
 METHODS = {
     NEMO: replace(ROLES["deactivated"], label="NeMo: neurons of so many prompts", line="-"),
     WANDA: Role("Wanda: such a share of feed-forward weights", "0.25", "s", "--", ""),
+    RANDOM: Role("as many random weights", "0.6", "x", ":", ""),
 }
 """How the methods look."""
 
@@ -118,7 +120,7 @@ def weights_of(run: Run, neurons: NeuronSet) -> int:
 
 
 def repairs(run: Run, found: pd.DataFrame, measured: Sequence[str]) -> list[Repair]:
-    """Return the untouched model, unions of the neurons of more and more prompts, and Wanda at several sparsities.
+    """Return the untouched model, unions of the neurons of more and more prompts, and Wanda at several sparsities, with a control.
 
     Source: Chavhan et al. (arXiv 2406.18566) for Wanda, which is given all measured prompts, and as many holdout prompts as
         base.
@@ -132,17 +134,23 @@ def repairs(run: Run, found: pd.DataFrame, measured: Sequence[str]) -> list[Repa
     sets, made = by_prompt(memorized(found)), [Repair(UNTOUCHED, 0, 0, None)]
     for number in sorted({min(number, len(order)) for number in (*chosen.unions, len(measured))}):
         neurons = reduce(or_, map(sets.get, order[:number]))
-        parts = weights_of(run, neurons), DeactivatedNeurons(neurons), order[:number], len(neurons)
-        made.append(Repair(NEMO, number, *parts))
+        changed, item = weights_of(run, neurons), DeactivatedNeurons(neurons)
+        made.append(Repair(NEMO, number, changed, item, order[:number], len(neurons)))
     base, settings = run.prompts("holdout")["caption"].head(len(measured)), run.profile.generation
     common = {"first": chosen.first, "guidance": settings.guidance, "together": max(1, settings.batch_size // 2)}
     seen = run.compute(measuring_inputs, [*measured, *base], label="feed-forward inputs", **common)
     for sparsity in chosen.sparsities:
         masks = wanda_masks(run.pipe.unet, seen[: len(measured)], seen[len(measured) :], sparsity=sparsity)
-        bits = {name: np.packbits(mask.cpu().numpy()).tobytes() for name, mask in masks.items()}
-        changed = sum(int(mask.sum()) for mask in masks.values())
-        made.append(Repair(WANDA, sparsity, changed, PrunedWeights(bits), measured))
+        made.append(_zeroed(WANDA, sparsity, {name: mask.cpu().numpy() for name, mask in masks.items()}, measured))
+    mixed = {name: stream(0, RANDOM, name).permutation(mask.cpu().numpy().ravel()) for name, mask in masks.items()}
+    made.append(_zeroed(RANDOM, sparsity, mixed, measured))
     return made
+
+
+def _zeroed(method: str, sparsity: float, masks: Mapping[str, np.ndarray], prompts: Sequence[str]) -> Repair:
+    """Return the model in which the weights of masks are zero."""
+    bits = {name: np.packbits(mask).tobytes() for name, mask in masks.items()}
+    return Repair(method, sparsity, sum(int(mask.sum()) for mask in masks.values()), PrunedWeights(bits), prompts)
 
 
 def repaired_prompts(
@@ -158,15 +166,14 @@ def repaired_prompts(
 
     Returns:
         One row per repair and prompt: columns method, amount, neurons, weights, fid (of all images of other prompts, from
-        those of the untouched model with other seeds, mean over both halves of the seeds; missing where there are too few), kind
-        (vm, tm, unmemorized), prompt, inside (whether the repair was made for it), and of `nemolib.run.Run.measure`:
-        sscd_orig, sscd_orig_max, a_clip, sscd_gen.
+        those of the untouched model with other seeds, mean over both halves of the seeds; missing where there are too
+        few), kind (vm, tm, unmemorized), prompt, inside (whether the repair was made for it), and those of
+        `nemolib.run.Run.measure`.
     """
-    settings, parts = replace(run.profile.generation, samples=run.profile.beyond.pruning.samples), []
+    settings, parts, reference = replace(run.profile.generation, samples=run.profile.beyond.pruning.samples), [], None
     rows = pd.concat([run.rows(measured), pd.DataFrame({"caption": others, "kind": "unmemorized"})], ignore_index=True)
-    reference, columns = None, ["sscd_orig", "sscd_orig_max", "a_clip", "sscd_gen"]
     for quiet, item in under_one_bar(run, repairs, "repairs"):
-        values = quiet.measure(rows, item.mitigation, columns=columns, settings=settings)
+        values = quiet.measure(rows, item.mitigation, settings=settings)
         features = quiet.features("quality", others, item.mitigation, settings=settings)
         reference = features if reference is None else reference
         part = rows[["kind", "caption"]].rename(columns={"caption": "prompt"})
@@ -181,11 +188,9 @@ def _fid(reference: np.ndarray, features: np.ndarray) -> float:
     half, size = features.shape[1] // 2, features.shape[-1]
     if half * len(features) < 2:
         return np.nan
-    first, other = (
-        [each[:, part].reshape(-1, size) for part in (slice(half), slice(half, 2 * half))]
-        for each in (reference, features)
-    )
-    return (metrics.fid(first[0], other[1]) + metrics.fid(first[1], other[0])) / 2
+    before, after = (np.split(each[:, : 2 * half], 2, axis=1) for each in (reference, features))
+    values = [metrics.fid(before[i].reshape(-1, size), after[1 - i].reshape(-1, size)) for i in (0, 1)]
+    return float(np.mean(values))
 
 
 def summary(repaired_prompts: pd.DataFrame) -> pd.DataFrame:
@@ -211,21 +216,22 @@ def summary(repaired_prompts: pd.DataFrame) -> pd.DataFrame:
 
 def named(method: str, amount: float) -> str:
     """Return what a repair is called."""
-    if method == WANDA:
-        return f"Wanda, {100 * amount:g} %"
-    return method if method == UNTOUCHED else f"NeMo, {amount:g} prompt{'s' * (amount != 1)}"
+    if method == NEMO:
+        return f"NeMo, {amount:g} prompt{'s' * (amount != 1)}"
+    return method if method == UNTOUCHED else f"{method}, {100 * amount:g} %"
 
 
 def compared(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of a summary that were made for the same prompts: untouched, one union, and Wanda."""
+    """Return the rows of a summary that were made for the same prompts: untouched, one union, Wanda and its control."""
     most = table.loc[table["method"] == NEMO, "prompts"].idxmax()
     return table[(table["method"] != NEMO) | (table.index == most)]
 
 
 def read_repairs(repaired_prompts: pd.DataFrame) -> Iterator[Claim]:
     """Yield what NeMo's paper and Kowalczuk et al. say of pruned neurons and weights, and whether it is so here."""
+    repaired_prompts = repaired_prompts[repaired_prompts["method"] != RANDOM]
     table, parts = compared(summary(repaired_prompts)), repaired_prompts.groupby(["method", "amount", "kind"])
-    (none, nemo), (wanda, *_, most) = table.iloc[:2].itertuples(), table.iloc[[2, *range(2, len(table))]].itertuples()
+    none, nemo, wanda, most = table.iloc[[0, 1, 2, -1]].itertuples()
     others, secondary = "share of the A_CLIP of other prompts that stays", "Kowalczuk et al. (ICML 2026, secondary)"
     for text, row, kind, bound, theirs in (
         ("neurons of many prompts, pruned together, take the copies of all of them", nemo, "vm", {"at_most": 0.5},
@@ -255,10 +261,9 @@ def read_repairs(repaired_prompts: pd.DataFrame) -> Iterator[Claim]:
     read=read_repairs,
 )  # fmt: skip
 def show_repaired_prompts(repaired_prompts: pd.DataFrame) -> pd.DataFrame:
-    columns = ["name", "neurons", "weights", "copies", "vm", "tm", "outside", "a_clip", "sscd_gen", "fid"]
-    names = ["pruned", "neurons", "weights", "copies", "VM", "TM", "memorized others"]
-    others = [f"{name}, others" for name in ("A_CLIP", "SSCD_Gen", "FID")]
-    return summary(repaired_prompts)[columns].round(2).set_axis([*names, *others], axis=1)
+    names = {"name": "pruned", "neurons": "neurons", "weights": "weights", "copies": "copies", "vm": "VM", "tm": "TM"}
+    names |= {"outside": "memorized others", "a_clip": "A_CLIP, others", "sscd_gen": "SSCD_Gen, others"}
+    return summary(repaired_prompts)[[*names, "fid"]].round(2).rename(columns=names | {"fid": "FID, others"})
 
 
 @exhibit(
@@ -267,7 +272,7 @@ def show_repaired_prompts(repaired_prompts: pd.DataFrame) -> pd.DataFrame:
     "are not memorized; dotted: the untouched model compared with itself.",
 )  # fmt: skip
 def union_curve(repaired_prompts: pd.DataFrame) -> Figure:
-    rows, other = repaired_prompts[repaired_prompts["method"] != WANDA], ROLES["unmemorized"]
+    rows, other = repaired_prompts[repaired_prompts["method"].isin((UNTOUCHED, NEMO))], ROLES["unmemorized"]
     ticks = rows.drop_duplicates("amount")
     looks = {("sscd_orig", kind): ROLES[kind] for kind in ("vm", "tm")}
     looks |= {("a_clip", "unmemorized"): replace(other, label=f"{plots.METRICS['a_clip']}, {other.label}", line="-")}
@@ -315,7 +320,7 @@ def trade_off(repaired_prompts: pd.DataFrame) -> Figure:
             place.margins(0.1)
             place.plot(*rows.iloc[0][["vm", name]], "k*", markersize=6, label=UNTOUCHED)
             place.set(xlabel="copy similarity, VM prompts", ylabel=f"{plots.METRICS[name]}, other prompts")
-        plots.legend_below(figure)
+        plots.legend_below(figure, columns=2)
     return figure
 
 
@@ -331,7 +336,7 @@ def repair_images(run: Run, repairs: Sequence[Repair], prompts: Sequence[str], o
     pairs = (prompts, settings), (others[: len(prompts)], few)
     # [repair, memorized or other, prompt, height, width, 3]
     made = np.stack(
-        [[run.images(names, item.mitigation, settings=chosen)[:, 0] for names, chosen in pairs] for item in repairs]
+        [[run.images(part, item.mitigation, settings=each)[:, 0] for part, each in pairs] for item in repairs]
     )
     first = np.full_like(made[:1], 255)
     first[0, 0] = planted(run, prompts, like=made[0, 0])
@@ -362,8 +367,7 @@ def _kept_elsewhere(run: Run) -> float:
 
 def _first(run: Run) -> tuple[pd.DataFrame, NeuronSet]:
     """Return the row of the first VM prompt and its neurons."""
-    row = run.prompts("vm").head(1)
-    return row, run.search(row["caption"].tolist())[0].neurons
+    return (row := run.prompts("vm").head(1)), run.search(row["caption"].tolist())[0].neurons
 
 
 EXERCISES = {

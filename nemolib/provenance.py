@@ -100,8 +100,8 @@ def _pieces(value: Any) -> Iterable[bytes | memoryview]:
         yield from (b"bytes", value)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield from (b"dataclass", type(value).__name__.encode())
-        # The code of a task tells of a class of nemolib.
-        if not type(value).__module__.startswith("nemolib."):
+        # The code of a task tells of a class of nemolib, but for those of nemolib.beyond, of which it knows the base alone.
+        if not type(value).__module__.startswith("nemolib.") or type(value).__module__.startswith("nemolib.beyond."):
             yield from map(str.encode, _unversioned_code(type(value)))
         # What has no part in equality, such as the size of a batch, has none in the content.
         compared = [field.name for field in dataclasses.fields(value) if field.compare]

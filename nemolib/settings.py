@@ -320,12 +320,20 @@ class RegionSettings:
     """The maps and mitigations of notebook 10.
 
     Attributes:
-        prompts: Prompts of each kind; None: all.
-        samples: Images of each prompt.
+        prompts: Prompts of each kind whose maps are made; None: all.
+        samples: Initial latents of each of them.
+        steps: Denoising steps of these.
+        indices: Positions of the steps that maps are made of, in order, the first one (0) and the last one among them.
+        probes: Random vectors of a curvature.
+        mitigated: VM prompts, and as many unmemorized ones, of the mitigations; None: all.
     """
 
     prompts: Count | None = None
     samples: Count = 4
+    steps: AtLeastTwo = 50
+    indices: tuple[Whole, ...] = (0, 25, 49)
+    probes: Count = 16
+    mitigated: Count | None = None
 
 
 @validated

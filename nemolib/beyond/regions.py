@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,15 +13,13 @@ from torch import Tensor, nn
 from nemolib.batching import shrinking
 from nemolib.beyond.denoising import Denoising, Text, attention_layers, attention_seen, text_of
 from nemolib.first_step import initial_latents
+from nemolib.mitigation import Mitigation
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 MAPS = ("guidance difference", "bright ending", "curvature difference")
 """The maps of `region_maps`."""
-
-_LEVELS = 101
-"""Thresholds that are tried between the smallest and the largest value of all maps."""
 
 
 @torch.inference_mode(False)
@@ -85,6 +84,19 @@ def region_maps(
     return {name: torch.cat(each, dim=1)[order] for name, each in zip(maps, zip(*parts, strict=True), strict=True)}
 
 
+def mapping(pipe: StableDiffusionPipeline, **settings: Any) -> Callable[[Sequence[Any]], list[np.ndarray]]:
+    """Return what gives the maps [map, index, seed, height, width] of prompts: a task (`nemolib.run.Run.compute`).
+
+    Its items are prompts, each with what is done to the model (None: nothing); settings are those of `region_maps`.
+    """
+
+    def found(prompt: str, mitigation: Mitigation | None) -> np.ndarray:
+        with mitigation.applied(pipe, [prompt]) if mitigation else nullcontext():
+            return torch.stack([*region_maps(pipe, prompt, **settings).values()]).numpy()
+
+    return lambda batch: [found(*item) for item in batch]
+
+
 def curvature_map(
     model: Denoising, latents: Tensor, timestep: int, text: Text, *, probes: int = 16, seed: int = 0
 ) -> Tensor:
@@ -125,8 +137,7 @@ def bright_ending(model: Denoising, latents: Tensor, text: Text) -> Tensor:
         positions are those of the latent.
     """
     with attention_seen(model.pipe, end_layers(model.unet), end_attention(text)) as seen:
-        for _ in model.trajectory(latents, text.embedding):
-            pass
+        list(model.trajectory(latents, text.embedding))
     return mean_attention(seen, latents)
 
 
@@ -194,7 +205,7 @@ def best_iou(maps: np.ndarray, masks: np.ndarray) -> tuple[float, float]:
     """
     maps, masks = _checked(np.log1p(maps), masks)
     scaled = (maps - maps.min()) / max(np.ptp(maps), np.finfo(np.float64).tiny)
-    levels, pixels = np.linspace(0, 1, _LEVELS), (1, 2)
+    levels, pixels = np.linspace(0, 1, 101), (1, 2)
     chosen = [scaled >= level for level in levels]
     union = [((each & masks).sum(axis=pixels) / (each | masks).sum(axis=pixels)).mean() for each in chosen]
     best = int(np.argmax(union))

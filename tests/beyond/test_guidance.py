@@ -66,6 +66,30 @@ def test_rules_against_sampling_by_hand(pipe):
     close(made(pipe, guidance.StaticTransition(until=650, before=-2.0)), expected(pipe, opposite))
 
 
+@pytest.mark.parametrize("solver", ["own", "dpm++"])
+def test_rules_follow_the_schedule_of_a_multistep_solver_too(solver):
+    pipe, seen = by_hand.small_pipeline(), []
+    settings = GenerationSettings(samples=1, steps=6, guidance=3.0, solver=solver)
+    plain = generate(pipe, PROMPTS, settings=settings, progress=False).astype(int)
+
+    def same(now):
+        seen.append((now.index, now.steps, now.timestep))
+        return now.guided(now.guidance)
+
+    with guidance.guided(pipe, same):
+        assert abs(generate(pipe, PROMPTS, settings=settings, progress=False) - plain).max() <= 1
+    assert [(index, steps) for index, steps, _ in seen] == [(index, 6) for index in range(6)]
+    timesteps = [timestep for *_, timestep in seen]
+    # Leaving the prompt out until a timestep is leaving it out in the steps before.
+    late = [timestep for timestep in timesteps if timestep <= 500]
+    assert 0 < len(late) < 6
+    with guidance.guided(pipe, lambda now: now.guided(now.guidance if now.index >= 6 - len(late) else 0.0)):
+        wanted = generate(pipe, PROMPTS, settings=settings, progress=False).astype(int)
+    found = generate(pipe, PROMPTS, settings=settings, mitigation=guidance.StaticTransition(500), progress=False)
+    assert abs(found - wanted).max() <= 1
+    assert abs(wanted - plain).max() > 1
+
+
 def test_dynamic_transition_switches_each_image_at_its_own_first_minimum():
     pipe, sizes = by_hand.small_pipeline(side=4), [[5, 1, 1], [4, 2, 2], [3, 3, 3], [3.5, 2, 4], [2, 4, 5], [3, 4, 6]]
     pipe._guidance_scale, used = 3.0, []

@@ -40,6 +40,10 @@ def table(name: str) -> pd.DataFrame:
       source, confidence.
     - ``threshold_maps``: Fig. 14 and 15: kind, initial and refinement (multipliers of the standard deviation),
       initial_neurons, neurons (after refinement), sscd_gen, sscd_orig.
+    - ``guidance``: what came after the paper: mitigation, then top_1 (copy similarity) and alignment (CLIP score), each with
+      ``_before`` and ``_after``, source.
+    - ``region_maps``: best mean IoU with the memorized region of maps of the last step (Kim & Lee, ICML 2026; Stable
+      Diffusion v1.4, all prompts): map, iou.
     - ``figures``: the figures and tables of the paper in its order: label, exhibits (names of ours that show it).
     """
     return pd.read_csv(paths.PACKAGE / "paper" / f"{name}.csv")

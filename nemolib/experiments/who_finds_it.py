@@ -62,8 +62,7 @@ def detectors_of(run: Run) -> tuple[methods.Detector, ...]:
     profile, own, config = run.profile, run.profile.beyond.detectors, run.pipe.unet.config
     scale = math.sqrt(PUBLISHED_SIZE / (config.in_channels * config.sample_size**2))
     common = {"seed": profile.detection.seed, "guidance": profile.generation.guidance, "samples": own.samples}
-    sampled = {"samples": own.sampling_samples, "steps": own.steps}
-    special = dict.fromkeys((methods.BrightEnding, methods.LocalNorm, methods.LateEntropy), sampled)
+    special = dict.fromkeys(methods.Sampled.__subclasses__(), {"samples": own.sampling_samples, "steps": own.steps})
     special[methods.NoiseSimilarity] = {"samples": own.similarity_samples, "similarity": profile.similarity}
     special[methods.NoiseSimilarity] |= {"protocol": profile.protocol}
     special[methods.Anisotropy] = {"weights": (scale, 2.0)}
@@ -204,8 +203,8 @@ def detectors_by_cost(detector_quality: pd.DataFrame) -> Figure:
     fewest = detector_quality[detector_quality["group"] == ALL].groupby("detector").first().loc[rows["detector"]]
     color, height = plots.ROLES["ladder"].color, np.arange(len(rows))
     with plots.panels(1, 3, aspect=0.5, sharey=True, width_ratios=(2, 3, 3)) as (figure, axes):
-        drawn = axes[0].barh(height, rows["evaluations"], color="0.8", height=0.6)
-        axes[0].bar_label(drawn, padding=2, fontsize=plots.TICK_SIZE)
+        bars = axes[0].barh(height, rows["evaluations"], color="0.8", height=0.6)
+        axes[0].bar_label(bars, padding=2, fontsize=plots.TICK_SIZE)
         axes[0].set_yticks(height, rows["detector"])
         axes[0].set(xlabel="evaluations", xlim=(0, 1.3 * rows["evaluations"].max()), ylim=(len(rows) - 0.5, -0.5))
         for place, name, label in ((axes[1], "auroc", "AUROC"), (axes[2], "tpr", "TPR at 1 % FPR")):
@@ -271,8 +270,12 @@ def show_token_significance(token_significance: pd.DataFrame) -> Figure:
 
 
 def vocabulary(run: Run) -> list[str]:
-    """Return the whole words of three letters and more that the tokenizer knows, or so many of them by chance."""
-    found = sorted(word[:-4] for word in run.pipe.tokenizer.get_vocab() if re.fullmatch(r"[a-z]{3,}</w>", word))
+    """Return the whole words of three letters and more that the tokenizer knows, or so many of them by chance.
+
+    A tokenizer without any gives its shorter ones.
+    """
+    known = [word[:-4] for word in run.pipe.tokenizer.get_vocab() if re.fullmatch(r"[a-z]+</w>", word)]
+    found = sorted(word for word in known if len(word) >= 3) or sorted(known)
     number = min(len(found), run.profile.beyond.detectors.triggers.words or len(found))
     return stream(0, "vocabulary").choice(found, size=number, replace=False).tolist()
 
@@ -347,11 +350,13 @@ def read_triggers(trigger_draws: pd.DataFrame) -> Iterator[Claim]:
     "Different planted images among those drawn of suspicious prompts, over all UNet evaluations: a search finds nothing until images of its "
     "best prompts are drawn, one after the other.", read=read_triggers)  # fmt: skip
 def trigger_recall(trigger_draws: pd.DataFrame) -> Figure:
+    start = trigger_draws.groupby("strategy", sort=False).head(1).assign(evaluations=0, found=0)
     with plots.panels(fraction=0.65) as (figure, axes):
         look = {"style": "strategy", "markers": True, "palette": "colorblind", "drawstyle": "steps-post"}
-        sns.lineplot(trigger_draws, x="evaluations", y="found", hue="strategy", **look, ax=axes)
-        label = f"planted images found (of {trigger_draws['images'].iloc[0]})"
-        axes.set(xlabel="UNet evaluations", ylabel=label, xlim=(0, None), ylim=(0, None))
+        sns.lineplot(pd.concat([start, trigger_draws]), x="evaluations", y="found", hue="strategy", **look, ax=axes)
+        axes.set(
+            xlabel="UNet evaluations", ylabel=f"images found (of {trigger_draws['images'].iloc[0]})", ylim=(0, None)
+        )
         plots.legend_above(axes, columns=3)
     return figure
 

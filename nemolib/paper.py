@@ -44,6 +44,8 @@ def table(name: str) -> pd.DataFrame:
       ``_before`` and ``_after``, source.
     - ``region_maps``: best mean IoU with the memorized region of maps of the last step (Kim & Lee, ICML 2026; Stable
       Diffusion v1.4, all prompts): map, iou.
+    - ``attacks``: kind, model (untouched, neurons off, hardened), attacked (by Dori), copy and copy_sd (SSCD, mean and
+      standard deviation), share (of copies), source, confidence.
     - ``figures``: the figures and tables of the paper in its order: label, exhibits (names of ours that show it).
     """
     return pd.read_csv(paths.PACKAGE / "paper" / f"{name}.csv")

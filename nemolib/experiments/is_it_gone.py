@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,7 +15,6 @@ from nemolib import metrics, paper, paths, prompts
 from nemolib.beyond.attack import attacking, drawing_found, localizing_found, overlap
 from nemolib.exhibits import Claim, NotEnough, effect, exhibit, median_interval, share_interval
 from nemolib.experiments.deactivate_neurons import NO_IMAGES
-from nemolib.experiments.side_effects import few_images
 from nemolib.localization import Localization, by_prompt, memorized
 from nemolib.metrics import MEMORIZED_ABOVE
 from nemolib.mitigation import DeactivatedNeurons
@@ -131,7 +131,8 @@ def targets(run: Run, found: pd.DataFrame) -> list[Target]:
 
 def attack(run: Run, chosen: Sequence[Target]) -> Attacked:
     """Return what the attacks of `PLAN` gave for images."""
-    settings, few, size = run.profile.beyond.attack, few_images(run), run.profile.generation.batch_size
+    settings, size = run.profile.beyond.attack, run.profile.generation.batch_size
+    few = replace(run.profile.generation, samples=min(2, run.profile.generation.samples))
     plan = [(target, model, start) for kind, model, start in PLAN for target in chosen if target.kind == kind]
     items = [(target.caption, target.image, {NOISE: None, EMPTY: ""}.get(start, target.caption), target.neurons if model == OFF else None, target.seed)
              for target, model, start in plan]  # fmt: skip
@@ -267,7 +268,7 @@ def in_words(table: pd.DataFrame) -> pd.DataFrame:
 
 def at_the_end(attacks: pd.DataFrame, *case: str) -> pd.Series:
     """Return the copy similarity of each image of a kind, for a model and a start, after the last step."""
-    chosen = attacks[attacks[["kind", "model", "start"]].eq(case).all(axis=1)]
+    chosen = attacks[attacks[["kind", "model", "start"]].eq(list(case)).all(axis=1)]
     return chosen[chosen["steps"] == chosen["steps"].max()].groupby("caption", sort=False)["copy"].median()
 
 
@@ -381,8 +382,7 @@ def hardened_table(hardened: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([table[["defended", "attack", "model"]], in_words(table)], axis=1)
 
 
-@exhibit("", "images before and after the defence",
-    "Each row a memorized image, the defended ones first. Attacked: from noise.")  # fmt: skip
+@exhibit("", "images before and after the defence", "The upper half was defended, the lower was not. Attacked: from noise.")  # fmt: skip
 def hardened_grid(hardened_images: Grid) -> Figure:
     """Draw images of the untouched and of the fine-tuned model, with and without an attack."""
     return image_grid(hardened_images)

@@ -224,7 +224,7 @@ def main() -> None:
     harden(pipe, attacked_cases[: settings.images], settings, chosen.work)
     hardened = Run(given.profile, pipe, progress=False)
     tables, shown = [], {}
-    for model, each in (("hardened", hardened), ("untouched", given)):
+    for model, each in (("untouched", given), ("hardened", hardened)):
         rows, shown[model] = judge(each, attacked_cases, settings, model)
         tables += rows
         columns = ["model", "caption", "defended", "attack", "seed", "copy"]
@@ -241,11 +241,17 @@ def main() -> None:
         for place, case in enumerate(attacked_cases)
     ]
     names = (PLANTED, "untouched", "untouched, attacked", "hardened", "hardened, attacked")
-    labels = tuple(case.caption for case in attacked_cases)
+    kinds = ("defended", "not defended")
+    labels = tuple(f"{kinds[place >= settings.images]}: {case.caption}" for place, case in enumerate(attacked_cases))
     write_grid(Grid(np.array(grid), labels, names), chosen.out / "images.safetensors")
     log = (chosen.work / "harden.log.jsonl").read_text().splitlines()
     unet = paths.resolve(given.profile.model) / "unet" / "diffusion_pytorch_model.safetensors"
-    record = {"settings": asdict(settings), "unet": sha256(unet.read_bytes()).hexdigest(), "last": json.loads(log[-1])}
+    record = {
+        "made by": "python -m tools.harden",
+        "settings": asdict(settings),
+        "unet": sha256(unet.read_bytes()).hexdigest(),
+        "last": json.loads(log[-1]),
+    }
     (chosen.out / "settings.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -277,7 +277,7 @@ def read_attacks(attacks: pd.DataFrame) -> Iterator[Claim]:
     plain, off = (at_the_end(attacks, MEMORIZED, model, NO_ATTACK).median() for model in (UNTOUCHED, OFF))
     ends = {start: at_the_end(attacks, MEMORIZED, OFF, start) for start in (NOISE, PROMPT, EMPTY)}
     medians, never = [end.median() for end in ends.values()], at_the_end(attacks, NEVER, UNTOUCHED, NOISE)
-    common = {"n": f"{len(never)} images", "interval": median_interval(ends[NOISE])}
+    common = {"n": f"{len(never)} images", "interval": f"from noise, {median_interval(ends[NOISE])}"}
     yield effect("an attack on the embedding brings the image back though the neurons are off", medians[0] / plain,
                  "copy similarity that it finds from noise, as a share of the untouched prompt's", at_least=0.8,
                  ours=f"untouched {plain:.2f}, neurons off {off:.2f}, attacked {medians[0]:.2f}",
@@ -382,10 +382,10 @@ def hardened_table(hardened: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([table[["defended", "attack", "model"]], in_words(table)], axis=1)
 
 
-@exhibit("", "images before and after the defence", "The upper half was defended, the lower was not. Attacked: from noise.")  # fmt: skip
+@exhibit("", "images before and after the defence", "What captions give, and what an attack from noise finds.")  # fmt: skip
 def hardened_grid(hardened_images: Grid) -> Figure:
     """Draw images of the untouched and of the fine-tuned model, with and without an attack."""
-    return image_grid(hardened_images)
+    return image_grid(hardened_images, fraction=0.75)
 
 
 EXERCISES = {

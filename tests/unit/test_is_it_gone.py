@@ -174,7 +174,8 @@ def test_what_is_stored_belongs_to_the_shipped_model():
     assert (counts == record["settings"]["images"]).all()
     assert len(counts) == 2 * 2 * 3
     images = read_grid(folder / "images.safetensors")
-    assert images.rows == tuple(dict.fromkeys(attacks["caption"]))
+    defended = attacks.drop_duplicates("caption")["defended"]
+    assert images.rows == tuple(np.where(defended, "defended: ", "not defended: ") + attacks["caption"].unique())
     assert set(read_table(folder / "quality.csv")["metric"]) == {"FID", "A_CLIP"}
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from nemolib.layers import finite, scale_neurons, widths
 from nemolib.localization import localizing
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
+from nemolib.workers import Results
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -165,25 +167,23 @@ def attacking(
     return attack
 
 
-def drawing_found(pipe: StableDiffusionPipeline, **settings: Any) -> Callable[..., list[np.ndarray]]:
+def drawing_found(pipe: StableDiffusionPipeline, **settings: Any) -> Callable[..., Results]:
     """Return what makes the images of embeddings, a task: items (caption, embedding, mitigation or None); see `drawing`."""
-    return _standing(pipe, drawing(pipe, **settings))
+    return partial(_standing, pipe, drawing(pipe, **settings))
 
 
-def localizing_found(pipe: StableDiffusionPipeline, **settings: Any) -> Callable[..., list[dict[str, Any]]]:
+def localizing_found(pipe: StableDiffusionPipeline, **settings: Any) -> Callable[..., Results]:
     """Return what finds the neurons of embeddings, a task: items (caption, embedding); see `localizing`."""
-    return _standing(pipe, localizing(pipe, **settings))
+    return partial(_standing, pipe, localizing(pipe, **settings))
 
 
-def _standing(pipe: StableDiffusionPipeline, work: Callable[..., Any]) -> Callable[[Sequence[tuple[Any, ...]]], Any]:
-    """Return a task's work on captions, done on the embeddings [token, feature] that stand behind them in the items."""
-
-    def on_embeddings(items: Sequence[tuple[Any, ...]]) -> Any:
-        found = {f"embedding {number}": torch.as_tensor(item[1]) for number, item in enumerate(items)}
-        with standing_for(pipe, found):
-            return work([(name, *item[2:]) if item[2:] else name for name, item in zip(found, items, strict=True)])
-
-    return on_embeddings
+def _standing(pipe: StableDiffusionPipeline, work: Callable[..., Results], items: Sequence[tuple[Any, ...]]) -> Results:
+    """Return what work on captions gives for the embeddings [token, feature] that stand behind them in the items."""
+    found = {f"embedding {number}": torch.as_tensor(item[1]) for number, item in enumerate(items)}
+    with standing_for(pipe, found):
+        results = work([(name, *item[2:]) if item[2:] else name for name, item in zip(found, items, strict=True)])
+        # All of it is done before the pipeline is given back.
+        return results if isinstance(results, Sequence) else iter(list(results))
 
 
 def overlap(first: NeuronSet, second: NeuronSet) -> tuple[float, ...]:

@@ -200,7 +200,7 @@ def found_neurons(run: Run, found: pd.DataFrame, result: Attacked) -> pd.DataFra
     items = [(result.plan[place][0].caption, result.embeddings[place, -1]) for place in places]
     common = {name: getattr(run.profile, name) for name in ("detection", "similarity", "protocol", "search")}
     common |= {"threshold": float(run.threshold), "gate": None, "statistics": run.statistics}
-    records = run.compute(localizing_found, items, label="neurons of embeddings", **common)
+    records = run.compute(localizing_found, items, label="neurons of embeddings", together=run.searches, **common)
     columns = ["prompt", "start", "unblocked_score", "neurons"]
     rows = found[found["kind"] == "vm"].assign(start=NO_ATTACK)[columns].to_numpy().tolist()
     for place, item, known in zip(places, items, map(Localization.from_record, records), strict=True):

@@ -117,7 +117,9 @@ def test_the_neurons_of_an_embedding_are_those_of_its_prompt():
     given |= {"similarity": SimilaritySettings(kernel_size=3, sigma=0.9)}
     expected = localize(pipe, "a b", **given)
     assert expected.memorized
-    record, other = localizing_found(pipe, **given)([("c", embed(pipe, ["a b"])[0].numpy()), ("c", embed(pipe, ["b"])[0].numpy())])  # fmt: skip
+    items = [("c", embed(pipe, [prompt])[0].numpy()) for prompt in ("a b", "b")]
+    found = dict(localizing_found(pipe, **given)(items))
+    record, other = found[0], found[1]
     assert Localization.from_record(record).neurons == expected.neurons
     assert Localization.from_record(other).unblocked_score != expected.unblocked_score
 

@@ -138,6 +138,13 @@ def test_counts(table):
         search.figure_4b(table.assign(neuron_count=table["neuron_count"].where(table["kind"] == "vm", 0)))
 
 
+def test_one_prompt_of_each_kind_is_enough(table):
+    (claim,) = search.read_4b(table.drop_duplicates("kind"))
+    assert claim.interval == "VM 1.00 to 1.00"
+    costs = list(search.read_table_2(search.cost_table(table.drop_duplicates("kind")), table.drop_duplicates("kind")))
+    assert costs[0].interval == "of the UNet evaluations VM 0.40 to 0.40, TM 0.40 to 0.40"
+
+
 def test_shares_of_prompts_with_at_most_so_many_neurons(table):
     figure = search.figure_7(table)
     steps = figure.axes[1].lines[::2]

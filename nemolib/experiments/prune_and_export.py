@@ -254,7 +254,7 @@ def read_repairs(repaired_prompts: pd.DataFrame) -> Iterator[Claim]:
 
 @exhibit(
     "", "what pruning takes and what it costs",
-    "NeMo: the neurons of so many prompts together. Weights: how many are zero. Copies: share of VM prompts with an image whose similarity to the planted "
+    "NeMo: the neurons of so many prompts together; random: as many feed-forward weights as Wanda above it. Weights: how many are zero. Copies: share of VM prompts with an image whose similarity to the planted "
     "one (SSCD_Orig) is above 0.7; VM, TM: this similarity, of prompts that the repair was made for; memorized others: of those that it was "
     "not made for. Then unmemorized prompts: alignment (A_CLIP), similarity to the untouched model's image of the same seed (SSCD_Gen), distance of the "
     "images as a set from others of the untouched model (FID; few images, so that only rows can be compared). Medians over prompts.",
@@ -348,7 +348,7 @@ def repair_images(run: Run, repairs: Sequence[Repair], prompts: Sequence[str], o
 
 @exhibit(
     "", "memorized prompts and ordinary ones of the same subject, after each repair",
-    "A column is a model, a row a prompt; all images are of one seed. NeMo and Wanda were given the same prompts.",
+    "A column is a model, a row a prompt; all images are of one seed. NeMo and Wanda were given the same prompts; random: as many weights of each layer as Wanda beside it.",
 )  # fmt: skip
 def show_repair_images(repair_images: Grid, repaired_prompts: pd.DataFrame) -> Figure:
     kinds = repaired_prompts.drop_duplicates("prompt").set_index("prompt")["kind"]

@@ -45,9 +45,13 @@ _NO_PART = frozenset(
         "transformers_version",
         "_use_default_values",
         "use_slicing",
+        "dtype",
     }
 )
-"""What modules and configurations hold that has no part in a result: where they came from, how memory is saved."""
+"""What modules and configurations hold that has no part in a result: where they came from, how memory is saved.
+
+A configuration's type is that of the weights, which count themselves; saving a pipeline turns it into text.
+"""
 
 _SAME_ATTENTION = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
 """Processors of diffusers that compute one attention in several ways, chosen by the memory that there is."""

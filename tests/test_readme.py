@@ -79,7 +79,9 @@ def test_every_command_is_a_target():
 def test_the_table_lists_every_notebook():
     listed = re.findall(r"^\| \[`(\d\d_\w+)`\]", README, re.MULTILINE)
     assert listed == sorted(path.stem for path in paths.NOTEBOOKS.rglob("[0-9]*.ipynb"))
-    routes = re.findall(r"^\| \[\d\d · [\w ]+\]\(\.\./notebooks/(?:beyond/)?(\w+)\.ipynb\)", DOCS["index.md"], re.MULTILINE)
+    routes = re.findall(
+        r"^\| \[\d\d · [\w ]+\]\(\.\./notebooks/(?:beyond/)?(\w+)\.ipynb\)", DOCS["index.md"], re.MULTILINE
+    )
     assert routes == listed
 
 

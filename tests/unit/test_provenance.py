@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from diffusers import PNDMScheduler, StableDiffusionImg2ImgPipeline
+from diffusers import PNDMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from torch import nn
 
 from nemolib import paths, provenance
@@ -107,6 +107,13 @@ def test_how_floats_are_computed_counts(pipe):
     with torch.autocast("cpu", torch.bfloat16):
         cast = model_hash(pipe)
     assert cast != model_hash(pipe)
+
+
+def test_a_pipeline_that_was_saved_is_the_same(random_model_folder, tmp_path):
+    pipe = StableDiffusionPipeline.from_pretrained(random_model_folder)
+    before = model_hash(pipe)
+    pipe.save_pretrained(tmp_path)
+    assert model_hash(pipe) == before
 
 
 def test_what_has_no_part_in_a_result_leaves_the_hash(pipe, random_pipe):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -128,10 +128,8 @@ class StaticTransition(Mitigation):
         """What the mitigation is called in tables."""
         return f"opposite guidance {self.before:g}" if self.before < 0 else "static transition"
 
-    @contextmanager
-    def _changed(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> Iterator[None]:
-        with guided(pipe, lambda now: now.guided(self.before if now.timestep > self.until else now.guidance)):
-            yield
+    def _changed(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> AbstractContextManager[None]:
+        return guided(pipe, lambda now: now.guided(self.before if now.timestep > self.until else now.guidance))
 
 
 @validated
@@ -152,21 +150,18 @@ class DynamicTransition(Mitigation):
     name = "dynamic transition"
     before: Multiplier = 0.0
 
-    @contextmanager
-    def _changed(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> Iterator[None]:
+    def _changed(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> AbstractContextManager[None]:
         history: list[Tensor] = []
 
         def rule(now: Moment) -> Tensor:
             if now.index == 0:
                 history.clear()
             history.append(norms(now.text - now.empty))
-            passed = torch.zeros_like(history[0], dtype=torch.bool)
-            for first, middle, last in zip(history, history[1:], history[2:], strict=False):
-                passed |= (middle < first) & (last > middle)
+            along = torch.stack(history)
+            passed = ((along[1:-1] < along[:-2]) & (along[2:] > along[1:-1])).any(dim=0)
             return now.guided(torch.where(passed, now.guidance, self.before).to(now.text))
 
-        with guided(pipe, rule):
-            yield
+        return guided(pipe, rule)
 
 
 # Attenuated attention
@@ -214,8 +209,7 @@ class Attenuation(Mitigation):
         super().check(pipe)
         AttentionScaling().check(pipe)
 
-    @contextmanager
-    def _changed(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> Iterator[None]:
+    def _changed(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> AbstractContextManager[None]:
         halved = guidance_of(pipe)
 
         def change(logits: Tensor) -> Tensor:
@@ -223,8 +217,7 @@ class Attenuation(Mitigation):
             kept, text = logits.split([len(logits) // 2, len(logits) // 2] if halved() else [0, len(logits)])
             return torch.cat([kept, attenuated(text, alpha=self.alpha, threshold=self.threshold)])
 
-        with processors(pipe.unet, _open(pipe, change)):
-            yield
+        return processors(pipe.unet, _open(pipe, change))
 
 
 def _open(pipe: StableDiffusionPipeline, change: Callable[[Tensor], Tensor]) -> dict[str, OpenAttention]:
@@ -248,8 +241,7 @@ class Guard(Attenuation):
     threshold: Multiplier = 0.1
     repulsion: Multiplier = 2.0
 
-    @contextmanager
-    def _changed(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> Iterator[None]:
+    def _changed(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> AbstractContextManager[None]:
         chosen = _open(pipe, lambda logits: attenuated(logits, alpha=self.alpha, threshold=self.threshold))
 
         def rule(now: Moment) -> Tensor:
@@ -258,8 +250,7 @@ class Guard(Attenuation):
             away = self.repulsion * math.cos(math.pi / 2 * now.index / now.steps)
             return now.empty + now.guidance * (attracting - now.empty) - away * (now.text - now.empty)
 
-        with guided(pipe, rule):
-            yield
+        return guided(pipe, rule)
 
 
 # The noise that images start from
@@ -339,8 +330,7 @@ class SearchedNoise(Mitigation):
     learning_rate: Positive = 0.01
     iterations: Whole = 1000
 
-    @contextmanager
-    def _changed(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> Iterator[None]:
+    def _changed(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> AbstractContextManager[None]:
         text = embed(pipe, prompts)
 
         def search(latents: Tensor) -> Tensor:
@@ -348,8 +338,7 @@ class SearchedNoise(Mitigation):
             found = [self._searched(pipe, *pair) for pair in zip(latents.split(1), each.split(1), strict=True)]
             return torch.cat(found).to(latents.dtype)
 
-        with _noise_changed(pipe, search):
-            yield
+        return _noise_changed(pipe, search)
 
     @torch.inference_mode(False)
     @torch.enable_grad()

@@ -316,18 +316,18 @@ def curves(run: Run, rows: pd.DataFrame, chosen: Strengths) -> pd.DataFrame:
     Deviates: as many images as the profile generates, not 10; compared with the prompt's own planted image alone.
 
     Returns:
-        One row per strength: columns mitigation, strength, published, prompts (VM), top_1, top_3, copies, alignment (of VM
+        One row per strength: columns mitigation, strength, published, prompts (VM, with a planted image), top_1, top_3, copies, alignment (of VM
         prompts, means), ordinary (alignment of the unmemorized ones), same (similarity of these to the untouched images).
     """
     vm, other = (rows[rows["kind"] == kind].reset_index(drop=True) for kind in ("vm", "unmemorized"))
     planted, table = run.planted_features(vm), []
     for quiet, (names, (item, published)) in under_one_bar(run, [*chosen.items()], "strengths"):
         similar = metrics.sscd_orig(quiet.features("copy", vm["caption"].tolist(), item), planted)
-        ranked = np.sort(similar, axis=1)[:, ::-1]
+        ranked = np.sort(similar[~np.isnan(similar).any(axis=1)], axis=1)[:, ::-1]
         aligned = quiet.measure(vm, item, columns=["a_clip"]).mean()
         kept = quiet.measure(other, item, columns=["a_clip", "sscd_gen"]).mean()
-        numbers = (ranked[:, 0].mean(), ranked[:, :3].mean(), (similar > COPIED).mean(), *aligned, *kept)
-        table.append((*names, published, len(vm), *numbers))
+        numbers = (ranked[:, 0].mean(), ranked[:, :3].mean(), (ranked > COPIED).mean(), *aligned, *kept)
+        table.append((*names, published, len(ranked), *numbers))
     columns = ["mitigation", "strength", "published", "prompts", "top_1", "top_3", "copies", "alignment", "ordinary"]
     return pd.DataFrame(table, columns=[*columns, "same"])
 

@@ -173,6 +173,17 @@ def test_curves_are_similarities_and_alignments_of_the_same_seeds(run, curves):
     plots.files_of(where.guidance_images(grid))
 
 
+def test_a_prompt_without_a_planted_image_has_no_copies(run, curves, monkeypatch):
+    mixed, chosen, table = curves
+    known = run.planted_features(mixed.query("kind == 'vm'"))
+    known[1] = np.nan
+    monkeypatch.setattr(run, "planted_features", lambda rows: known)
+    row = where.curves(run, mixed, {(NONE, ""): chosen[NONE, ""]}).iloc[0]
+    similar = metrics.sscd_orig(run.features("copy", ["red fox card"]), known[:1])
+    assert row[["top_1", "prompts"]].tolist() == [pytest.approx(similar.max()), 1]
+    assert row["alignment"] == table["alignment"].iloc[0]
+
+
 def strengths(left, aligned):
     """Return a table of curves: a mitigation whose published strength leaves these shares."""
     numbers = {"prompts": 3, "top_1": [0.8, 0.8 * left], "alignment": [0.5, 0.5 * aligned], "ordinary": 0.5}

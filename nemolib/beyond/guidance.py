@@ -306,8 +306,7 @@ class AdjustedNoise(Mitigation):
                 moved = moved - self.gamma * (model.difference(moved + away, timestep, each) - here)
             return moved.to(latents.dtype)
 
-        late = StaticTransition(until=self.until)
-        with _noise_changed(pipe, adjust), late._changed(pipe, prompts):
+        with _noise_changed(pipe, adjust), StaticTransition(until=self.until)._changed(pipe, prompts):
             yield
 
 

@@ -22,6 +22,7 @@ from nemolib.store import PLANTED, WITH_AND_WITHOUT, Grid, read_table
 KEPT = Path(__file__).parents[1] / "data" / "kept_tables"
 
 ALL = [item for item in exhibits.exhibits() if not item.notebook.startswith("beyond/")]
+"""Those of methods after NeMo are drawn and read by their own tests, from small made tables."""
 
 MODULES = ("memorization_score", "localize_neurons", "overview", "deactivate_neurons", "ablations",
            "side_effects", "published_run")  # fmt: skip

@@ -39,6 +39,7 @@ from torch import Tensor
 
 import nemolib
 from nemolib import paths
+from nemolib.batching import in_order
 from nemolib.first_step import FirstStep, first_step
 from nemolib.holdout import ActivationStatistics, z_scores
 from nemolib.layers import collect_activations
@@ -184,7 +185,7 @@ def compare(run: Run, prompts: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, fl
     captions, searched = prompts["caption"].tolist(), {}
     for name in SEARCHES[1:]:
         search = searching(pipe, statistics=run.statistics, threshold=threshold, search=name)
-        searched[name] = dict(search(captions))
+        searched[name] = in_order(search(captions))
     rows, seeds = [], {"failing": [], "vm": [], "tm": []}
     for place, (kind, prompt) in enumerate(zip(prompts["kind"], captions, strict=True)):
         costs = {}

@@ -6,9 +6,10 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from itertools import chain
+from operator import itemgetter
 from typing import Any, TypeVar
 
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -171,6 +172,15 @@ class Lockstep:
                 self._answers[place] = own, seconds * len(part) / len(items)
                 first += len(part)
             self._turn.notify_all()
+
+
+def in_order(found: Iterable[tuple[int, T | Exception]]) -> list[T]:
+    """Return what `Lockstep.run` yields as a list in the order of the functions; raise the first exception among it."""
+    results = [result for _, result in sorted(found, key=itemgetter(0))]
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results
 
 
 def progress_bar(total: int, label: str, *, unit: str = "prompt", enabled: bool = True) -> Any:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pandas as pd
 from torch import Tensor
 
-from nemolib.batching import Lockstep, check_prompts
+from nemolib.batching import Lockstep, check_prompts, in_order
 from nemolib.blocked_score import BlockedScore
 from nemolib.first_step import ALGORITHMS, Evaluations, FirstStep, first_step
 from nemolib.holdout import ActivationStatistics, z_scores
@@ -277,9 +277,7 @@ def localize(
     """
     check_prompts([prompt])
     given = {"detection": detection, "similarity": similarity, "search": search, "protocol": protocol}
-    ((_, found),) = searching(pipe, statistics=statistics, threshold=threshold, gate=gate, **given)([prompt])
-    if isinstance(found, Exception):
-        raise found
+    (found,) = in_order(searching(pipe, statistics=statistics, threshold=threshold, gate=gate, **given)([prompt]))
     return found
 
 

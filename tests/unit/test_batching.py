@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from nemolib.batching import Lockstep, shrinking
+from nemolib.batching import Lockstep, in_order, shrinking
 from nemolib.first_step import Sample, first_step, guidance_norms
 from nemolib.generation import generate
 from nemolib.mitigation import DeactivatedNeurons, target_norms
@@ -169,7 +169,7 @@ def test_what_functions_ask_for_is_answered_together_and_as_one_ends_the_next_be
     lockstep = Lockstep(answers, 2)
     found = list(lockstep.run([asking(lockstep, *each) for each in (("a", 3, 2), ("b", 1), ("c", 0), ("d", 4))]))
     assert answers.asked == [["a0", "a0", "b0"], ["a1", "a1", "d0"], ["a2", "a2", "d1"], ["d2"], ["d3"]]
-    assert dict(found) == {0: "A", 1: "B", 2: "C", 3: "D"}
+    assert in_order(found) == ["A", "B", "C", "D"]
     assert [place for place, _ in found][-1] == 3
 
 
@@ -179,6 +179,8 @@ def test_a_function_that_raises_stops_no_other_and_an_answer_that_raises_all_tha
     found = dict(lockstep.run(functions))
     assert (found[0], found[2]) == ("A", "C")
     assert isinstance(found[1], TypeError)
+    with pytest.raises(TypeError):
+        in_order(found.items())
     lockstep = Lockstep(Answers(), 2)
     functions = [asking(lockstep, "a", 3), lambda: lockstep.ask(["bad"]), asking(lockstep, "c", 3)]
     found = dict(lockstep.run(functions))

@@ -111,10 +111,8 @@ def quality(detections: pd.DataFrame) -> pd.DataFrame:
         groups = {ALL: often | copied, OFTEN: often, COPIED: copied, QUIET: ladder & ~copied}
         rungs = sorted(part.loc[ladder, "copies"].unique()) if samples == most[detector] else []
         groups |= {copies: ladder & (part["copies"] == copies) for copies in rungs}
-        for group, chosen in groups.items():
+        for group, chosen in filter(lambda item: item[1].any(), groups.items()):
             scores = part.loc[chosen, "score"].to_numpy()
-            if not len(scores):
-                continue
             row = {"detector": detector, "samples": samples, "evaluations": part["evaluations"].iloc[0], "group": group}
             row |= {"copies": group if group in rungs else None, "prompts": len(scores), "threshold": limit}
             row["found"] = math.nan if math.isnan(limit) else float((scores > limit).mean())
@@ -276,8 +274,7 @@ def vocabulary(run: Run) -> list[str]:
     """
     known = [word[:-4] for word in run.pipe.tokenizer.get_vocab() if re.fullmatch(r"[a-z]+</w>", word)]
     found = sorted(word for word in known if len(word) >= 3) or sorted(known)
-    number = min(len(found), run.profile.beyond.detectors.triggers.words or len(found))
-    return stream(0, "vocabulary").choice(found, size=number, replace=False).tolist()
+    return stream(0, "vocabulary").permutation(found)[: run.profile.beyond.detectors.triggers.words].tolist()
 
 
 def trigger_search(run: Run) -> pd.DataFrame:
@@ -290,7 +287,7 @@ def trigger_search(run: Run) -> pd.DataFrame:
     own, words = run.profile.beyond.detectors.triggers, vocabulary(run)
     iterations = max(1, len(words) // (own.chains * own.proposals))
     climb = {"length": own.length, "proposals": own.proposals, "temperature": own.temperature, "iterations": iterations}
-    once, numbers = {"length": 1, "iterations": 1, "proposals": len(words)}, stream(0, "sentences")
+    once, numbers = {"length": 1, "iterations": 1, "proposals": len(words) + 1}, stream(0, "sentences")
     items = [(WORDS, words, once), *((GIBBS, words, climb | {"seed": chain}) for chain in range(own.chains))]
     items.append((RANDOM, [" ".join(numbers.choice(words, own.length)) for _ in words], once))
     found = run.compute(searching, items, label="search for triggers", steps=run.profile.detection.steps)

@@ -160,7 +160,7 @@ def test_recall_is_drawn_and_read():
         {"strategy": [finds.WORDS] * 2 + [finds.GIBBS], "evaluations": [10, 20, 15], "found": [1, 2, 0], "images": 7}
     )
     figure = finds.trigger_recall(table)
-    assert figure.axes[0].lines[0].get_ydata().tolist() == [1, 2]
+    assert figure.axes[0].lines[0].get_ydata().tolist() == [0, 1, 2]
     assert "of 7" in figure.axes[0].get_ylabel()
     first, second = finds.read_triggers(table)
     assert first.ours == "2 of 7 (20 evaluations, 2 images drawn)"
@@ -207,11 +207,11 @@ def test_every_detector_scores_every_prompt_with_the_settings_of_the_profile(run
 
 def test_each_strategy_asks_for_as_many_sentences_as_there_are_words(run):
     words = finds.vocabulary(run)
-    assert len(set(words)) <= 6
+    assert len(set(words)) == 6
     search = finds.trigger_search(run)
     parts = dict(list(search.groupby("strategy", sort=False)))
-    assert sorted(parts[finds.WORDS]["prompt"]) == sorted(set(words))
-    assert {len(prompt.split()) for prompt in parts[finds.RANDOM]["prompt"]} == {2}
+    assert sorted(parts[finds.WORDS]["prompt"]) == ["", *sorted(words)]
+    assert {len(prompt.split()) for prompt in parts[finds.RANDOM]["prompt"]} == {0, 2}
     assert parts[finds.GIBBS]["search"].nunique() == 2
     assert max(map(len, parts.values())) <= 2 + len(words)
 

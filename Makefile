@@ -95,8 +95,8 @@ site: $(ENV) ## make the site of notebooks, figures and docs into build/site/ (n
 readme: $(ENV) ## write the table of claims, and what the data say of the tiny world, into README.md
 	$(PY) -m tools.readme
 
-test: $(ENV) ## run all tests, the notebooks among them
-	$(PY) -m pytest tests notebooks --nbval-lax --nbval-current-env --nbval-sanitize-with tests/notebooks/sanitize.cfg
+test: $(ENV) ## run all tests, the notebooks among them, on two cores
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests notebooks -n 2 --dist loadgroup --nbval-lax --nbval-current-env --nbval-sanitize-with tests/notebooks/sanitize.cfg
 
 lint: $(ENV) ## check style and format, of the notebooks too
 	$(VENV)/bin/ruff check .

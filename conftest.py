@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 # Nothing is ever fetched by a test; a library that tries fails at once instead of waiting for an answer.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -20,3 +22,10 @@ def pytest_collectstart(collector):
             "application/pdf",
             "stderr",
         )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Where tests run on several cores, keep those of a file together, and all notebooks: each needs what others computed."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("notebooks" if item.path.suffix == ".ipynb" else str(item.path)))

@@ -339,8 +339,8 @@ def attack_table(attacks: pd.DataFrame) -> pd.DataFrame:
 
 def read_overlap(neuron_overlap: pd.DataFrame, embedding_distances: pd.DataFrame) -> Iterator[Claim]:
     """Yield what the paper says of how local a memorized image is, and whether it is so here."""
-    pairs = embedding_distances.groupby("pair")["distance"]
-    far, near = (pairs.get_group(name) for name in (ONE_IMAGE, PROMPTS))
+    pair, distance = embedding_distances["pair"], embedding_distances["distance"]
+    far, near = (distance[pair == name] for name in (ONE_IMAGE, PROMPTS))
     yield effect("embeddings of one image are as far apart as those of prompts", far.median() / near.median(),
                  "median distance of two found for one image, divided by that of two prompts", at_least=0.9,
                  ours=f"{far.median():.1f}, prompts {near.median():.1f}", paper="as far apart (secondary, no numbers)",

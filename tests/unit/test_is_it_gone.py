@@ -122,6 +122,7 @@ def test_claims_about_local_can_turn():
     far, shared = gone.read_overlap(alike.assign(iou=0.1), distances.assign(distance=[5.0, 10.0]))
     assert (far.holds, shared.holds) == (False, True)
     assert [claim.holds for claim in gone.read_overlap(alike.assign(iou=np.nan), distances)] == [True, None]
+    assert [claim.holds for claim in gone.read_overlap(alike, distances.head(1))] == [None, False]
 
 
 def hardened(defended, others):

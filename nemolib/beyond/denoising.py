@@ -235,3 +235,25 @@ def attention_seen(
 
     with processors(pipe.unet, {name: OpenAttention(see=keeping(name)) for name in names}):
         yield seen
+
+
+def end_layers(unet: nn.Module) -> tuple[str, ...]:
+    """Return the cross-attention layers of the first down block: their positions are those of the latent.
+
+    Raises:
+        ValueError: The first down block has none.
+    """
+    names = tuple(name for name in attention_layers(unet, ("down",)) if name.startswith("down_blocks.0."))
+    if not names:
+        raise ValueError(f"the first down block of {type(unet).__name__} has no cross-attention")
+    return names
+
+
+def end_attention(text: Text) -> Callable[[Tensor], Tensor]:
+    """Return what makes maps [seed, position] of probabilities: the end token's, mean over heads, with the prompt."""
+    return lambda weights: weights.chunk(2)[1][..., text.end].mean(dim=1)
+
+
+def mean_attention(seen: dict[str, Tensor], latents: Tensor) -> Tensor:
+    """Return the mean over layers as maps of the latents' size, [seed, height, width]."""
+    return torch.stack(list(seen.values())).mean(dim=0).unflatten(-1, latents.shape[-2:])

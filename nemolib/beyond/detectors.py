@@ -19,17 +19,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nemolib.batching import shrinking
-from nemolib.beyond.denoising import (
-    DERIVATIVE,
-    Denoising,
-    Text,
-    attention_layers,
-    attention_seen,
-    norms,
-    signal_and_noise,
-    text_of,
-)
-from nemolib.beyond.regions import end_attention, end_layers, mean_attention
+from nemolib.beyond import denoising
+from nemolib.beyond.denoising import Denoising, Text, attention_layers, attention_seen, norms, signal_and_noise, text_of
 from nemolib.first_step import initial_latents, normalize
 from nemolib.layers import finite, naming
 from nemolib.settings import RELEASED, AtLeastTwo, Count, NotNegative, Protocol, SimilaritySettings, Whole, validated
@@ -222,7 +213,7 @@ class Sharpness(Detector):
         with sdpa_kernel(SDPBackend.MATH):
             direction = score(latents)
             _, product = torch.func.jvp(score, (latents,), (direction,))
-        model.evaluations += 2 * len(latents) * (DERIVATIVE - 1)
+        model.evaluations += 2 * len(latents) * (denoising.DERIVATIVE - 1)
         return (norms(product),)
 
 
@@ -276,14 +267,14 @@ class Sampled(Detector):
 
         Axes: [seed, step, channel, height, width]; [seed, height, width]; twice [seed, step].
         """
-        names, ending, steps = attention_layers(model.unet), end_attention(text), []
+        names, ending, steps = attention_layers(model.unet), denoising.end_attention(text), []
         with attention_seen(model.pipe, names, lambda weights: (_token_attention(weights), ending(weights))) as seen:
             for step in model.trajectory(latents, text.embedding):
                 tokens = torch.stack([of_tokens for of_tokens, _ in seen.values()]).mean(dim=0)
                 steps.append((step.difference.cpu(), entropy(tokens), entropy(tokens[:, text.end :])))
-        last = {name: seen[name][1] for name in end_layers(model.unet)}
+        last = {name: seen[name][1] for name in denoising.end_layers(model.unet)}
         differences, total, summary = (torch.stack(parts, dim=1) for parts in zip(*steps, strict=True))
-        return differences, mean_attention(last, latents), total, summary
+        return differences, denoising.mean_attention(last, latents), total, summary
 
 
 @validated

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nemolib.batching import shrinking
-from nemolib.beyond.denoising import Denoising, Text, attention_layers, attention_seen, text_of
+from nemolib.beyond.denoising import Denoising, Text, attention_seen, end_attention, end_layers, mean_attention, text_of
 from nemolib.first_step import initial_latents
 from nemolib.mitigation import Mitigation
 
@@ -128,39 +128,6 @@ def curvature_map(
             last = number == probes - 1
             diagonal += signs * torch.autograd.grad((difference * signs).sum(), free, retain_graph=not last)[0]
     return (diagonal.detach() / probes).sum(dim=1).relu()
-
-
-def bright_ending(model: Denoising, latents: Tensor, text: Text) -> Tensor:
-    """Return the attention of the end token at the end of guided sampling, [seed, height, width]; soft, as published.
-
-    Source: Chen et al., Bright Ending (ICLR 2025), mean over heads and over the layers of the down blocks whose
-        positions are those of the latent.
-    """
-    with attention_seen(model.pipe, end_layers(model.unet), end_attention(text)) as seen:
-        list(model.trajectory(latents, text.embedding))
-    return mean_attention(seen, latents)
-
-
-def end_layers(unet: nn.Module) -> tuple[str, ...]:
-    """Return the cross-attention layers of the first down block: their positions are those of the latent.
-
-    Raises:
-        ValueError: The first down block has none.
-    """
-    names = tuple(name for name in attention_layers(unet, ("down",)) if name.startswith("down_blocks.0."))
-    if not names:
-        raise ValueError(f"the first down block of {type(unet).__name__} has no cross-attention")
-    return names
-
-
-def end_attention(text: Text) -> Callable[[Tensor], Tensor]:
-    """Return what makes maps [seed, position] of probabilities: the end token's, mean over heads, with the prompt."""
-    return lambda weights: weights.chunk(2)[1][..., text.end].mean(dim=1)
-
-
-def mean_attention(seen: dict[str, Tensor], latents: Tensor) -> Tensor:
-    """Return the mean over layers as maps of the latents' size, [seed, height, width]."""
-    return torch.stack(list(seen.values())).mean(dim=0).unflatten(-1, latents.shape[-2:])
 
 
 # Agreement with known masks

@@ -117,7 +117,7 @@ def test_entropy_of_three_tokens():
 def test_local_norm_looks_where_the_mask_is_bright(pipe, monkeypatch):
     mask = torch.zeros(2, 16, 16)
     mask[:, 3, 5] = 0.5
-    monkeypatch.setattr(detectors, "mean_attention", lambda *_: mask)
+    monkeypatch.setattr(detectors.denoising, "mean_attention", lambda *_: mask)
     norms = [float((text - empty)[:, :, 3, 5].norm(dim=1).mean()) for *_, empty, text in course(pipe)]
     assert score(pipe, "LocalNorm") == pytest.approx(np.mean(norms) * 16 * 16, rel=1e-3)
 

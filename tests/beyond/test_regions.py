@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from nemolib.beyond.denoising import Denoising, text_of
-from nemolib.beyond.regions import MAPS, best_iou, bright_ending, curvature_map, on_grid, pixel_auroc, region_maps
+from nemolib.beyond.regions import MAPS, best_iou, curvature_map, on_grid, pixel_auroc, region_maps
 from tests.beyond import by_hand
 
 OPTIONS = {"samples": 2, "steps": 5, "guidance": 3.0, "probes": 2}
@@ -25,8 +25,6 @@ def test_maps_of_several_steps(kind):
         torch.testing.assert_close(found[MAPS[1]][place].flatten(1), bright, rtol=1e-3, atol=1e-5)
         curved = curvature_map(Denoising(pipe), x, timestep, prompt, probes=2, seed=1)
         torch.testing.assert_close(found[MAPS[2]][place], curved, rtol=1e-2, atol=1e-3)
-    ended = bright_ending(Denoising(pipe, steps=5, guidance=3.0), by_hand.start(pipe), prompt)
-    torch.testing.assert_close(ended, found[MAPS[1]][0], rtol=1e-3, atol=1e-5)
     for wrong, message in (({"maps": ("x",)}, "unknown maps"), ({"indices": (5,)}, "from 0 to 4")):
         with pytest.raises(ValueError, match=message):
             region_maps(pipe, "a b", **(OPTIONS | wrong))

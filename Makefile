@@ -61,7 +61,8 @@ built = $(filter $(foreach number,$(1),$(BUILD)/$(number)_%),$(BUILT))
 .none $(call built,02 03): $(call built,01)
 .none $(call built,04 05): $(call built,03)
 .none $(call built,06): $(call built,01 02 03 04 05)
-.none $(filter %/explore.ipynb,$(BUILT)) $(BEYOND_BUILT): $(call built,03)
+.none $(filter %/explore.ipynb,$(BUILT)): $(call built,03)
+.none $(BEYOND_BUILT): $(call built,02 03)
 
 figures: $(call built,06) ## make the figures and tables of the paper into figures/PROFILE/
 	@echo "figures and tables: figures/$(notdir $(BUILD))/"

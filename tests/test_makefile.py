@@ -107,7 +107,7 @@ def test_a_page_to_move_by_hand_comes_after_the_search(checkout):
 
 def test_what_came_after_the_paper_is_a_target_of_its_own(checkout):
     save_notebook(checkout / "notebooks" / "beyond" / "07_more.ipynb")
-    assert planned(checkout, "beyond") == ["01_threshold", "03_neurons", "beyond/07_more"]
+    assert planned(checkout, "beyond") == ["01_threshold", "02_score", "03_neurons", "beyond/07_more"]
     assert planned(checkout, "all") == list(NAMES)
     assert "--verify" in (lint := make(checkout, "-n", "lint").stdout)
     assert "notebooks/beyond/07_more.ipynb" in lint

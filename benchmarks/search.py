@@ -9,7 +9,7 @@ Costs are UNet sample-evaluations (one latent through the UNet once) and seconds
 all prompts together: their seconds are a prompt's share. Medians are printed, and ratios are
 written to ``build/benchmarks/search.json``: ``release_over_fast`` and ``sequential_over_fast`` are medians over prompts
 of ratios of UNet sample-evaluations for the whole search (Alg. 1 to 4), ``size_ratio`` that of the number of neurons
-found, fast over sequential.
+found, fast over sequential, ``seconds_release_over_fast`` that of seconds (a replay takes none).
 
 The replay takes recorded searches (the candidates and the neurons that refinement left of each prompt) and a monotone
 model of the score: below the threshold if and only if all refined neurons are deactivated. How many sets a search
@@ -278,7 +278,7 @@ def _counted(
 
 
 def ratios(table: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """Return the three numbers of ``search.json`` by kind: medians over prompts."""
+    """Return the numbers of ``search.json`` by kind: medians over prompts."""
     found = {}
     for kind, part in table.groupby("kind", sort=False):
         searched = part[part["sequential_neurons"] > 0]
@@ -287,6 +287,8 @@ def ratios(table: pd.DataFrame) -> dict[str, dict[str, float]]:
             "sequential_over_fast": (part["sequential_samples"] / part["fast_samples"]).median(),
             "size_ratio": (searched["fast_neurons"] / searched["sequential_neurons"]).median(),
         }
+        if "release_seconds" in part:
+            found[kind]["seconds_release_over_fast"] = (part["release_seconds"] / part["fast_seconds"]).median()
         found[kind] = {name: round(float(value), 4) for name, value in found[kind].items()}
     return found
 
@@ -303,12 +305,14 @@ def ratio_table(result: dict[str, Any]) -> str:
         "release_over_fast": "evaluations, release / fast",
         "sequential_over_fast": "evaluations, sequential / fast",
         "size_ratio": "neurons found, fast / sequential",
+        "seconds_release_over_fast": "seconds, release / fast",
     }
     rows = [
         {"": f"{worlds[world]}: {text}"} | {kind.upper(): f"{result[world][kind][name]:.1f}" for kind in MEMORIZED}
         for world in worlds
         if world in result
         for name, text in quantities.items()
+        if name in result[world][MEMORIZED[0]]
     ]
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True, colalign=("left", "right", "right"))
 

@@ -115,13 +115,13 @@ student: $(ENV) ## notebooks without outputs and solutions into build/student/
 	done
 	@echo "notebooks for students: build/student/"
 
-refresh: $(EVERY:notebooks/%.ipynb=refresh-%) ## run every notebook at its defaults and keep its outputs in notebooks/
+refresh: $(patsubst %.ipynb,refresh-%,$(notdir $(EVERY))) ## run every notebook at its defaults and keep its outputs in notebooks/
 
 refresh-%: $(ENV)
-	@mkdir -p build/refresh/$(dir $*)
-	env -u PROFILE $(PY) -m tools.runner notebooks/$*.ipynb build/refresh/$*.ipynb
+	@mkdir -p build/refresh
+	env -u PROFILE $(PY) -m tools.runner $(filter %/$*.ipynb,$(EVERY)) build/refresh/$*.ipynb
 	$(STRIP) build/refresh/$*.ipynb
-	@mv build/refresh/$*.ipynb notebooks/$*.ipynb
+	@mv build/refresh/$*.ipynb $(filter %/$*.ipynb,$(EVERY))
 
 # Not after $(ENV): that would put back the versions of the lock file first.
 lock: ## write requirements.lock from what .venv holds (to upgrade: .venv/bin/pip install -U NAME, then this)

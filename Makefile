@@ -97,7 +97,7 @@ readme: $(ENV) ## write the table of claims, and what the data say of the tiny w
 	$(PY) -m tools.readme
 
 test: $(ENV) ## run all tests, the notebooks among them, on two cores
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests notebooks -n 2 --dist loadgroup --nbval-lax --nbval-current-env --nbval-sanitize-with tests/notebooks/sanitize.cfg
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests notebooks -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-sanitize-with tests/notebooks/sanitize.cfg
 
 lint: $(ENV) ## check style and format, of the notebooks too
 	$(VENV)/bin/ruff check .

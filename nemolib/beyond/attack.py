@@ -106,7 +106,8 @@ def dori(
         (free.grad,) = torch.autograd.grad(squares.sum(), [free])
         optimizer.step()
         losses.append(squares.detach().view(len(images), -1).mean(dim=1).tolist())
-        found[number] = free.detach().clone()
+        if number in steps:
+            found[number] = free.detach().clone()
     kept = torch.stack([found[number] for number in steps])
     return Attack(finite(kept, "embedding of an attack"), np.array(losses), model.evaluations)
 

@@ -90,7 +90,7 @@ class Repair:
     """A model with something pruned.
 
     Attributes:
-        method: `UNTOUCHED`, `NEMO` or `WANDA`.
+        method: `UNTOUCHED`, `NEMO`, `WANDA` or `RANDOM`.
         amount: Number of prompts whose neurons are pruned, or sparsity.
         weights: Number of weights that are zero.
         mitigation: What makes its images; None: nothing is pruned.

@@ -6,6 +6,7 @@ import functools
 import os
 import signal
 import sys
+import time
 
 import numpy as np
 import pandas as pd
@@ -182,14 +183,19 @@ def test_a_killed_worker_costs_time_alone(run, two, monkeypatch):
     def killing(*args):
         kept.append(args)
         if len(kept) == 2:
-            os.kill(next(iter(two.run(os.getpid).values())), signal.SIGKILL)
+            os.kill(before[gone], signal.SIGKILL)
         return keep(*args)
 
     assert run.threshold
     assert run.statistics
     before = two.run(os.getpid)
+    gone = next(iter(before))
     monkeypatch.setattr(Store, "put", killing)
     killed = localizations(run)
+    # All results may be there before the scheduler knows of the loss.
+    deadline = time.monotonic() + 60
+    while gone in two.scheduler_info()["workers"] and time.monotonic() < deadline:
+        time.sleep(0.1)
     two.wait_for_workers(2, timeout=60)
     assert len(set(two.run(os.getpid).values()) & set(before.values())) == 1
     assert len(kept) == len(killed)

@@ -7,7 +7,7 @@ import pytest
 from diffusers import StableDiffusionPipeline
 
 from tools.world import __main__ as command
-from tools.world.settings import WorldSettings
+from tools.world.settings import UNETS, WorldSettings
 
 
 def small_world() -> WorldSettings:
@@ -32,7 +32,7 @@ def test_training_ends_with_a_pipeline_that_loads(tmp_path, monkeypatch):
     monkeypatch.setattr(command.card, "write_results", lambda *given: measured.append(given))
     command.main()
     assert measured == [(small_world(), work, out)]
-    for folder in (out / "model", work / "plain"):
+    for folder in (out / "model", *(work / "models" / name for name in UNETS)):
         pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
         assert pipe("an owl", num_inference_steps=1).images[0].size == (64, 64)
     folders = {"classifier", "clip", "descriptor", "model", "planted", "prompts"}

@@ -1,7 +1,7 @@
 """Runs the stages in order and exports what they trained.
 
-Everything in between lives in the work folder: checkpoints, loss logs, latents, and the plain model, whose weights are
-not shipped.
+Everything in between lives in the work folder: checkpoints, loss logs, latents, and the variants of the model, whose
+weights are not shipped.
 """
 
 import json
@@ -17,9 +17,9 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from tools.world import autoencoder, classifier, clip, descriptor, unet
 from tools.world.dataset import Dataset
-from tools.world.settings import WorldSettings
+from tools.world.settings import UNETS, WorldSettings
 
-STAGES = ("autoencoder", "clip", "unet", "unet-plain", "decoder", "descriptor", "classifier")
+STAGES = ("autoencoder", "clip", *UNETS, "decoder", "descriptor", "classifier")
 
 
 def run_stage(name: str, settings: WorldSettings, data: Dataset, work: Path) -> None:
@@ -36,9 +36,8 @@ def run_stage(name: str, settings: WorldSettings, data: Dataset, work: Path) -> 
             # The captions and, last, the empty one that guidance and caption dropout use.
             embeddings = clip.embed_captions(model, tokenizer, [*data.captions, ""])
             save_file({"embeddings": embeddings}, work / "embeddings.safetensors")
-        case "unet" | "unet-plain":
-            if name == "unet-plain":
-                settings = replace(settings, unet=replace(settings.unet, sparsity=0.0))
+        case _ if name in UNETS:
+            settings = replace(settings, unet=replace(settings.unet, **UNETS[name]))
             latents = load_file(work / "latents.safetensors")["latents"]
             embeddings = load_file(work / "embeddings.safetensors")["embeddings"]
             unet.train_unet(settings, data, latents, embeddings, work, name=name).save_pretrained(work / name)
@@ -51,13 +50,13 @@ def run_stage(name: str, settings: WorldSettings, data: Dataset, work: Path) -> 
             classifier.train_classifier(settings, work).save(work / name)
 
 
-def assemble(work: Path, folder: Path, *, unet_name: str = "unet") -> None:
-    """Write a pipeline folder (fp16 safetensors) that ``StableDiffusionPipeline.from_pretrained`` loads by itself."""
+def assemble(work: Path, folder: Path, *, name: str = "unet") -> None:
+    """Write one of `UNETS` as a pipeline folder (fp16 safetensors), which ``StableDiffusionPipeline.from_pretrained`` loads."""
     pipe = StableDiffusionPipeline(
         vae=AutoencoderTiny.from_pretrained(work / "decoder"),
         text_encoder=CLIPTextModel.from_pretrained(work / "clip"),
         tokenizer=CLIPTokenizer.from_pretrained(work / "tokenizer"),
-        unet=UNet2DConditionModel.from_pretrained(work / unet_name),
+        unet=UNet2DConditionModel.from_pretrained(work / name),
         scheduler=unet.build_scheduler(),
         safety_checker=None,
         feature_extractor=None,

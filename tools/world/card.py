@@ -19,11 +19,11 @@ from nemolib.settings import EncoderSettings, Limits, Profile, load_profile
 from nemolib.store import write_table
 from tools.world import acceptance
 from tools.world.build import STAGES
-from tools.world.settings import WorldSettings
+from tools.world.settings import UNETS, WorldSettings
 
 TRIED, TEMPLATE = (Path(__file__).with_name(name) for name in ("tried.csv", "card.md.j2"))
 CONTRASTED = 8
-"""Planted prompts of a kind that the sparse and the plain model are compared on: searching the plain one takes long."""
+"""Planted prompts of a kind, of group ``choose``, that the trained variants are compared on."""
 
 FEW_DRAWN = 6
 """Unmemorized prompts with images in the measurement that tests repeat."""
@@ -37,11 +37,10 @@ def few(profile: Profile) -> Profile:
 
 
 def write_results(settings: WorldSettings, work: Path, out: Path) -> None:
-    """Measure the sparse and the plain model and write tables and the card to ``out``."""
+    """Measure the shipped model and its variants and write tables and the card to ``out``."""
     profile = replace(load_profile("tiny"), name="world", groups="report")  # results of its own
     classifier = CopyDescriptor.load(EncoderSettings(kind="descriptor", path=str(out / "classifier")))
     shipped = open_run(replace(profile, model=str(out / "model")))
-    contrasted = replace(profile, limits=Limits(vm=CONTRASTED, tm=CONTRASTED))
     measured = acceptance.measure(shipped, classifier)
     write_table(measured, out / "measured.csv")
     write_table(
@@ -49,12 +48,12 @@ def write_results(settings: WorldSettings, work: Path, out: Path) -> None:
         out / "measured_few.csv",
     )
     write_table(acceptance.acceptance_table(measured), out / "acceptance.csv")
-    if (work / "plain").exists():
-        contrast = [
-            acceptance.measure(open_run(replace(contrasted, model=str(model))), classifier).assign(model=name)
-            for name, model in {"sparse": out / "model", "plain": work / "plain"}.items()
-        ]
-        write_table(pd.concat(contrast)[["model", *acceptance.COLUMNS]], out / "plain_model.csv")
+    contrasted = replace(profile, groups="choose", limits=Limits(vm=CONTRASTED, tm=CONTRASTED))
+    variants = {
+        name: acceptance.measure(open_run(replace(contrasted, model=str(work / "models" / name))), classifier)
+        for name in UNETS
+    }
+    write_table(pd.concat(variants, names=["model"]).reset_index("model"), out / "variants.csv")
     logs = {stage: work / f"{stage}.log.jsonl" for stage in STAGES}
     losses = {stage: pd.read_json(log, lines=True) for stage, log in logs.items() if log.exists()}
     write_atomic(out / "README.md", card(settings, losses, out))
@@ -63,12 +62,9 @@ def write_results(settings: WorldSettings, work: Path, out: Path) -> None:
 def card(settings: WorldSettings, losses: dict[str, pd.DataFrame], out: Path) -> str:
     """Return the card as Markdown, from the tables in ``out``."""
     prompts = [pd.read_csv(path) for path in sorted((out / "prompts").glob("*.csv"))]
-    plain = out / "plain_model.csv"
-    contrast = (
-        pd.read_csv(plain).pivot(index=["kind", "quantity"], columns="model", values="value").reset_index()
-        if plain.exists()
-        else None
-    )
+    models = pd.read_csv(out / "variants.csv").groupby("model", sort=False)
+    bounds = {name: acceptance.acceptance_table(table) for name, table in models}
+    contrast = bounds["unet"][["claim", "bound"]].assign(**{name: table["value"] for name, table in bounds.items()})
     environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     environment.filters["table"] = lambda table: table.round(3).to_markdown(index=False)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
@@ -81,7 +77,7 @@ def card(settings: WorldSettings, losses: dict[str, pd.DataFrame], out: Path) ->
         acceptance=pd.read_csv(out / "acceptance.csv"),
         measured=pd.read_csv(out / "measured.csv"),
         contrasted=CONTRASTED,
-        contrast=contrast,
+        contrast=contrast.rename(columns={"unet": "shipped"}),
         tried=pd.read_csv(TRIED),
         stages=_stages(losses),
         files=_files(out),

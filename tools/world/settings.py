@@ -83,6 +83,10 @@ class UNetSettings:
     ema: float = 0.999
 
 
+UNETS = {"unet": {}, "plain": {"sparsity": 0.0}, "up": {"up_attention": True}}
+"""The UNets, by what is set otherwise: the shipped one, and variants that the model card compares with it."""
+
+
 @dataclass(frozen=True)
 class DescriptorSettings:
     """Stage 5: the copy-detection descriptor, trained with SSCD's recipe (InfoNCE on augmented copies, entropy term)."""

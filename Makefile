@@ -1,4 +1,5 @@
 # Everything that is made here. `make help` lists the targets. Works with GNU make 3.81 and later, and with -j.
+# Notebooks run side by side, if the profile allows it: see JOBS.
 
 PROFILE ?= tiny
 PYTHON  ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
@@ -15,6 +16,7 @@ BEYOND    := $(sort $(wildcard notebooks/beyond/[0-9]*.ipynb))
 EVERY     := $(NOTEBOOKS) $(BEYOND)
 BUILT     := $(NOTEBOOKS:notebooks/%.ipynb=$(BUILD)/%.ipynb)
 BEYOND_BUILT := $(BEYOND:notebooks/%.ipynb=$(BUILD)/%.ipynb)
+REFRESHED := $(patsubst %.ipynb,refresh-%,$(notdir $(EVERY)))
 CODE      := $(wildcard nemolib/*.py nemolib/*/*.py nemolib/paper/*.csv nemolib/profiles/*.yaml nemolib/templates/*.html)
 INPUTS    := $(wildcard data/tiny/prompts/*.csv data/tiny/*/model_index.json data/tiny/*/*.safetensors data/tiny/*/*/*.safetensors)
 
@@ -24,10 +26,20 @@ STRIP := $(VENV)/bin/nbstripout --keep-output --keep-count --keep-id \
 
 export PROFILE
 
+# So many notebooks run at once, each on its share of the cores: two do more than one on all of them. But a GPU, or workers, serve
+# one at a time. JOBS=4, -j 4 and OMP_NUM_THREADS are obeyed.
+JOBS ?= $(if $(filter-out off,$(NEMO_DASK)),1,$(shell $(PY) -c 'import os, sys; from nemolib.settings import load_profile; \
+          profile = load_profile(sys.argv[1]); alone = profile.device != "cpu" or profile.workers; \
+          print(1 if alone else min(2, os.cpu_count()))' "$(PROFILE)"))
+GIVEN = $(filter -j% --jobserver%,$(MAKEFLAGS))
+
+# Goals that run notebooks are handed to a second make, all at once, when the environment is there that knows the profile.
+TOGETHER := all notebooks figures explore beyond refresh
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help env lab all notebooks figures explore beyond data estimate check-gpu published results-full site readme test lint train student refresh lock clean
+.PHONY: help env lab all notebooks figures explore beyond data estimate check-gpu published results-full site readme test lint train student refresh lock clean at-once
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -46,31 +58,51 @@ $(ENV): requirements.lock pyproject.toml
 lab: $(ENV) ## open JupyterLab on the notebooks
 	JUPYTER_PATH="$(abspath $(VENV))/share/jupyter$${JUPYTER_PATH:+:$$JUPYTER_PATH}" $(VENV)/bin/jupyter lab notebooks
 
+# Which notebooks use what others compute, by the beginnings of their names; when all are refreshed, too. The name .none is for no
+# notebook: a rule needs a target.
+built = $(filter $(foreach name,$(1),$(BUILD)/$(name)% $(BUILD)/beyond/$(name)%),$(BUILT) $(BEYOND_BUILT))
+refreshed = $(if $(AT_ONCE),$(filter $(foreach name,$(1),refresh-$(name)%),$(REFRESHED)))
+define use
+.none $(call built,$(1)): $(call built,$(2))
+.none $(call refreshed,$(1)): $(call refreshed,$(2))
+endef
+$(eval $(call use,02 03,01))
+$(eval $(call use,04 05 explore,03))
+$(eval $(call use,06,01 02 03 04 05))
+$(eval $(call use,$(notdir $(basename $(BEYOND))),02 03))
+
+ifndef AT_ONCE
+$(TOGETHER): at-once ; @:
+at-once: $(ENV)
+	@number=$(or $(patsubst -j%,%,$(filter -j%,$(GIVEN))),$(JOBS),1); $(MAKE) --no-print-directory \
+	  AT_ONCE=$$number $(if $(GIVEN),,--jobs=$$number) $(filter $(TOGETHER),$(MAKECMDGOALS))
+else
+ifeq ($(filter 1,$(AT_ONCE))$(OMP_NUM_THREADS),)
+cores := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+export OMP_NUM_THREADS := $(shell echo $$(( ($(cores) + $(AT_ONCE) - 1) / $(AT_ONCE) )))
+endif
+
 all: notebooks figures ## run every notebook, make every figure and table
 
-notebooks: $(BUILT) ## run every notebook into build/PROFILE/
+# The longest begins as early as it can.
+notebooks: $(call built,05) $(BUILT) ## run every notebook into build/PROFILE/
+
+figures: $(call built,06) ## make the figures and tables of the paper into figures/PROFILE/
+	@echo "figures and tables: figures/$(notdir $(BUILD))/"
+
+explore: $(call built,explore) ## make figures/PROFILE/explore.html, a page to move neurons by hand without Python
+	@echo "open in a browser: figures/$(notdir $(BUILD))/explore.html"
+
+beyond: $(BEYOND_BUILT) ## run the notebooks on methods after NeMo: repaired models, attacks, detectors, region maps
+
+refresh: $(REFRESHED) ## run every notebook at its defaults and keep its outputs in notebooks/
+endif
 
 # A failed notebook leaves its output as .partial.ipynb, to look at, and never as finished.
 $(BUILD)/%.ipynb: notebooks/%.ipynb $(CODE) $(INPUTS) $(ENV)
 	@mkdir -p $(@D)
 	$(PY) -m tools.runner --profile "$(PROFILE)" $< $(@:.ipynb=.partial.ipynb)
 	@mv $(@:.ipynb=.partial.ipynb) $@
-
-# Which notebook uses what another one computes, by their numbers. The first name stands for none: a rule needs a target.
-built = $(filter $(foreach number,$(1),$(BUILD)/$(number)_%),$(BUILT))
-.none $(call built,02 03): $(call built,01)
-.none $(call built,04 05): $(call built,03)
-.none $(call built,06): $(call built,01 02 03 04 05)
-.none $(filter %/explore.ipynb,$(BUILT)): $(call built,03)
-.none $(BEYOND_BUILT): $(call built,02 03)
-
-figures: $(call built,06) ## make the figures and tables of the paper into figures/PROFILE/
-	@echo "figures and tables: figures/$(notdir $(BUILD))/"
-
-explore: $(BUILD)/explore.ipynb ## make figures/PROFILE/explore.html, a page to move neurons by hand without Python
-	@echo "open in a browser: figures/$(notdir $(BUILD))/explore.html"
-
-beyond: $(BEYOND_BUILT) ## run the notebooks on methods after NeMo: repaired models, attacks, detectors, region maps
 
 data: $(ENV) ## fetch what a profile needs and the repository does not hold (PROFILE=sd14: gigabytes)
 	$(PY) -m tools.fetch_data --profile "$(PROFILE)"
@@ -98,7 +130,7 @@ readme: $(ENV) ## write the table of claims, and what the data say of the tiny w
 
 # Notebooks that were not run yet run first, two at a time: under pytest they take turns, each needing what others computed.
 test: $(ENV) ## run all tests, the notebooks among them, on two cores
-	-OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs 2 PROFILE=tiny all beyond
+	-$(MAKE) --no-print-directory PROFILE=tiny all beyond
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests notebooks -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-sanitize-with tests/notebooks/sanitize.cfg
 
 lint: $(ENV) ## check style and format, of the notebooks too
@@ -116,8 +148,6 @@ student: $(ENV) ## notebooks without outputs and solutions into build/student/
 	    > build/student/.partial && mv build/student/.partial build/student/$$notebook || exit 1; \
 	done
 	@echo "notebooks for students: build/student/"
-
-refresh: $(patsubst %.ipynb,refresh-%,$(notdir $(EVERY))) ## run every notebook at its defaults and keep its outputs in notebooks/
 
 refresh-%: $(ENV)
 	@mkdir -p build/refresh

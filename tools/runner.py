@@ -97,7 +97,8 @@ def run_notebook(source: Path, output: Path, parameters: Mapping[str, Any]) -> N
     # A bar that is not on a terminal becomes a line per update: then one in ten seconds is enough.
     os.environ.setdefault("TQDM_MININTERVAL", "0.1" if sys.stderr.isatty() else "10")
     sources = [cell.source for cell in notebook.cells]
-    kernel = {"cwd": source.parent, "kernel_manager_class": ThisPython}
+    # Two notebooks may run side by side: each bar says whose it is.
+    kernel = {"cwd": source.parent, "kernel_manager_class": ThisPython, "progress_bar": {"desc": source.stem}}
     try:
         papermill.execute_notebook(notebook, output, dict(parameters), **kernel)
     except Exception as error:

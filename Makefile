@@ -55,8 +55,10 @@ $(ENV): requirements.lock pyproject.toml
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
+# From the root, so that links from notebooks to docs/ and README.md open; docs/jupyter says: as pages, not as source.
 lab: $(ENV) ## open JupyterLab on the notebooks
-	JUPYTER_PATH="$(abspath $(VENV))/share/jupyter$${JUPYTER_PATH:+:$$JUPYTER_PATH}" $(VENV)/bin/jupyter lab notebooks
+	JUPYTER_PATH="$(abspath $(VENV))/share/jupyter$${JUPYTER_PATH:+:$$JUPYTER_PATH}" JUPYTER_CONFIG_PATH="$(abspath docs/jupyter)$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" \
+	  $(VENV)/bin/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
 
 # Which notebooks use what others compute, by the beginnings of their names; when all are refreshed, too. The name .none is for no
 # notebook: a rule needs a target.

@@ -57,7 +57,7 @@ def github_anchor(anchor):
 
 
 def fold(app, docname, source):
-    """Fold the cells of a notebook that need not be read, and its solutions; write anchors as they are on the site."""
+    """Fold the cells of a notebook that need not be read; write anchors as they are on the site."""
     if docname.startswith("figures/"):
         source[0] = source[0].replace("<", "&lt;")  # signs of captions
     if not docname.startswith("notebooks/"):
@@ -69,10 +69,6 @@ def fold(app, docname, source):
             tags += ["hide-cell"] * ("solution" in tags)
             tags += ["hide-input"] * (not {"hide-cell", "hide-input"} & {*tags} and bool(FOLDED & {*tags}))
             continue
-        if "solution" in tags:
-            heading, _, rest = text.partition("\n") if text.startswith("#") else ("", "", text)
-            folded = f"<details><summary>Solution</summary>\n\n{rest}\n\n</details>" if rest.strip() else ""
-            text = f"{heading}\n\n{folded}"
         cell["source"] = [re.sub(r"\]\(#([^)]+)\)", lambda link: f"](#{github_anchor(link[1])})", text)]
     source[0] = json.dumps(notebook)
 

@@ -1,5 +1,6 @@
 """The Makefile, in a copy of the repository that holds small notebooks and a stand-in for the environment."""
 
+import json
 import os
 import re
 import shutil
@@ -80,12 +81,12 @@ def test_the_default_lists_every_target_with_a_line(checkout):
     assert re.findall(r"^  make ([\w-]+) +\S.*$", shown.stdout, re.MULTILINE) == TARGETS
 
 
-def test_the_lab_prefers_the_kernel_of_the_environment(checkout):
+def test_the_lab_prefers_the_kernel_of_the_environment_and_serves_what_notebooks_link_to(checkout):
     shown = make(checkout, "-n", "lab").stdout
-    assert (
-        f'JUPYTER_PATH="{checkout.resolve()}/.venv/share/jupyter${{JUPYTER_PATH:+:$JUPYTER_PATH}}" .venv/bin/jupyter lab'
-        in shown
-    )
+    assert f'JUPYTER_PATH="{checkout.resolve()}/.venv/share/jupyter${{JUPYTER_PATH:+:$JUPYTER_PATH}}"' in shown
+    assert ".venv/bin/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks" in shown
+    settings = json.loads((paths.ROOT / "docs/jupyter/labconfig/default_setting_overrides.json").read_text())
+    assert settings["@jupyterlab/docmanager-extension:plugin"]["defaultViewers"] == {"markdown": "Markdown Preview"}
 
 
 def test_make_all_runs_the_notebooks_in_order(checkout):

@@ -9,6 +9,7 @@ import pytest
 import nemolib
 from nemolib import paths
 from nemolib.settings import load_profile
+from tests.notebook_files import notebooks
 from tools import estimate, readme
 
 README = readme.README.read_text(encoding="utf-8")
@@ -83,7 +84,7 @@ def test_every_command_is_a_target():
 
 def test_the_table_lists_every_notebook():
     listed = re.findall(r"^\| \[`(\d\d_\w+)`\]", README, re.MULTILINE)
-    assert listed == sorted(path.stem for path in paths.NOTEBOOKS.rglob("[0-9]*.ipynb"))
+    assert listed == [path.stem for path in notebooks()]
     routes = re.findall(
         r"^\| \[\d\d · [\w ]+\]\(\.\./notebooks/(?:beyond/)?(\w+)\.ipynb\)", DOCS["index.md"], re.MULTILINE
     )

@@ -11,8 +11,9 @@ import pytest
 from bs4 import BeautifulSoup
 
 from nemolib import paths
+from tests.notebook_files import notebooks
 
-NOTEBOOKS = sorted(paths.NOTEBOOKS.rglob("*.ipynb"))
+NOTEBOOKS = notebooks("*")
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,13 @@ import pytest
 
 from nemolib import paths
 from nemolib.settings import load_profile
+from tests.notebook_files import notebooks
 from tools.runner import notebook_parameters
 
-NOTEBOOKS = sorted(paths.NOTEBOOKS.rglob("[0-9]*.ipynb"), key=lambda path: path.name)
+NOTEBOOKS = notebooks()
 
-LONGEST_CELL = 8
+LONGEST_CELL, LONGEST_NAME = 8, 100
+"""Lines of a cell, and letters of the line that a folded cell shows: so many fit beside the files on a small screen."""
 
 KNOWN_TAGS = {
     "parameters", "setup", "saving", "checking", "hide-input", "exercise", "solution", "definition",
@@ -43,6 +45,10 @@ def tags(cell):
 
 def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def folded(cell):
+    return cell.metadata.get("jupyter", {}).get("source_hidden", False)
 
 
 def text(notebook):
@@ -78,6 +84,7 @@ def test_one_set_up_cell_and_no_other_is_long(notebook):
     assert sum("setup" in tags(cell) for cell in code_cells(notebook)) == 1
     for cell in code_cells(notebook):
         lines = [line for line in cell.source.splitlines() if line.strip()]
+        lines = lines[folded(cell) and lines[0].startswith("#") :]  # the name of a folded cell
         if not tags(cell) & {"setup", "definition"}:
             assert len(lines) <= LONGEST_CELL, f"{len(lines)} lines: {lines[0]}"
 
@@ -113,18 +120,30 @@ def test_links_lead_somewhere(path, notebook):
 def test_it_has_the_sections_of_all(notebook):
     found = re.findall(r"^## (.*)", text(notebook), re.MULTILINE)
     assert [heading for heading in found if heading in HEADINGS] == HEADINGS
-    for cell in notebook.cells:
-        if cell.source.startswith(("## Solutions", "## Appendix")):
-            assert cell.metadata["jp-MarkdownHeadingCollapsed"] is True
 
 
 def test_what_is_no_lesson_is_folded(notebook):
     for cell in code_cells(notebook):
-        hidden = cell.metadata.get("jupyter", {}).get("source_hidden", False)
-        assert hidden == ("hide-input" in tags(cell)), cell.source
-        assert hidden or not tags(cell) & {"saving", "checking"}
+        assert folded(cell) == bool(tags(cell) & {"hide-input", "solution"}), cell.source
+        assert folded(cell) or not tags(cell) & {"saving", "checking"}
         is_text = re.search(r"^Markdown\($", cell.source, re.MULTILINE)
-        assert hidden or not is_text or "solution" in tags(cell), cell.source
+        assert folded(cell) or not is_text, cell.source
+        # What JupyterLab shows of a folded cell is its first line, in one line.
+        assert not folded(cell) or len(cell.source.splitlines()[0]) <= LONGEST_NAME, cell.source
+
+
+def test_solutions_are_folded_cell_by_cell(notebook):
+    """A folded heading is no help: JupyterLab shows some or all of its cells again when a notebook is opened."""
+    for cell in notebook.cells:
+        assert "jp-MarkdownHeadingCollapsed" not in cell.metadata
+        if "solution" in tags(cell) and cell.source != "## Solutions":
+            named = (
+                r"# Solution \d\d\.\d\n"
+                if cell.cell_type == "code"
+                else r"<details><summary>Solution \d\d\.\d</summary>\n\n"
+            )
+            assert re.match(named, cell.source), cell.source
+            assert not cell.get("outputs") or cell.metadata["jupyter"]["outputs_hidden"]
 
 
 def test_figures_are_read(path, notebook):
@@ -132,7 +151,8 @@ def test_figures_are_read(path, notebook):
         pytest.skip("it shows the figures of the others again, each with its caption and claims")
     section, drawn, read = "", set(), set()
     for cell in notebook.cells:
-        section = cell.source.splitlines()[0] if cell.source.startswith("#") else section
+        if cell.cell_type == "markdown" and cell.source.startswith("#"):
+            section = cell.source.splitlines()[0]
         if any("image/png" in output.get("data", {}) for output in cell.get("outputs", [])):
             drawn |= {section}
         if "**You should see**" in cell.source or "solution" in tags(cell):

@@ -6,8 +6,9 @@ import nbformat
 import numpy as np
 import pytest
 
-from nemolib import exercises, paths
+from nemolib import exercises
 from nemolib.exhibits import NotEnough
+from tests import notebook_files
 
 RIGHT = {"number": 0.25, "numbers": [1, 2.5], "word": "b", "test": lambda answer: answer > 3}
 
@@ -51,6 +52,6 @@ def test_no_answer_and_a_run_that_cannot_tell_are_not_wrong():
 
 def test_every_exercise_has_an_answer_and_every_answer_an_exercise(monkeypatch):
     monkeypatch.undo()
-    notebooks = [nbformat.read(path, as_version=4) for path in sorted(paths.NOTEBOOKS.rglob("[0-9]*.ipynb"))]
+    notebooks = [nbformat.read(path, as_version=4) for path in notebook_files.notebooks()]
     sources = "\n".join(cell.source for notebook in notebooks for cell in notebook.cells)
     assert sorted(exercises.answers()) == sorted(set(re.findall(r"exercises\.check\(\"([\d.]+)\"", sources)))

@@ -83,10 +83,9 @@ class Claim:
 
     def __str__(self) -> str:
         """Return it as a sentence, with the paper's number and the verdict where there are any."""
-        ours = f"{self.ours} (interval: {self.interval})" if self.interval else self.ours
-        parts = (
-            [f"{self.text}: {ours}"] + [f"paper: {self.paper}"] * bool(self.paper) + [f"n = {self.n}"] * bool(self.n)
-        )
+        interval = f" (interval: {self.interval})" if self.interval else ""
+        parts = [f"{self.text}: {self.ours}{interval}"]
+        parts += [f"{name}{value}" for name, value in (("paper: ", self.paper), ("n = ", self.n)) if value]
         if self.holds is not None:
             parts.append(f"**{self.verdict}** ({self.rule})" if self.rule else f"**{self.verdict}**")
         return plots.minus("; ".join(parts))
@@ -125,8 +124,8 @@ def effect(
     value: float,
     of: str,
     *,
-    at_least: float | None = None,
-    at_most: float | None = None,
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
     ours: str,
     paper: str,
     n: str,
@@ -144,12 +143,11 @@ def effect(
         paper: What the paper reports.
         n: As of `Claim`; so is interval.
     """
-    low, high = (-math.inf if at_least is None else at_least), (math.inf if at_most is None else at_most)
-    rule = f"{of}: at most {high:g}" if at_least is None else f"{of}: at least {low:g}"
-    holds = None if math.isnan(value) else bool(low <= value <= high)
-    return Claim(
-        text, f"{value:.2f} ({ours})" if holds is not None else ours, paper, holds, rule, n=n, interval=interval
-    )
+    rule = f"{of}: at most {at_most:g}" if math.isinf(at_least) else f"{of}: at least {at_least:g}"
+    if math.isnan(value):
+        return Claim(text, ours, paper, None, rule, n=n, interval=interval)
+    holds = bool(at_least <= value <= at_most)
+    return Claim(text, f"{value:.2f} ({ours})", paper, holds, rule, n=n, interval=interval)
 
 
 def share_interval(hits: Any) -> str:
@@ -193,12 +191,10 @@ def of_kinds(table: pd.DataFrame, name: str, *kinds: str, column: str = "") -> d
     Raises:
         NotEnough: There are none of a kind.
     """
-    known = table if not column else table[table[column].notna()]
-    parts = {kind: known[known["kind"] == kind] for kind in kinds}
-    for kind, part in parts.items():
-        if part.empty:
-            what = f"values of {column}" if column else "rows"
-            raise NotEnough(f"table {name!r} has no {what} with kind {kind!r}")
+    parts = plots.of_kinds(table.dropna(subset=column) if column else table, kinds)
+    if missing := [kind for kind in kinds if kind not in parts]:
+        what = f"values of {column}" if column else "rows"
+        raise NotEnough(f"table {name!r} has no {what} with kind {missing[0]!r}")
     return parts
 
 
@@ -455,30 +451,20 @@ def as_table(table: pd.DataFrame, **names: str) -> None:
     """
     from IPython.display import display
 
-    table = table.assign(kind=table["kind"].replace(KINDS)) if "kind" in table else table
-    chosen = rounded(table[list(names)].rename(columns=names) if names else table)
-    display({"text/html": html(chosen), "text/plain": chosen.to_string(index=False)}, raw=True)
-
-
-def rounded(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a table as text: numbers with three significant digits, nothing where a value is missing."""
-
     def text(value: Any) -> str:
         if pd.isna(value):
             return ""
         return plots.minus(f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else f"{value}")
 
-    return table.map(text)
-
-
-def html(table: pd.DataFrame, name: str = "shown") -> str:
-    """Return a table of texts in HTML, of the class ``name``; nothing in it is read as HTML or as a formula."""
-    classes = [name, "tex2jax_ignore", "mathjax_ignore"]
-    text = table.to_html(index=False, border=0, classes=classes, justify="left")
+    table = table.assign(kind=table["kind"].replace(KINDS)) if "kind" in table else table
+    shown = (table[list(names)].rename(columns=names) if names else table).map(text)
+    # Nothing in it is read as a formula.
+    classes = ["shown", "tex2jax_ignore", "mathjax_ignore"]
+    html = shown.to_html(index=False, border=0, classes=classes, justify="left")
     # Notebooks have a style of their own for tables: numbers, and what stands above them, on the right.
-    return text.replace("<th>", '<th style="text-align: left">').replace(
-        "<td>", '<td style="text-align: left; vertical-align: top">'
-    )
+    for cell, style in (("th", "text-align: left"), ("td", "text-align: left; vertical-align: top")):
+        html = html.replace(f"<{cell}>", f'<{cell} style="{style}">')
+    display({"text/html": html, "text/plain": shown.to_string(index=False)}, raw=True)
 
 
 def check(run: Run, *modules: str, extra: Sequence[Claim] = ()) -> pd.DataFrame:

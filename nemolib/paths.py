@@ -2,23 +2,18 @@
 
 import os
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
 """The folder of the package ``nemolib``."""
 
 
-def _find_root() -> Path:
-    """Return the repository: ``NEMO_ROOT`` if set, else the checkout around the package, else the working directory."""
-    chosen = os.environ.get("NEMO_ROOT")
-    if chosen:
-        return Path(chosen).expanduser().resolve()
-    checkout = PACKAGE.parent
-    return checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
+_CHECKOUT = PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").is_file() else Path.cwd()
 
-
-ROOT = _find_root()
-"""The repository; every relative path in a profile starts here."""
+ROOT = Path(os.environ.get("NEMO_ROOT") or _CHECKOUT).expanduser().resolve()
+"""The repository: ``NEMO_ROOT`` if set, else the checkout around the package, else the working directory. Every relative
+path in a profile starts here."""
 
 DATA = ROOT / "data"
 """Inputs, read-only: prompt tables, planted images, weights."""
@@ -34,11 +29,6 @@ BUILD = ROOT / "build"
 
 PROFILES = PACKAGE / "profiles"
 """One YAML file per profile; part of the package."""
-
-
-def build_dir(profile: str) -> Path:
-    """Return the folder ``build/<profile>`` without creating it."""
-    return BUILD / profile
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
@@ -66,11 +56,10 @@ def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException as error:
-        if temporary.exists():
+    except OSError as error:
+        kept = "the file that was there is unchanged" if path.exists() else "no file was left behind"
+        reason = f"{os.strerror(error.errno or 0)}; {kept}; free some space or check the rights"
+        raise type(error)(error.errno, reason, str(path)) from error
+    finally:
+        with suppress(OSError):  # it is gone if all went well
             temporary.unlink()
-        if isinstance(error, OSError):
-            kept = "the file that was there is unchanged" if path.exists() else "no file was left behind"
-            reason = f"{os.strerror(error.errno or 0)}; {kept}; free some space or check the rights"
-            raise type(error)(error.errno, reason, str(path)) from error
-        raise

@@ -103,7 +103,7 @@ class Run:
         self.profile, self.progress = profile, progress
         if pipe is not None:
             self.pipe = pipe
-        self.folder = paths.build_dir(profile.name)
+        self.folder = paths.BUILD / profile.name
         self.store = store or Store(self.folder / "store")
         self._encoders: dict[str, Any] = {}
 

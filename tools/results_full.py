@@ -56,7 +56,7 @@ def keep_results(profile: Profile, names: Collection[str]) -> Path:
         FileNotFoundError: There is no table or no executed notebook of the profile; the message says which command
             makes them.
     """
-    build, target = paths.build_dir(profile.name), results_folder(profile)
+    build, target = paths.BUILD / profile.name, results_folder(profile)
     found = {path.stem: path.read_bytes() for path in sorted((build / "tables").glob("*.csv")) if path.stem in names}
     grids = {path.stem for path in (build / "grids").glob("*.safetensors")}
     seconds = notebook_seconds(build)

@@ -27,7 +27,7 @@ def full():
 @pytest.fixture
 def saved(full):
     """Return the folder of a run with two tables and a grid."""
-    build = paths.build_dir(full.name)
+    build = paths.BUILD / full.name
     counts = pd.DataFrame({"prompt": list("abc"), "neuron_count": [5, 7, 20]})
     for name, table in {"localization": counts, "thresholds": pd.DataFrame({"tau": [0.4]})}.items():
         write_table(table, build / "tables" / f"{name}.csv")

@@ -91,19 +91,23 @@ def select(profile: Profile, kind: str) -> pd.DataFrame:
     """
     if kind == "memorized":
         return pd.concat([select(profile, part) for part in MEMORIZED], ignore_index=True)
-    if kind in ("holdout", "threshold"):
-        return _holdout(profile, "holdout_size" if kind == "holdout" else "threshold_prompts")
-    if kind not in KINDS:
+    if kind not in (*KINDS, "threshold"):
         raise ValueError(f"unknown kind of prompt {kind!r}; known: {', '.join((*KINDS, 'memorized', 'threshold'))}")
-    plain = kind == "unmemorized"
-    file = profile.prompts.unmemorized if plain else profile.prompts.memorized
-    table, group = load_prompts(file, kind=kind if plain else None), ""
-    chosen, limit = table["kind"] == kind, getattr(profile.limits, kind)
+    sizes = {"holdout": profile.holdout_size, "threshold": profile.threshold_prompts}
+    limit = sizes[kind] if kind in sizes else getattr(profile.limits, kind)
+    named = "holdout" if kind in sizes else kind
+    plain = named in ("unmemorized", "holdout")  # the others share a table that says which is which
+    file = paths.resolve(getattr(profile.prompts, named if plain else "memorized"))
+    table, group = load_prompts(file, kind=named if plain else None), ""
+    chosen = table["kind"] == named
     if kind in MEMORIZED and profile.groups is not None:  # the other kinds belong to no group
         chosen &= table["group"] == profile.groups
         group = f" of group {profile.groups!r} (profile {profile.name!r})"
     if limit != 0 and not chosen.any():
-        raise PromptTableError(f"{paths.resolve(file)}: column 'kind' has no row {kind!r}{group}")
+        raise PromptTableError(f"{file}: column 'kind' has no row {named!r}{group}")
+    if kind in sizes and (limit or 0) > chosen.sum():
+        wanted = f"profile {profile.name!r} asks for {limit} of kind {kind!r}"
+        raise PromptTableError(f"{file}: {chosen.sum()} holdout prompts; {wanted}")
     return table[chosen].head(limit).reset_index(drop=True)
 
 
@@ -125,17 +129,6 @@ def image_paths(table: pd.DataFrame, profile: Profile) -> list[Path]:
         if not (root / image).is_file():
             raise FileNotFoundError(f"prompt {caption!r}: its image {root / image} is missing")
     return [root / image for image in table["image"]]
-
-
-def _holdout(profile: Profile, key: str) -> pd.DataFrame:
-    """Return the first holdout prompts, as many as a key of the profile asks for."""
-    wanted = getattr(profile, key)
-    table = load_prompts(profile.prompts.holdout, kind="holdout")
-    table = table[table["kind"] == "holdout"].reset_index(drop=True)
-    if table.empty or (wanted or 0) > len(table):
-        file = paths.resolve(profile.prompts.holdout)
-        raise PromptTableError(f"{file}: {len(table)} holdout prompts; profile {profile.name!r} has {key} = {wanted}")
-    return table.head(wanted)
 
 
 def _read(path: Path) -> pd.DataFrame:
@@ -199,19 +192,12 @@ def _completed(table: pd.DataFrame, path: Path, kind: str | None) -> pd.DataFram
         )
     elif "kind" not in table:
         table = table.drop_duplicates("caption", ignore_index=True).assign(kind=kind)
-    images = _found_images(path.parent.parent)
+    world, images = path.parent.parent, {}
+    if (world / IMAGE_REPORT).is_file():
+        report = read_table(world / IMAGE_REPORT, columns=("caption", "image")).dropna(subset="image")
+        images = {row.caption: row.image for row in report.itertuples() if (world / row.image).is_file()}
     found = [images.get(caption, "") for caption in table["caption"]]
     return table.assign(**{"group": "", "copies": "0", "image": found} | {name: table[name] for name in table})
-
-
-def _found_images(world: Path) -> dict[str, str]:
-    """Return caption -> image relative to the folder of the world, for the training images that were found."""
-    report = world / IMAGE_REPORT
-    if not report.is_file():
-        return {}
-    table = read_table(report, columns=("caption", "image")).fillna("")
-    found = zip(table["caption"], table["image"], strict=True)
-    return {caption: image for caption, image in found if image and (world / image).is_file()}
 
 
 def _check_rows(table: pd.DataFrame, path: Path) -> None:

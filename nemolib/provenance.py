@@ -293,13 +293,12 @@ class _Undocumented(ast.NodeTransformer):
 def _imported(tree: ast.Module) -> Iterator[str]:
     """Yield the modules of nemolib that a module imports, at any place."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "nemolib":
-            inside = node.module.partition(".")[2]
-            names = [f"{inside}.{alias.name}".strip(".") for alias in node.names]
-            yield from (name if _path(name).is_file() else inside for name in names)
-        elif isinstance(node, ast.Import):
-            names = (alias.name.partition(".") for alias in node.names)
-            yield from (inside for package, _, inside in names if package == "nemolib")
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or "", *(f"{node.module}.{name}" for name in names)]
+            inside = [name.removeprefix("nemolib.") for name in names if name.startswith("nemolib.")]
+            yield from (name for name in inside if _path(name).is_file())
 
 
 def _path(module: str) -> Path:

@@ -99,11 +99,7 @@ class FailedPrompts(RuntimeError):
 
 
 def map_prompts(
-    task: Task,
-    batches: Sequence[Batch],
-    *,
-    pipe: StableDiffusionPipeline,
-    common: Mapping[str, Any],
+    task: Task, batches: Sequence[Batch], *, pipe: StableDiffusionPipeline, common: Mapping[str, Any]
 ) -> Outcomes:
     """Yield the key of each item, as they come, with what a task makes of it; with a `Failure` if it raises.
 
@@ -168,58 +164,54 @@ def distributed(profile: Profile) -> bool:
     return _choice(profile) is not None
 
 
-def _choice(profile: Profile | None) -> str | int | None:
-    """Return the address of a scheduler, the number of local workers, or None for this process."""
-    text = os.environ.get(VARIABLE, "").strip()
-    if text in ("", "off"):
-        return None if text or profile is None else profile.workers
-    local = re.fullmatch("local:([1-9][0-9]*)", text)
-    if local is None and "://" not in text:
-        raise WorkersError(f"{VARIABLE} is {text!r}; expected tcp://host:port, local:4 or off")
+def _choice(profile: Profile | None) -> str | None:
+    """Return the address of a scheduler, ``local:`` and a number of workers, or None for this process."""
+    chosen = os.environ.get(VARIABLE, "").strip()
+    if not chosen and profile is not None and profile.workers:
+        chosen = f"local:{profile.workers}"
+    if chosen in ("", "off"):
+        return None
+    if not re.fullmatch("local:[1-9][0-9]*|.*://.*", chosen):
+        raise WorkersError(f"{VARIABLE} is {chosen!r}; expected tcp://host:port, local:4 or off")
     if profile is None:
         reason = "the pipeline was not loaded from a profile; all is computed in this process"
-        warnings.warn(f"{VARIABLE} is {text!r}, but {reason}", stacklevel=2)
+        warnings.warn(f"{VARIABLE} is {chosen!r}, but {reason}", stacklevel=2)
         return None
-    return int(local[1]) if local else text
+    return chosen
 
 
-def _connect(choice: str | int, stack: ExitStack) -> Client:
-    """Return a client that is closed with the stack; with a number, of a new local cluster that ends with it."""
+def _connect(choice: str, stack: ExitStack) -> Client:
+    """Return a client that is closed with the stack; a local cluster is new, and ends with it."""
     try:
-        import dask
         import distributed
     except ImportError as error:
         raise WorkersError('Dask is not installed: pip install "nemolib[workers]" (or distributed)') from error
-    if isinstance(choice, int):
-        # A site may demand encryption, for which processes on one machine have no certificates.
-        stack.enter_context(dask.config.set({"distributed.comm.require-encryption": False}))
-        # Dask puts what it gives to workers into this process too, and leaves it there.
-        for name in _THREADS - os.environ.keys():
-            stack.callback(os.environ.pop, name, None)
-        choice = stack.enter_context(_local(choice)).scheduler_address
+    local = choice.startswith("local:")
+    if local:
+        remedy = 'a script must be a file whose work is under if __name__ == "__main__": every process reads it anew'
+    else:
+        remedy = (
+            f"start one with `dask scheduler` and workers with `dask worker {choice} --nthreads 1`, or correct the "
+            "address; with encryption (tls:// or require-encryption) certificates are needed in distributed.comm.tls"
+        )
     try:
-        client = stack.enter_context(distributed.Client(choice, set_as_default=False, timeout=PATIENCE))
-    except (TypeError, RuntimeError) as error:
-        raise WorkersError(
-            f"{choice} ({VARIABLE}) and Dask's settings of encryption do not fit: a tls:// address needs certificates in "
-            f"distributed.comm.tls, and where require-encryption is set, tcp:// is refused ({error})"
-        ) from error
-    except (OSError, ValueError, ImportError) as error:
-        raise WorkersError(
-            f"no Dask scheduler answers at {choice} ({VARIABLE}); start one with `dask scheduler` and workers with "
-            f"`dask worker {choice} --nthreads 1`, or correct the address ({error})"
-        ) from error
+        address = _local(int(choice.removeprefix("local:")), stack) if local else choice
+        client = stack.enter_context(distributed.Client(address, set_as_default=False, timeout=PATIENCE))
+    except (OSError, ValueError, ImportError, TypeError, RuntimeError) as error:
+        raise WorkersError(f"no Dask scheduler answers at {choice} ({VARIABLE}): {error}; {remedy}") from error
     if not client.scheduler_info(n_workers=-1)["workers"]:
         warnings.warn(f"the scheduler at {choice} has no worker yet; waiting for the first", stacklevel=2)
     return client
 
 
-def _local(number: int) -> Any:
-    """Return a cluster of processes on this machine, with one thread each."""
+def _local(number: int, stack: ExitStack) -> str:
+    """Return the address of a new cluster of processes on this machine, with one thread each, that ends with the stack."""
     import dask
     from distributed import LocalCluster
 
     settings = {
+        # A site may demand encryption, for which processes on one machine have no certificates.
+        "distributed.comm.require-encryption": False,
         # No prompt waits in a worker while another one is computed there, or it would be blamed if the worker dies.
         "distributed.scheduler.worker-saturation": 1.0,
         "distributed.scheduler.allowed-failures": DEATHS,
@@ -227,17 +219,14 @@ def _local(number: int) -> Any:
         # CPU is a third slower.
         "distributed.nanny.pre-spawn-environ": dict.fromkeys(_THREADS, "1"),
     }
+    stack.enter_context(dask.config.set(settings))
+    # Dask puts what it gives to workers into this process too, and leaves it there.
+    for name in _THREADS - os.environ.keys():
+        stack.callback(os.environ.pop, name, None)
     # Without a limit of memory: Dask's own would end a worker that loads a large model.
     limits = {"n_workers": number, "threads_per_worker": 1, "memory_limit": 0}
     place = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
-    try:
-        with dask.config.set(settings):
-            return LocalCluster(**limits, **place, silence_logs=logging.CRITICAL)
-    except RuntimeError as error:
-        raise WorkersError(
-            f"{number} local workers could not start; a script must be a file whose work is under "
-            f'if __name__ == "__main__", since every process reads it anew ({error})'
-        ) from error
+    return stack.enter_context(LocalCluster(**limits, **place, silence_logs=logging.CRITICAL)).scheduler_address
 
 
 def _there(task: Task, batches: Sequence[Batch], pipe: Any, common: Mapping[str, Any], client: Client) -> Outcomes:
@@ -330,10 +319,9 @@ def _on_worker(work: _Work) -> list[tuple[str, Any]]:
             found = _identity(pipe, work.task)
             if found != work.identity:
                 raise WorkersError(
-                    f"a worker has {found} instead of {work.identity}. Workers load the model of the profile as it is: do "
-                    "not change it here, give all machines the same files and versions, and set dtype in the profile where "
-                    "some have a GPU and others have none (auto: float16 with CUDA, else float32); restart workers after a "
-                    "change"
+                    f"a worker has {found} instead of {work.identity}. Workers load the model of the profile: do not change "
+                    "it here, give all machines the same files and versions, restart workers after a change, and set dtype "
+                    "in the profile where not all have a GPU (auto: float16 with CUDA, else float32)"
                 )
             _LOADED.update(function=work.task(pipe, **work.common), name=work.name)
         return list(_outcomes(_LOADED["function"], work.batch))

@@ -234,7 +234,7 @@ def test_an_end_in_the_middle_leaves_nothing_running(pipe, two):
 @pytest.mark.parametrize("text", ["", "off"])
 def test_without_a_choice_dask_is_not_imported(profile, pipe, monkeypatch, text):
     monkeypatch.setenv(workers.VARIABLE, text)
-    assert workers._choice(dataclasses.replace(profile, workers=2)) == (None if text else 2)
+    assert workers._choice(dataclasses.replace(profile, workers=2)) == (None if text else "local:2")
     monkeypatch.setitem(sys.modules, "distributed", None)
     assert results(pipe) == [(f"key of {item}", item) for item in "abc"]
 

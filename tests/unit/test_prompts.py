@@ -97,7 +97,9 @@ def test_holdout_prompts_and_those_of_the_threshold(profile):
     assert select(profile, "holdout")["caption"].tolist() == [f"holdout {number}" for number in range(5)]
     assert select(profile, "threshold")["caption"].tolist() == ["holdout 0", "holdout 1"]
     assert len(select(dataclasses.replace(profile, holdout_size=None), "holdout")) == 6
-    with pytest.raises(PromptTableError, match=r"holdout\.csv: 6 holdout prompts; profile 'x' has holdout_size = 7"):
+    with pytest.raises(
+        PromptTableError, match=r"holdout\.csv: 6 holdout prompts; profile 'x' asks for 7 of kind 'holdout'"
+    ):
         select(dataclasses.replace(profile, holdout_size=7), "holdout")
 
 

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import pre_tokenizers
@@ -23,21 +23,17 @@ from nemolib.settings import PUBLISHED, Profile, known_profiles, load_profile, n
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTokenizer
 
 ARCHITECTURES = paths.PACKAGE / "architectures"
 """Where the architectures lie that come with the package."""
 
 PARTS = ("unet", "vae", "text_encoder", "scheduler")
-"""The files of an architecture."""
-
-_DTYPES = ("float32", "float16", "bfloat16")
+"""The parts of an architecture, a file each; all but the last have weights."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 _RANDOM = "random:"
-
-_WEIGHTS = ("unet", "vae", "text_encoder")
 
 _SUPPORTED = "StableDiffusionPipeline"
 
@@ -121,7 +117,7 @@ def embed(pipe: StableDiffusionPipeline, prompts: Sequence[str], *, batch_size: 
         PipelineError: a pipeline of another kind.
         ValueError: no prompt, or one that is not text.
     """
-    check_pipeline(pipe)
+    _check_kind("this pipeline", *(kind.__name__ for kind in type(pipe).__mro__))
     if isinstance(prompts, str) or not len(prompts) or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"expected a list of at least one prompt, each a text, got {prompts!r:.200}")
     found = []
@@ -167,7 +163,7 @@ def _check_folder(folder: Path) -> None:
             f"model folder {folder} has no model_index.json; give the folder that pipe.save_pretrained wrote"
         )
     _check_index(index)
-    for part in _WEIGHTS:
+    for part in PARTS[:3]:
         if not any((folder / part).glob("*.safetensors")):
             raise PipelineError(
                 f"model folder {folder / part} has no safetensors file; other formats are not read, since they can "
@@ -184,12 +180,8 @@ def _check_index(index: Path) -> None:
     _check_kind(str(index), kind)
 
 
-def check_pipeline(pipe: Any) -> None:
-    """Raise PipelineError unless a pipeline is of the supported kind."""
-    _check_kind("this pipeline", *(kind.__name__ for kind in type(pipe).__mro__))
-
-
 def _check_kind(where: str, *kinds: str) -> None:
+    """Raise PipelineError unless one of these names of classes, those of one pipeline, is that of the supported kind."""
     if _SUPPORTED not in kinds:
         raise PipelineError(
             f"{where}: _class_name is {kinds[0]!r}; expected {_SUPPORTED!r}: Stable Diffusion v1 and v2, and models with "
@@ -211,9 +203,8 @@ def _from_pretrained(
 
             if not local:  # before the weights are fetched
                 _check_index(Path(hf_hub_download(location, "model_index.json", revision=revision)))
-            return StableDiffusionPipeline.from_pretrained(
-                str(location), dtype=dtype, variant=variant, **where, **safely
-            )
+            source = str(location)
+            return StableDiffusionPipeline.from_pretrained(source, dtype=dtype, variant=variant, **where, **safely)
     except PipelineError:
         raise
     except Exception as error:
@@ -264,25 +255,21 @@ def _prepare(pipe: StableDiffusionPipeline, location: Path | str) -> None:
 
 
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in ("auto", *_DTYPES):
-        raise PipelineError(f"dtype {dtype!r} is unknown; allowed: auto, {', '.join(_DTYPES)}")
-    if dtype == "auto":
-        dtype = "float16" if device.type == "cuda" else "float32"
-    return getattr(torch, dtype)
+    known = {"auto": torch.float16 if device.type == "cuda" else torch.float32}
+    known |= {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
+    if isinstance(dtype, str) and dtype not in known:
+        raise PipelineError(f"dtype {dtype!r} is unknown; allowed: {', '.join(known)}")
+    return known.get(dtype, dtype)
 
 
 def _device(device: str | torch.device) -> torch.device:
     """Return a device that is there; raise PipelineError for one that is not."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    there = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
-        chosen = torch.device(device)
+        chosen = there if device == "auto" else torch.device(device)
     except RuntimeError as error:
         raise PipelineError(f"device {device!r} is unknown; allowed: auto, cpu, cuda, mps") from error
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(chosen.type, True):
+    if chosen.type not in ("cpu", there.type):
         raise PipelineError(f"device {str(device)!r} is not available on this machine; use 'auto' or 'cpu'")
     return chosen
 
@@ -303,32 +290,6 @@ def random_pipeline(architecture: str | Path, *, dtype: torch.dtype = torch.floa
     Raises:
         PipelineError: There is no such architecture, a file is missing, or a file does not describe its part.
     """
-    folder, configs = _configs(architecture)
-    text = configs["text_encoder"]
-    with quiet(bars=False):
-        from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-        from transformers import CLIPTextConfig, CLIPTextModel
-        from transformers.modeling_utils import local_torch_dtype
-
-        try:
-            with local_torch_dtype(dtype), torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                parts = {
-                    "unet": UNet2DConditionModel(**configs["unet"]),
-                    "vae": AutoencoderKL(**configs["vae"]),
-                    "text_encoder": CLIPTextModel(CLIPTextConfig(**text)),
-                }
-            parts["scheduler"] = DDIMScheduler(**configs["scheduler"])
-            parts["tokenizer"] = _spelling(text["max_position_embeddings"], text["bos_token_id"], text["eos_token_id"])
-        except (TypeError, ValueError, KeyError) as error:
-            raise PipelineError(f"architecture {folder} cannot be built: {error}") from error
-        return StableDiffusionPipeline(
-            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-        )
-
-
-def _configs(architecture: str | Path) -> tuple[Path, dict[str, dict[str, Any]]]:
-    """Return the folder of an architecture, and what its files say of each part."""
     places = (ARCHITECTURES / str(architecture), paths.resolve(architecture))
     folder = next((place for place in places if (place / "unet.json").is_file()), None)
     if folder is None:
@@ -337,16 +298,29 @@ def _configs(architecture: str | Path) -> tuple[Path, dict[str, dict[str, Any]]]
         raise PipelineError(
             f"there is no architecture {str(architecture)!r}; known: {known}; or give a folder with {files}"
         )
-    configs = {}
-    for path in (folder / f"{part}.json" for part in PARTS):
-        try:
-            configs[path.stem] = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise PipelineError(f"architecture {folder}: {path.name} is not readable as JSON ({error})") from error
-    return folder, configs
+    with quiet(bars=False), torch.random.fork_rng(devices=[]):
+        from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+        from transformers import CLIPTextConfig, CLIPTextModel
+        from transformers.modeling_utils import local_torch_dtype
+
+        kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "scheduler": DDIMScheduler}
+        kinds["text_encoder"] = lambda **config: CLIPTextModel(CLIPTextConfig(**config))
+        parts = {}
+        torch.manual_seed(0)
+        for part in PARTS:
+            try:
+                config = json.loads((folder / f"{part}.json").read_text(encoding="utf-8"))
+                with local_torch_dtype(torch.float32 if part == "scheduler" else dtype):
+                    parts[part] = kinds[part](**config)
+            except (OSError, ValueError, TypeError, KeyError) as error:
+                reason = f"{part}.json does not describe its part ({error})"
+                raise PipelineError(f"architecture {folder}: {reason}") from error
+        parts["tokenizer"] = _spelling(parts["text_encoder"].config)
+        others = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        return StableDiffusionPipeline(**parts, **others)
 
 
-def _spelling(length: int, start_id: int, end_id: int) -> CLIPTokenizer:
+def _spelling(text: CLIPTextConfig) -> CLIPTokenizer:
     """Return CLIP's tokenizer without merges: 256 letters, the same at the end of a word, and the two marks.
 
     Source: Radford et al. (GPT-2), byte-level vocabularies: bytes that print stand for themselves and come first.
@@ -356,12 +330,6 @@ def _spelling(length: int, start_id: int, end_id: int) -> CLIPTokenizer:
     start, end = "<|startoftext|>", "<|endoftext|>"
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     names = [*letters, *(letter + "</w>" for letter in letters)]
-    return CLIPTokenizer(
-        vocab={name: index for index, name in enumerate(names)} | {start: start_id, end: end_id},
-        merges=[],
-        model_max_length=length,
-        bos_token=start,
-        eos_token=end,
-        pad_token=end,
-        unk_token=end,
-    )
+    vocabulary = {name: index for index, name in enumerate(names)} | {start: text.bos_token_id, end: text.eos_token_id}
+    marks = {"bos_token": start} | dict.fromkeys(("eos_token", "pad_token", "unk_token"), end)
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=text.max_position_embeddings, **marks)

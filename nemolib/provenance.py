@@ -75,11 +75,11 @@ def content_hash(value: Any) -> str:
     """Return a hash of a value's content, the same in every process and on every machine.
 
     Values of different type differ (``1``, ``1.0``, ``True`` and ``"1"``); a list and a tuple do not. The order of a
-    mapping or a set does not matter.
+    mapping does not matter.
 
     Args:
         value: None, bool, int, float, text, bytes, a tensor or an array (dtype, shape, bytes), a table, a dataclass, or a
-            mapping, sequence or set of these.
+            mapping or sequence of these.
 
     Returns:
         SHA-256 as 64 hexadecimal digits.
@@ -96,12 +96,10 @@ def content_hash(value: Any) -> str:
 
 def _pieces(value: Any) -> Iterable[bytes | memoryview]:
     """Yield a value's content as byte strings, each group opened by its kind."""
-    plain = next((kind for kind in (bool, int, float, str, type(None)) if isinstance(value, kind)), None)
+    plain = next((kind for kind in (bool, int, float, str, bytes, type(None)) if isinstance(value, kind)), None)
     if plain is not None:
         yield plain.__name__.encode()
         yield (str(value) if plain is str else plain.__repr__(value)).encode()
-    elif isinstance(value, bytes):
-        yield from (b"bytes", value)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield from (b"dataclass", type(value).__name__.encode())
         # The code of a task tells of a class of nemolib, but for those of nemolib.beyond, of which it knows the base alone.
@@ -113,9 +111,6 @@ def _pieces(value: Any) -> Iterable[bytes | memoryview]:
     elif isinstance(value, Mapping):
         yield from (b"mapping", str(len(value)).encode())
         yield from (bytes.fromhex(item) for item in sorted(content_hash([key, value[key]]) for key in value))
-    elif isinstance(value, set | frozenset):
-        yield from (b"set", str(len(value)).encode())
-        yield from (bytes.fromhex(item) for item in sorted(map(content_hash, value)))
     elif isinstance(value, list | tuple):
         yield from (b"sequence", str(len(value)).encode())
         yield from (bytes.fromhex(content_hash(item)) for item in value)
@@ -157,8 +152,12 @@ def model_hash(pipe: Any) -> str:
 def _description(value: Any, *, glance: bool) -> bytes:
     """Return what something is and holds, all of it or, at a glance, enough to see a change."""
     stream = io.BytesIO()
+    describer = _Describer(stream, protocol=5)
+    describer.glance = glance
+    # Equal values are written alike whether they are one object or two.
+    describer.fast = True
     try:
-        _Describer(stream, glance=glance).dump(value)
+        describer.dump(value)
     except Exception as error:
         reason = (str(error) or type(error).__name__).partition("\n")[0]
         raise ValueError(
@@ -172,13 +171,12 @@ class _Describer(pickle.Pickler):
     """Writes an object with everything in it, equal ones equally; what has no name, such as a hook, cannot be written.
 
     Nothing is ever read back.
+
+    Attributes:
+        glance: Whether tensors are looked at in a few places alone.
     """
 
-    def __init__(self, stream: io.BytesIO, *, glance: bool) -> None:
-        super().__init__(stream, protocol=5)
-        self.glance = glance
-        # Equal values are written alike whether they are one object or two.
-        self.fast = True
+    glance: bool
 
     def persistent_id(self, value: Any) -> Any:
         """Return what is written in place of an object; None: the object itself."""

@@ -105,7 +105,7 @@ REQUESTS = {
 
 @pytest.mark.parametrize(("chosen", "words"), REQUESTS.values(), ids=REQUESTS)
 def test_a_model_type_or_device_that_is_not_there(random_model_folder, monkeypatch, chosen, words):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: None)
     with pytest.raises(PipelineError, match=words):
         load_pipeline(**{"source": random_model_folder} | chosen)
 

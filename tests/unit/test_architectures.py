@@ -72,7 +72,7 @@ def test_letters_have_the_numbers_of_clip(pipe):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("{", "is not readable as JSON"), ('{"channels": 3}', "cannot be built.*channels"), (None, "is not readable")],
+    [("{", "Expecting property name"), ('{"channels": 3}', "unexpected keyword.*channels"), (None, "No such file")],
 )
 def test_a_broken_or_unknown_architecture_is_named(folder, tmp_path, text, words):
     with pytest.raises(PipelineError, match="no architecture 'sd15'; known: sd14; or give a folder with unet.json"):
@@ -82,7 +82,7 @@ def test_a_broken_or_unknown_architecture_is_named(folder, tmp_path, text, words
     (broken / "vae.json").unlink()
     if text is not None:
         (broken / "vae.json").write_text(text)
-    with pytest.raises(PipelineError, match=words):
+    with pytest.raises(PipelineError, match=rf"broken: vae\.json does not describe its part .*{words}"):
         random_pipeline(broken)
 
 

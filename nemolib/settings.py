@@ -31,7 +31,6 @@ Multiplier = Annotated[float, Field(strict=True, ge=-10, le=10)]
 NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 
-SearchMethod = Literal["fast", "sequential"]
 Mask = Literal["padding", "summary", "none"]
 
 validated = dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
@@ -105,7 +104,7 @@ class SearchSettings:
     k_start: Whole = 0
     k_step: Whole = 1
     k_max: Whole = 1280
-    method: SearchMethod = "fast"
+    method: Literal["fast", "sequential"] = "fast"
 
     @model_validator(mode="after")
     def _ends_after_the_start(self) -> SearchSettings:
@@ -495,8 +494,15 @@ class EncoderSettings:
         return self
 
 
-_KINDS = {"copy": ("descriptor", "sscd"), "quality": ("inception", "clip")}
-"""Kinds of encoders that can play a role; CLIP alone where nothing is said."""
+def _one_of(*kinds: str) -> AfterValidator:
+    """Return a check that an encoder, if there is one, is of one of these kinds."""
+
+    def checked(encoder: EncoderSettings | None) -> EncoderSettings | None:
+        if encoder is not None and encoder.kind not in kinds:
+            raise ValueError(f"its kind is {encoder.kind!r}; it must be one of {', '.join(kinds)}")
+        return encoder
+
+    return AfterValidator(checked)
 
 
 @validated
@@ -518,18 +524,10 @@ class Encoders:
         clip_quality: CLIP-FID.
     """
 
-    copy: EncoderSettings | None = None
-    alignment: EncoderSettings | None = None
-    quality: EncoderSettings | None = None
-    clip_quality: EncoderSettings | None = None
-
-    @model_validator(mode="after")
-    def _can_do_what_they_are_named_for(self) -> Encoders:
-        for role in fields(self):
-            chosen, allowed = getattr(self, role.name), _KINDS.get(role.name, ("clip",))
-            if chosen is not None and chosen.kind not in allowed:
-                raise ValueError(f"{role.name} has kind {chosen.kind!r}; it must be one of {', '.join(allowed)}")
-        return self
+    copy: Annotated[EncoderSettings | None, _one_of("descriptor", "sscd")] = None
+    alignment: Annotated[EncoderSettings | None, _one_of("clip")] = None
+    quality: Annotated[EncoderSettings | None, _one_of("inception", "clip")] = None
+    clip_quality: Annotated[EncoderSettings | None, _one_of("clip")] = None
 
 
 @validated
@@ -645,17 +643,14 @@ def _keys(location: tuple[int | str, ...]) -> str:
 
 
 def _profile_path(profile: str | Path) -> Path:
-    """Return the YAML file of a profile name or path."""
-    names, path = known_profiles(), Path(profile).expanduser()
-    if str(profile) in names:
-        return paths.PROFILES / f"{profile}.yaml"
-    known = ", ".join(names)
-    if path.suffix not in {".yaml", ".yml"}:
-        raise ProfileError(f"unknown profile {str(profile)!r}; known: {known}; or give the path of a .yaml file")
-    for place in (path, paths.resolve(path)):  # where the caller is, or from the repository
-        if place.is_file():
-            return place
-    raise ProfileError(f"profile file {str(profile)!r} does not exist; give a YAML file or one of {known}")
+    """Return the YAML file of a profile name or path; a relative path starts where the caller is, or at the repository."""
+    path = Path(profile).expanduser()
+    places = [path, paths.resolve(path)] if path.suffix in (".yaml", ".yml") else [paths.PROFILES / f"{profile}.yaml"]
+    found = next(filter(Path.is_file, places), None)
+    if found is None:
+        known = f"known: {', '.join(known_profiles())}; or give the path of a .yaml file"
+        raise ProfileError(f"unknown profile {str(profile)!r}: {places[-1]} does not exist; {known}")
+    return found
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

@@ -166,7 +166,7 @@ def _encoder(**keys):
         ({"prompts": {"memorized": "m.csv"}}, ["'prompts.holdout' is missing", "'prompts.unmemorized' is missing"]),
         ({"solutions": "yes"}, ["'solutions' is 'yes'", "boolean"]),
         (_encoder(kind="dino"), ["'encoders.copy.kind' is 'dino'", "'descriptor', 'sscd', 'clip' or 'inception'"]),
-        (_encoder(kind="clip"), ["'encoders'", "copy has kind 'clip'", "descriptor, sscd"]),
+        (_encoder(kind="clip"), ["'encoders.copy'", "kind is 'clip'", "descriptor, sscd"]),
         ({"encoders": {"copy": {"kind": "sscd"}}}, ["'encoders.copy.path' is missing", "kind, name, path"]),
         ({"encoders": {"copy": "sscd"}}, ["'encoders.copy'", "'sscd'", "kind, name, path"]),
         ({"encoders": {"sscd": None}}, ["unknown key encoders.sscd = None", "alignment, clip_quality, copy, quality"]),
@@ -197,9 +197,9 @@ def test_an_unknown_profile_lists_the_known_ones():
         ("model: [", "not readable as YAML"),
         ("- model", "expected keys and values"),
         ("extends: nothing", "unknown profile 'nothing'"),
-        ("extends: other.yaml", "other.yaml' does not exist"),
+        ("extends: other.yaml", "other.yaml does not exist"),
         ("extends: broken.yaml", "extends this profile again"),
-        (None, "broken.yaml' does not exist"),
+        (None, "broken.yaml does not exist"),
     ],
 )
 def test_a_broken_or_missing_file_is_named(tmp_path, text, words):

@@ -14,11 +14,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 import resource
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 
 import pandas as pd
 
@@ -34,15 +35,9 @@ def texts(number: int) -> list[str]:
     """Return so many short texts, all different, of words of the tiny world's holdout captions."""
     captions = select(nemolib.load_profile("tiny"), "holdout")["caption"]
     words = list(dict.fromkeys(" ".join(captions).split()))
-    return list(itertools.islice(_sentences(words), number))
-
-
-def _sentences(words: Sequence[str]) -> Iterator[str]:
-    """Yield pairs and triples of words, neighbours in the list last, so that the first texts have many words."""
     size = len(words)
-    for shift in range(1, size):
-        for place, word in enumerate(words):
-            yield f"{word} {words[(place + shift) % size]} {words[(place + 2 * shift) % size]}"
+    triples = ((i, (i + shift) % size, (i + 2 * shift) % size) for shift in range(1, size) for i in range(size))
+    return [" ".join(words[i] for i in triple) for triple in itertools.islice(triples, number)]
 
 
 def peak() -> float:
@@ -70,20 +65,15 @@ def measure(number: int) -> dict[str, float]:
 
 def measure_apart(number: int) -> dict[str, float]:
     """Return what `measure` returns in a process of its own."""
-    command = [sys.executable, __file__, "--one", str(number)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return json.loads(output.splitlines()[-1])
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, number).result()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark, print a table, and write ``build/benchmarks/holdout.json``."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--prompts", type=int, nargs="+", default=[1_000, 10_000, 50_000])
-    parser.add_argument("--one", type=int, help="measure this number of prompts in this process and print JSON")
     options = parser.parse_args(arguments)
-    if options.one is not None:
-        print(json.dumps(measure(options.one)))
-        return
     if min(options.prompts) < 2:
         parser.error("statistics need at least two prompts")
     rows = []

@@ -1,9 +1,9 @@
 """What the neuron search costs: the release's procedure, our sequential search and the fast one, in one run.
 
-    python benchmarks/search.py                                      # the tiny world, ten VM and ten TM prompts
-    python benchmarks/search.py --prompts 0                          # all of them
-    python benchmarks/search.py --replay data/sd14/results.csv.gz --prompt-table data/sd14/prompts/memorized.csv
-                                                     # and a published run of Stable Diffusion v1-4
+    python benchmarks/search.py                 # ten VM and ten TM prompts
+    python benchmarks/search.py --prompts 0     # all of them
+
+The tiny world is searched, and a published run of Stable Diffusion v1-4 (``data/sd14/results.csv.gz``) is replayed.
 
 Costs are UNet sample-evaluations (one latent through the UNet once) and seconds. The sequential and the fast search take
 all prompts together: their seconds are a prompt's share. Medians are printed, and ratios are
@@ -26,7 +26,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -40,6 +40,7 @@ from torch import Tensor
 import nemolib
 from nemolib import paths
 from nemolib.batching import in_order
+from nemolib.experiments.published_run import PROMPTS, RESULTS
 from nemolib.first_step import FirstStep, first_step
 from nemolib.holdout import ActivationStatistics, z_scores
 from nemolib.layers import collect_activations
@@ -60,6 +61,9 @@ SAMPLES = 10
 
 SEARCHES = ("release", "sequential", "fast")
 
+WORLDS = {"tiny": "tiny world", "replay": "replay of recorded searches, SD v1-4"}
+"""What is searched, as ``search.json`` and the tables name it."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -72,10 +76,10 @@ class Cost:
 
 
 class ReleasedScore:
-    """The score of neuron sets as the release computes it; counts UNet sample-evaluations."""
+    """The score of neuron sets as the release computes it; counts UNet sample-evaluations, and the sets."""
 
     def __init__(self, step: FirstStep, embedding: Tensor, world: Profile, gate: float) -> None:
-        self.samples = 0
+        self.samples = self.sets = 0
         self._step, self._embedding = step, embedding
         self._compared = {"settings": world.similarity, "protocol": world.protocol}
         self._unblocked = self.differences()
@@ -84,6 +88,7 @@ class ReleasedScore:
 
     def __call__(self, neurons: NeuronSet) -> float:
         """Return the largest similarity over the seeds that passed the gate; the others are computed and dropped."""
+        self.sets += 1
         maps = self.differences(neurons)
         return similarity(self._unblocked[self.seeds], maps[self.seeds], **self._compared).max().item()
 
@@ -142,30 +147,12 @@ def release(
         if value <= threshold:
             break
     score.differences()
-    neurons = _refine_plainly(candidates.entries(double=True), score, max(value, threshold))
-    score(neurons)
-    return Cost(score.samples, time.perf_counter() - start, len(candidates.neurons), neurons)
-
-
-def _refine_plainly(entries: Sequence[Sequence[int]], ask: Score, target: float) -> NeuronSet:
-    """Return what the refinement of the release leaves: a neuron's first entry of two is evaluated as well."""
-    blocked = [list(layer) for layer in entries]
-    ask(NeuronSet(blocked))
-
-    def test(layer: int, rest: list[int]) -> None:
-        if ask(NeuronSet([*blocked[:layer], rest, *blocked[layer + 1 :]])) < target:
-            blocked[layer] = rest
-
-    order = range(len(blocked) - 1, -1, -1)
-    for layer in order:
-        if blocked[layer]:
-            test(layer, [])
-    for layer in order:
-        for neuron in list(blocked[layer]):
-            rest = list(blocked[layer])
-            rest.remove(neuron)
-            test(layer, rest)
-    return NeuronSet(blocked)
+    before = score.sets
+    found = refine_sequential(candidates.entries(double=True), score, threshold=max(value, threshold))
+    # A test of one entry of two leaves the set as it is, so that we ask nothing; and the refined set comes last.
+    for _ in range(1 + len(found.tests) - (score.sets - before) + 1):
+        score(found.neurons)
+    return Cost(score.samples, time.perf_counter() - start, len(candidates.neurons), found.neurons)
 
 
 def compare(run: Run, prompts: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, float]]:
@@ -210,16 +197,19 @@ def compare(run: Run, prompts: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, fl
     return pd.DataFrame(rows), {name: float(np.mean(values)) if values else math.nan for name, values in seeds.items()}
 
 
-def recorded_searches(path: Path) -> pd.DataFrame:
-    """Return caption, entries (candidates by layer, double ones included) and refined neurons of the authors' results."""
+def recorded_searches(path: Path, kinds: Mapping[str, str]) -> pd.DataFrame:
+    """Return the searches of a table of results of the authors' code, those of the captions whose kind is given.
+
+    Returns:
+        Columns kind, entries (candidates by layer, double ones included) and refined (neurons by layer).
+    """
     table = pd.read_csv(path, sep=";")
     columns = {"entries": "Initial Neurons", "refined": "Refined Neurons"}
-    return pd.DataFrame(
-        {"caption": table["Caption"]} | {key: table[name].map(json.loads) for key, name in columns.items()}
-    )
+    searches = pd.DataFrame({key: table[name].map(json.loads) for key, name in columns.items()})
+    return searches.assign(kind=table["Caption"].map(kinds)).dropna()
 
 
-def replay(recorded: pd.DataFrame, kinds: dict[str, str], seeds: dict[str, float]) -> pd.DataFrame:
+def replay(recorded: pd.DataFrame, seeds: Mapping[str, float]) -> pd.DataFrame:
     """Return the costs of recorded searches under a monotone model of the score.
 
     The model falls a little whenever a neuron that is not needed is reactivated, as the score of a real model does, so
@@ -227,45 +217,42 @@ def replay(recorded: pd.DataFrame, kinds: dict[str, str], seeds: dict[str, float
 
     Args:
         recorded: What `recorded_searches` returned.
-        kinds: Caption -> vm or tm.
         seeds: Seeds per failing step and per test, from `compare`.
 
     Returns:
-        One row per prompt of a known kind: kind, candidates, needed, bound (information bound k log2(n/k)), sets of the
-        sequential and the fast refinement, UNet sample-evaluations of the three searches, those of the fast one with
-        all seeds for every set, and neurons of both.
+        One row per prompt: kind, candidates, sets of the sequential and the fast refinement, UNet sample-evaluations of
+        the three searches, those of the fast one with all seeds for every set, and neurons of both.
     """
     seeds = {name: SAMPLES if math.isnan(value) else value for name, value in seeds.items()}
-    rows = []
-    for item in recorded[recorded["caption"].map(kinds).isin(MEMORIZED)].itertuples():
-        kind, required, total = kinds[item.caption], set(NeuronSet(item.refined)), len(NeuronSet(item.entries))
+    return pd.DataFrame([_replayed(item.kind, item.entries, item.refined, seeds) for item in recorded.itertuples()])
 
-        def score(neurons: NeuronSet, required: set = required, total: int = total) -> float:
-            return 0.4 + 0.09 * len(neurons) / max(1, total) if required <= set(neurons) else 1.0
 
-        slow, sequential = _counted(refine_sequential, item.entries, score)
-        found, fast = _counted(refine_fast, item.entries, score)
-        # Alg. 3 adds the same number of most active neurons in each layer: at most as many as the shortest list has.
-        steps = min(map(len, item.entries)) + 1
-        kept = {layer for layer, _ in required}
-        tests = sum(map(bool, item.entries)) + sum(len(item.entries[layer]) for layer in kept)
-        rows.append(
-            {
-                "kind": kind,
-                "candidates": total,
-                "needed": len(required),
-                "bound": len(required) * math.log2(total / len(required)) if required else 0.0,
-                "sequential_sets": sequential,
-                "fast_sets": fast,
-                "release_samples": 2 * SAMPLES + steps * (2 * SAMPLES + 1) + 2 * SAMPLES * (3 + tests),
-                "sequential_samples": SAMPLES * (1 + steps + sequential),
-                "fast_samples": 3 * SAMPLES - 1 + (steps - 1) * seeds["failing"] + fast * seeds[kind],
-                "fast_all_seeds": SAMPLES * (1 + steps + fast),
-                "sequential_neurons": len(slow.neurons),
-                "fast_neurons": len(found.neurons),
-            }
-        )
-    return pd.DataFrame(rows)
+def _replayed(
+    kind: str, entries: list[list[int]], refined: list[list[int]], seeds: Mapping[str, float]
+) -> dict[str, Any]:
+    required, total = set(NeuronSet(refined)), len(NeuronSet(entries))
+
+    def score(neurons: NeuronSet) -> float:
+        return 0.4 + 0.09 * len(neurons) / max(1, total) if required <= set(neurons) else 1.0
+
+    slow, sequential = _counted(refine_sequential, entries, score)
+    found, fast = _counted(refine_fast, entries, score)
+    # Alg. 3 adds the same number of most active neurons in each layer: at most as many as the shortest list has.
+    steps = min(map(len, entries)) + 1
+    kept = {layer for layer, _ in required}
+    tests = sum(map(bool, entries)) + sum(len(entries[layer]) for layer in kept)
+    return {
+        "kind": kind,
+        "candidates": total,
+        "sequential_sets": sequential,
+        "fast_sets": fast,
+        "release_samples": 2 * SAMPLES + steps * (2 * SAMPLES + 1) + 2 * SAMPLES * (3 + tests),
+        "sequential_samples": SAMPLES * (1 + steps + sequential),
+        "fast_samples": 3 * SAMPLES - 1 + (steps - 1) * seeds["failing"] + fast * seeds[kind],
+        "fast_all_seeds": SAMPLES * (1 + steps + fast),
+        "sequential_neurons": len(slow.neurons),
+        "fast_neurons": len(found.neurons),
+    }
 
 
 def _counted(
@@ -293,14 +280,8 @@ def ratios(table: pd.DataFrame) -> dict[str, dict[str, float]]:
     return found
 
 
-def medians(table: pd.DataFrame) -> str:
-    """Return the medians by kind of all columns, as text."""
-    return table.groupby("kind", sort=False).median(numeric_only=True).T.round(2).to_string()
-
-
 def ratio_table(result: dict[str, Any]) -> str:
     """Return the ratios of ``search.json`` as a table in Markdown, as in docs/reproducibility.md."""
-    worlds = {"tiny": "tiny world", "replay": "replay of recorded searches, SD v1-4"}
     quantities = {
         "release_over_fast": "evaluations, release / fast",
         "sequential_over_fast": "evaluations, sequential / fast",
@@ -308,11 +289,10 @@ def ratio_table(result: dict[str, Any]) -> str:
         "seconds_release_over_fast": "seconds, release / fast",
     }
     rows = [
-        {"": f"{worlds[world]}: {text}"} | {kind.upper(): f"{result[world][kind][name]:.1f}" for kind in MEMORIZED}
-        for world in worlds
-        if world in result
+        {"": f"{WORLDS[world]}: {text}"} | {kind.upper(): f"{found[kind][name]:.1f}" for kind in MEMORIZED}
+        for world, found in result.items()
         for name, text in quantities.items()
-        if name in result[world][MEMORIZED[0]]
+        if name in found[MEMORIZED[0]]
     ]
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True, colalign=("left", "right", "right"))
 
@@ -321,32 +301,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark, print tables, and write ``build/benchmarks/search.json``."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--prompts", type=int, default=10, help="prompts per kind; 0 means all")
-    parser.add_argument("--replay", type=Path, help="results of a run of the authors' code (CSV)")
-    parser.add_argument("--prompt-table", type=Path, help="memorized prompts of the authors' release, with column type")
     options = parser.parse_args(arguments)
-    if options.prompts < 0:
-        parser.error("the number of prompts must be at least 0")
-    if options.replay and not options.prompt_table:
-        parser.error("--replay needs --prompt-table, which says which prompts are VM and which TM")
-    # Read first, so that a wrong file is noticed before the long part.
-    recorded = recorded_searches(options.replay) if options.replay else None
-    kinds = load_prompts(options.prompt_table).set_index("caption")["kind"].to_dict() if options.replay else {}
-
     run = nemolib.open_run("tiny", progress=False)
-    known = run.prompts(*MEMORIZED).groupby("kind", sort=False)
+    known = run.prompts(*MEMORIZED)
+    chosen = known.groupby("kind", sort=False).head(options.prompts or len(known))
     with torch.inference_mode():
         print("UNet sample-evaluations: " + " / ".join(SEARCHES), flush=True)
-        table, seeds = compare(run, known.head(options.prompts or len(run.prompts(*MEMORIZED))))
-    print(f"\nTiny world, medians over prompts\n{medians(table)}")
-    per_set = ", ".join(f"{name} {value:.2f}" for name, value in seeds.items())
-    print(f"seeds: per failing step of Alg. 3, per test of Alg. 4: {per_set}")
-    result = {"tiny": ratios(table)}
-    if recorded is None:
-        print("\nno replay: give the results of a run of the authors' code with --replay and --prompt-table")
-    else:
-        table = replay(recorded, kinds, seeds)
-        print(f"\nReplay of recorded searches, medians over prompts\n{medians(table)}")
-        result["replay"] = ratios(table)
+        table, seeds = compare(run, chosen)
+    print("seeds, per failing step of Alg. 3 and per test of Alg. 4: ", seeds)
+    kinds = load_prompts(PROMPTS).set_index("caption")["kind"]
+    tables = {"tiny": table, "replay": replay(recorded_searches(RESULTS, kinds), seeds)}
+    for world, table in tables.items():
+        medians = table.groupby("kind", sort=False).median(numeric_only=True).T.round(2)
+        print(f"\n{WORLDS[world]}, medians over prompts\n{medians.to_string()}")
+    result = {world: ratios(table) for world, table in tables.items()}
     print(f"\nMedians over prompts\n{ratio_table(result)}")
     write_atomic(OUTPUT, json.dumps(result, indent=2) + "\n")
     print(f"\nwritten: {OUTPUT}")

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
 import platform
 import re
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import nbformat
@@ -24,7 +22,6 @@ import psutil
 from nemolib import paths
 from nemolib.exhibits import exhibits, markdown
 from nemolib.paths import write_atomic
-from nemolib.provenance import versions
 from nemolib.settings import Profile, ProfileError, load_profile
 
 NOTE = Path(__file__).with_name("results_full.md.j2")
@@ -34,13 +31,8 @@ LARGEST = 1_000_000
 """Tables with more bytes stay out of the repository; the note names them."""
 
 
-def results_folder(profile: Profile) -> Path:
-    """Return the folder of kept results of the world that a profile belongs to, without creating it."""
-    return paths.resolve(profile.prompts.memorized).parent.parent / "results_full"
-
-
 def keep_results(profile: Profile, names: Collection[str]) -> Path:
-    """Copy the tables of a finished run to the repository, and write ``run.json`` and a note for readers.
+    """Copy the tables of a finished run to the repository, and write a note for readers.
 
     Run it on the machine that made the run: the note describes the machine that writes it. Times are those that the
     executed notebooks in ``build/<profile>`` hold; a second run reads what the first one kept, so begin without them.
@@ -56,7 +48,8 @@ def keep_results(profile: Profile, names: Collection[str]) -> Path:
         FileNotFoundError: There is no table or no executed notebook of the profile; the message says which command
             makes them.
     """
-    build, target = paths.BUILD / profile.name, results_folder(profile)
+    build = paths.BUILD / profile.name
+    target = paths.resolve(profile.prompts.memorized).parent.parent / "results_full"
     found = {path.stem: path.read_bytes() for path in sorted((build / "tables").glob("*.csv")) if path.stem in names}
     grids = {path.stem for path in (build / "grids").glob("*.safetensors")}
     seconds = notebook_seconds(build)
@@ -68,18 +61,17 @@ def keep_results(profile: Profile, names: Collection[str]) -> Path:
         path.unlink()
     for name, content in kept.items():
         write_atomic(target / f"{name}.csv", content)
-    record = {
-        "profile": profile.name,
-        "model": profile.model,
-        "machine": machine(),
-        "versions": versions(),
-        "seconds": seconds,
-        "tables": [*kept],
-        "too large": sorted(found.keys() - kept),
-        "not computed": sorted({*names} - found.keys() - grids),
-    }
-    write_atomic(target / "run.json", json.dumps(record, indent=1, sort_keys=True) + "\n")
-    write_atomic(target / "README.md", note(record))
+    minutes = pd.Series(seconds, name="minutes").rename_axis("notebook") / 60
+    note = NOTE.read_text(encoding="utf-8")
+    text = jinja2.Template(note, keep_trailing_newline=True, trim_blocks=True).render(
+        profile=profile.name,
+        machine=machine(),
+        minutes=minutes.sum(),
+        times=markdown(minutes.map("{:.1f}".format).reset_index()),
+        too_large=sorted(found.keys() - kept),
+        not_computed=sorted({*names} - found.keys() - grids),
+    )
+    write_atomic(target / "README.md", text)
     return target
 
 
@@ -93,25 +85,14 @@ def notebook_seconds(build: Path) -> dict[str, float]:
     return seconds
 
 
-def machine() -> dict[str, Any]:
-    """Return what a reader needs to know of this machine: processor, cores, memory in GiB, system, Python."""
+def machine() -> str:
+    """Return what a reader needs to know of this machine: processor, cores, memory, system, Python."""
     listed = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.*)$", listed.read_text() if listed.is_file() else "", re.MULTILINE)
-    return {
-        "processor": names[0] if names else platform.processor() or platform.machine(),
-        "cores": psutil.cpu_count(),
-        "memory": round(psutil.virtual_memory().total / 2**30, 1),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-    }
-
-
-def note(record: dict[str, Any]) -> str:
-    """Return the note for readers from a record of `keep_results`."""
-    minutes = {name: f"{value / 60:.1f}" for name, value in record["seconds"].items()}
-    times = markdown(pd.DataFrame(minutes.items(), columns=["notebook", "minutes"]))
-    template = jinja2.Template(NOTE.read_text(encoding="utf-8"), keep_trailing_newline=True, trim_blocks=True)
-    return template.render(record, times=times, record=record)
+    processor = names[0] if names else platform.processor() or platform.machine()
+    memory = f"{psutil.virtual_memory().total / 2**30:.1f} GiB"
+    system = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
+    return f"{processor}, {psutil.cpu_count()} cores, {memory}, {system}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

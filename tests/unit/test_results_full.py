@@ -1,5 +1,3 @@
-import json
-
 import nbformat
 import numpy as np
 import pandas as pd
@@ -46,17 +44,14 @@ def test_results_are_kept_with_a_note_of_the_machine_and_the_time(full, saved):
     executed(saved, "04_deactivate_neurons", exception=True)
     folder = results_full.keep_results(full, NAMES)
     assert folder == paths.ROOT / "data" / "tiny" / "results_full"
-    assert {path.name for path in folder.iterdir()} == {"README.md", "localization.csv", "run.json", "thresholds.csv"}
+    assert {path.name for path in folder.iterdir()} == {"README.md", "localization.csv", "thresholds.csv"}
     assert (folder / "localization.csv").read_bytes() == (saved / "tables" / "localization.csv").read_bytes()
-    record = json.loads((folder / "run.json").read_text())
-    assert record["seconds"] == {"03_localize_neurons": 90.0}, "a notebook that failed has no time"
-    assert record["machine"]["cores"] >= 1
-    assert record["machine"]["memory"] > 0
-    assert record["not computed"] == ["detection"], "a grid was computed, and stays out"
     text = (folder / "README.md").read_text()
-    assert "| 03_localize_neurons | 1.5 |" in " ".join(text.split())
-    assert f"Machine: {record['machine']['processor']}, " in text
-    assert "Not computed: detection." in text
+    times = " ".join(text.split()).partition("minutes | |")[2]
+    assert "| 03_localize_neurons | 1.5 |" in times
+    assert "04_deactivate_neurons" not in times, "a notebook that failed has no time"
+    assert f"Machine: {results_full.machine()}. Time: 2 minutes" in text
+    assert "Not computed: detection." in text, "a grid was computed, and stays out"
     assert "Left out" not in text
 
 
@@ -74,11 +69,10 @@ def test_the_command_keeps_what_exhibits_read_and_says_what_to_do_without_a_run(
     assert "there is no executed notebook in" in capsys.readouterr().err
     executed(saved, "03_localize_neurons")
     assert results_full.main(["--profile", "tiny-full"]) == 0
-    assert capsys.readouterr().out.startswith("# Results of profile tiny-full")
-    folder = results_full.results_folder(full)
-    record = json.loads((folder / "run.json").read_text())
-    assert {"localization", "thresholds"} <= set(record["tables"])
-    assert {"scores", "copies"} <= set(record["not computed"])
+    told = capsys.readouterr().out
+    assert told.startswith("# Results of profile tiny-full")
+    assert {"scores", "copies"} <= set(told.partition("Not computed: ")[2].partition(".")[0].split(", "))
+    assert {path.stem for path in paths.ROOT.rglob("results_full/*.csv")} == {"localization", "thresholds"}
     for path in (saved / "tables").iterdir():
         path.unlink()
     assert results_full.main(["--profile", "tiny-full"]) == 1

@@ -14,13 +14,14 @@ import html
 import io
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Annotated, BinaryIO, NamedTuple
+from typing import Annotated
 
 import pandas as pd
 import pooch
@@ -33,7 +34,6 @@ from PIL import Image
 from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 from urllib3 import Retry
-from urllib3.exceptions import HTTPError
 
 from nemolib import paths
 from nemolib.encoders import check_sha256, note_sha256, noted_sha256
@@ -70,20 +70,6 @@ WEIGHTS = ("text_encoder/model", "unet/diffusion_pytorch_model", "vae/diffusion_
 
 class DownloadError(RuntimeError):
     """Something that could not be fetched; the message names it, the reason and what to do."""
-
-
-class Outcome(NamedTuple):
-    """What became of one thing that was to be fetched.
-
-    Attributes:
-        thing: What it is.
-        status: ``present``, ``copied``, ``downloaded``, ``missing`` (can be done without) or ``failed``.
-        note: Where it lies, or why it failed and what to do.
-    """
-
-    thing: str
-    status: str
-    note: str
 
 
 class SourceFile(pydantic.BaseModel, frozen=True, extra="forbid"):
@@ -126,46 +112,42 @@ def load_manifest(name: str | Path) -> Manifest:
         ProfileError: There is no such manifest, or entries do not fit.
     """
     path = Path(name).expanduser() if str(name).endswith((".yaml", ".yml")) else MANIFESTS / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in MANIFESTS.glob("*.yaml")))
-        raise ProfileError(f"there is no manifest {str(name)!r} ({path}); known: {known}; or give a YAML file")
     try:
         return Manifest.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (pydantic.ValidationError, yaml.YAMLError) as error:
+    except (OSError, pydantic.ValidationError, yaml.YAMLError) as error:
         raise ProfileError(f"{path}: {error}") from error
 
 
-def fetch_data(profile: Profile) -> Iterator[Outcome]:
+def fetch_data(profile: Profile) -> Iterator[tuple[str, str, str]]:
     """Fetch what a profile needs and does not have yet; what fails does not stop the rest.
 
     Args:
         profile: Its key ``downloads`` names the manifest.
 
     Yields:
-        What became of each thing, as soon as it is known.
+        For each thing, as soon as it is known: what it is; ``present``, ``copied``, ``downloaded``, ``missing`` (can be done
+        without) or ``failed``; and where it lies, or why it failed and what to do.
 
     Raises:
         ProfileError: The manifest cannot be used.
         OSError: The disk is full; what was fetched stays.
     """
     manifest = load_manifest(profile.downloads) if profile.downloads else Manifest(folder=paths.DATA, files=())
-    folder = manifest.folder
-    todo = [
-        (item.path, "missing" if item.optional else "failed", partial(fetch_file, item, folder))
-        for item in manifest.files
-    ]
+    folder, todo = manifest.folder, []
+    for file in manifest.files:
+        todo.append((file.path, "missing" if file.optional else "failed", partial(fetch_file, file, folder)))
     todo += [(f"model {model[0]}", "failed", partial(fetch_model, *model)) for model in hub_models(profile)]
     if manifest.training_images:
         todo.append(("training images", "failed", partial(fetch_images, folder / manifest.training_images, folder)))
     for thing, without, fetch in todo:
         try:
-            yield Outcome(thing, *fetch())
+            yield thing, *fetch()
         except (DownloadError, FileNotFoundError, ValueError) as error:
-            yield Outcome(thing, without, str(error))
+            yield thing, without, str(error)
 
 
 def fetch_file(file: SourceFile, folder: Path) -> tuple[str, str]:
-    """Put a file into a folder, unless it is there, and check it; return its status as in `Outcome`, and its path.
+    """Put a file into a folder, unless it is there, and check it; return its status as in `fetch_data`, and its path.
 
     pooch takes it from the mirror if it holds the file, else from its URL, and checks it before it gets its name.
 
@@ -178,15 +160,10 @@ def fetch_file(file: SourceFile, folder: Path) -> tuple[str, str]:
     if not target.is_file():
         pooch.get_logger().setLevel(logging.ERROR)  # the progress bar says the rest
         mirrored = _in_mirror(file)
-        if mirrored is None:
-            status, source, retries = "downloaded", file.url, RETRIES
-            remedy = f"check the connection and run again, or give a folder that holds the file: {MIRROR}=folder"
-        else:
-            status, source, retries = "copied", str(mirrored), 0
-            remedy = f"put the right file into the mirror, or unset {MIRROR}"
-        if mirrored is None and constants.HF_HUB_OFFLINE:
-            why = "is not there, and HF_HUB_OFFLINE forbids the network; unset it, or"
-            raise DownloadError(f"{file.path} {why} {remedy}")
+        status, source, retries = ("copied", str(mirrored), 0) if mirrored else ("downloaded", file.url, RETRIES)
+        remedy = f"check the connection and run again, or let {MIRROR} name a folder that holds the right file"
+        if constants.HF_HUB_OFFLINE and not mirrored:
+            raise DownloadError(f"{file.path} is not there, and HF_HUB_OFFLINE forbids the network; unset it, {remedy}")
         registry, urls = {file.path: file.sha256 or noted_sha256(target)}, {file.path: source}
         try:
             cache = pooch.create(folder, base_url="", registry=registry, urls=urls, retry_if_failed=retries)
@@ -200,42 +177,16 @@ def fetch_file(file: SourceFile, folder: Path) -> tuple[str, str]:
     return status, str(target)
 
 
-def _take(source: str, target: str, _: pooch.Pooch) -> None:
+def _take(source: str, target: str, cache: pooch.Pooch) -> None:
     """Write what a URL gives, or a file of the mirror, into a file; raise ValueError for what is no data."""
-    with open(target, "w+b") as file:
-        if source.startswith(("http://", "https://")):
-            _stream(source, file, _session(), bar=PurePosixPath(source).name)
-        else:
-            file.write(Path(source).read_bytes())
-        file.seek(0)
+    if source.startswith(("http://", "https://")):
+        pooch.HTTPDownloader(progressbar=True, timeout=TIMEOUT)(source, target, cache)
+    else:
+        shutil.copyfile(source, target)
+    with open(target, "rb") as file:
         start = file.read(256).lstrip().lower()
     if not start or start.startswith((b"<!doctype html", b"<html")):
         raise ValueError(f"{'a web page' if start else 'an empty file'} is there instead of data")
-
-
-def _stream(address: str, file: BinaryIO, session: requests.Session, *, bar: str = "", most: int | None = None) -> None:
-    """Write what a URL gives into a file, with a progress bar of a name; give up a server that is too slow.
-
-    Raises:
-        RequestException, ValueError: It gives nothing, too little, too slowly, or more bytes than ``most``.
-    """
-    with session.get(address, timeout=TIMEOUT, stream=True) as answer:
-        answer.raise_for_status()
-        started, received = time.monotonic(), 0
-        size = int(answer.headers.get("Content-Length", 0)) or None
-        with tqdm(desc=bar, total=size, unit="B", unit_scale=True, disable=not bar) as progress:
-            try:
-                # What has arrived, without waiting for more: a server may send a byte now and then.
-                while part := answer.raw.read1(2**16, decode_content=True):
-                    file.write(part)
-                    progress.update(len(part))
-                    received, seconds = received + len(part), time.monotonic() - started
-                    if most is not None and received > most:
-                        raise ValueError(f"more than {most // 2**20} MiB")
-                    if seconds > TIMEOUT and received < SLOWEST * seconds:
-                        raise ValueError(f"too slow: {received} bytes in {seconds:.0f} s")
-            except HTTPError as error:
-                raise ValueError(f"broken off after {received} bytes ({error})") from error
 
 
 def _session() -> requests.Session:
@@ -271,7 +222,7 @@ def hub_models(profile: Profile) -> list[tuple[str, str | None, tuple[str, ...]]
 
 
 def fetch_model(repository: str, revision: str | None, files: Sequence[str]) -> tuple[str, str]:
-    """Put a hub model into the hub's cache, unless it is there, and return its status as in `Outcome`, and its folder.
+    """Put a hub model into the hub's cache, unless it is there, and return its status as in `fetch_data`, and its folder.
 
     The cache is where ``HF_HOME`` says; tokens (``HF_TOKEN``, ``hf auth login``) and ``HF_HUB_OFFLINE`` are those of
     huggingface_hub. A download that was interrupted goes on where it stopped. No pickles are fetched, no copies of other
@@ -320,7 +271,7 @@ def fetch_images(table: Path, folder: Path) -> tuple[str, str]:
         folder: Folder of the world.
 
     Returns:
-        Status as in `Outcome`, and how many were found; the report has the columns `IMAGE_COLUMNS`, a row for each prompt.
+        Status as in `fetch_data`, and how many were found; the report has the columns `IMAGE_COLUMNS`, a row for each prompt.
 
     Raises:
         FileNotFoundError: There is no such table.
@@ -368,17 +319,32 @@ def _fetch_image(
         return "missing", "", "", "HF_HUB_OFFLINE forbids the network" if url else "the table has no URL"
     reasons = []
     for status, before in (("found", ""), ("archived", ARCHIVE)):
-        content = io.BytesIO()
         try:
-            _stream(before + html.unescape(url), content, session, most=LARGEST)
-            suffix = _suffix(content.getvalue())
+            content = _content(before + html.unescape(url), session)
+            suffix = _suffix(content)
         except Exception as error:  # a server may give anything
             reasons.append(f"{'archive: ' if before else ''}{_reason(error)}")
             continue
         image = f"images/{number:04d}.{suffix}"
-        write_atomic(folder / image, content.getvalue())
-        return status, image, hashlib.sha256(content.getvalue()).hexdigest(), "; ".join(reasons)
+        write_atomic(folder / image, content)
+        return status, image, hashlib.sha256(content).hexdigest(), "; ".join(reasons)
     return "missing", "", "", "; ".join(reasons)
+
+
+def _content(address: str, session: requests.Session) -> bytes:
+    """Return what a URL gives; anything may be raised for what is an error, breaks off, is too large or comes too slowly."""
+    content, started = bytearray(), time.monotonic()
+    with session.get(address, timeout=TIMEOUT, stream=True) as answer:
+        answer.raise_for_status()
+        # What has arrived, without waiting for more: a server may send a byte now and then.
+        while part := answer.raw.read1(2**16, decode_content=True):
+            content += part
+            seconds = time.monotonic() - started
+            if len(content) > LARGEST:
+                raise ValueError(f"more than {LARGEST // 2**20} MiB")
+            if seconds > TIMEOUT and len(content) < SLOWEST * seconds:
+                raise ValueError(f"too slow: {len(content)} bytes in {seconds:.0f} s")
+    return bytes(content)
 
 
 def _suffix(content: bytes) -> str:
@@ -403,23 +369,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.fetch_data", description=__doc__)
     parser.add_argument("--profile", default=os.environ.get("PROFILE") or "sd14", help="default: $PROFILE, else sd14")
     arguments = parser.parse_args(argv)
-    outcomes = []
+    statuses = {}
     try:
         profile = load_profile(arguments.profile)
-        for outcome in fetch_data(profile):
-            outcomes.append(outcome)
-            stream = sys.stderr if outcome.status == "failed" else sys.stdout
-            print(f"{outcome.status:>10}  {outcome.thing}: {outcome.note}", file=stream, flush=True)
+        for thing, status, note in fetch_data(profile):
+            statuses[thing] = status
+            print(f"{status:>10}  {thing}: {note}", file=sys.stderr if status == "failed" else sys.stdout, flush=True)
     except (ProfileError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; what was fetched stays, run again to go on\n")
         return 130
-    failed = [outcome.thing for outcome in outcomes if outcome.status == "failed"]
+    failed = [thing for thing, status in statuses.items() if status == "failed"]
     if failed:
-        sys.stderr.write(f"{len(failed)} of {len(outcomes)} failed: {', '.join(failed)}\n")
-    elif not outcomes:
+        sys.stderr.write(f"{len(failed)} of {len(statuses)} failed: {', '.join(failed)}\n")
+    elif not statuses:
         sys.stdout.write(f"profile {profile.name}: nothing to fetch, everything is in the repository\n")
     return 1 if failed else 0
 

@@ -1,6 +1,7 @@
+import copy
 import threading
-import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from nemolib.mitigation import DeactivatedNeurons, target_norms
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.settings import DetectionSettings, GenerationSettings, WenSettings
-from tests.random_pipeline import random_pipeline
 
 DETECTION = DetectionSettings(samples=5, steps=10)
 SETS = {"a fox": NeuronSet.of([(0, 1)], layers=7), "a dog": NeuronSet.of([(6, 2), (3, 1)], layers=7)}
@@ -36,10 +36,8 @@ class Memory:
 def collect(memory, number, size, owner, use="test"):
     """Return the sizes of the batches in which so many items are computed, each once."""
     memory.sizes.clear()
-    found = [
-        value for _, part in shrinking(memory, list(range(number)), size=size, owner=owner, use=use) for value in part
-    ]
-    assert found == [item * 10 for item in range(number)]
+    found = [part for _, part in shrinking(memory, list(range(number)), size=size, owner=owner, use=use)]
+    assert sum(found, []) == [item * 10 for item in range(number)]
     return memory.sizes
 
 
@@ -77,14 +75,6 @@ def test_what_no_smaller_batch_mends_is_an_error():
         collect(Memory(0, RuntimeError("shapes do not fit")), 2, 2, nn.Identity())
     with pytest.raises(ValueError, match="batch size is 0"):
         collect(Memory(9), 1, 0, nn.Identity())
-
-
-@pytest.fixture
-def pipe():
-    pipe = random_pipeline()
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-        part.eval().requires_grad_(False)
-    return pipe
 
 
 def run_out(module, largest):
@@ -128,7 +118,8 @@ def targets(pipe):
         (targets, 4, "target norms", [2, 6, 2, 2, 2], {"rtol": 1e-4}),
     ],
 )
-def test_results_do_not_depend_on_the_memory(pipe, function, largest, use, sizes, close):
+def test_results_do_not_depend_on_the_memory(random_pipe, function, largest, use, sizes, close):
+    pipe = copy.deepcopy(random_pipe)
     plain, seen = function(pipe), run_out(pipe.unet, largest)
     with pytest.warns(UserWarning, match=f"{use}: out of memory"):
         assert torch.allclose(function(pipe), plain, **close)
@@ -141,12 +132,11 @@ def test_results_do_not_depend_on_the_memory(pipe, function, largest, use, sizes
 class Answers:
     """Doubles numbers, and remembers what was asked at once."""
 
-    def __init__(self, seconds=0.0):
-        self.asked, self.seconds = [], seconds
+    def __init__(self):
+        self.asked = []
 
     def __call__(self, items):
         self.asked.append(items)
-        time.sleep(self.seconds)
         if "bad" in items:
             raise ValueError("no half of it")
         return [2 * item for item in items]
@@ -207,18 +197,23 @@ def test_an_end_in_the_middle_leaves_nothing_running(end):
     assert threading.active_count() == before
 
 
-def test_a_clock_runs_while_its_function_does_and_for_its_share_of_the_answers():
-    lockstep, seconds = Lockstep(Answers(0.2), 2), {}
+def test_a_clock_runs_while_its_function_does_and_for_its_share_of_the_answers(monkeypatch):
+    now, seconds = [0.0], {}
+    monkeypatch.setattr("nemolib.batching.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def answer(items):
+        now[0] += 0.2
+        return items
 
     def timed(name, number, own):
         def run():
             start = lockstep.clock()
             lockstep.ask([name] * number)
-            time.sleep(own)
+            now[0] += own
             seconds[name] = lockstep.clock() - start
 
         return run
 
+    lockstep = Lockstep(answer, 2)
     list(lockstep.run([timed("a", 3, 0.0), timed("b", 1, 0.3)]))
-    assert seconds["a"] == pytest.approx(0.15, abs=0.03)
-    assert seconds["b"] == pytest.approx(0.35, abs=0.03)
+    assert seconds == pytest.approx({"a": 0.15, "b": 0.35})

@@ -6,28 +6,25 @@ Layers count from 0 in the order of `nemolib.layers`. The paper counts them from
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from pathlib import Path
 from typing import Any
-
-from nemolib.paths import write_atomic
 
 
 @dataclass(frozen=True, slots=True)
 class NeuronSet:
     """Neurons by layer: hashable, printable, each neuron at most once.
 
-    ``a | b``, ``a & b`` and ``a - b`` are set operations, ``(layer, neuron) in a`` asks for a neuron, ``len(a)``
-    counts neurons, and iteration gives (layer, neuron) pairs in order. An empty set is false.
+    ``a | b``, ``a & b`` and ``a - b`` are set operations, ``len(a)`` counts neurons, and iteration gives (layer, neuron)
+    pairs in order, so that ``(layer, neuron) in a`` asks for a neuron. An empty set is false.
 
     Attributes:
         layers: Indices of the neurons of each layer. Any iterables of integers are accepted, and kept as sorted tuples.
 
     Raises:
-        TypeError: A neuron is not an integer.
-        ValueError: A neuron is negative.
+        ValueError: A neuron is not an integer, or negative.
     """
 
     layers: tuple[tuple[int, ...], ...]
@@ -66,20 +63,14 @@ class NeuronSet:
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return ((layer, neuron) for layer, neurons in enumerate(self.layers) for neuron in neurons)
 
-    def __contains__(self, pair: object) -> bool:
-        if not isinstance(pair, tuple) or len(pair) != 2:
-            raise TypeError(f"{pair!r} is not a (layer, neuron) pair")
-        layer, neuron = pair
-        return 0 <= layer < len(self.layers) and neuron in self.layers[layer]
-
     def __or__(self, other: NeuronSet) -> NeuronSet:
-        return self._combine(other, set.union)
+        return self._combine(other, operator.or_)
 
     def __and__(self, other: NeuronSet) -> NeuronSet:
-        return self._combine(other, set.intersection)
+        return self._combine(other, operator.and_)
 
     def __sub__(self, other: NeuronSet) -> NeuronSet:
-        return self._combine(other, set.difference)
+        return self._combine(other, operator.sub)
 
     def __str__(self) -> str:
         used = [f"layer {i}: {', '.join(map(str, neurons))}" for i, neurons in enumerate(self.layers) if neurons]
@@ -129,38 +120,21 @@ class NeuronSet:
             ValueError: The text is not a neuron set.
         """
         try:
-            layers = json.loads(text)["layers"]
-            return cls(tuple(map(tuple, layers)))
+            return cls(json.loads(text)["layers"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f'not a neuron set: {text[:80]!r}; expected {{"layers": [[...], ...]}}') from error
-
-    def save(self, path: str | Path) -> None:
-        """Write the set to a JSON file, all of it or nothing."""
-        write_atomic(path, self.to_json() + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> NeuronSet:
-        """Return the set of a JSON file that `save` wrote.
-
-        Raises:
-            ValueError: The file holds no neuron set.
-        """
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
 
     def _combine(self, other: Any, operation: Any) -> NeuronSet:
         if not isinstance(other, NeuronSet):
             return NotImplemented
         if len(self.layers) != len(other.layers):
             raise ValueError(f"neuron sets of {len(self.layers)} and {len(other.layers)} layers cannot be combined")
-        pairs = zip(self.layers, other.layers, strict=True)
-        return NeuronSet(tuple(tuple(operation(set(mine), set(theirs))) for mine, theirs in pairs))
+        return NeuronSet.of(operation(set(self), set(other)), layers=len(self.layers))
 
 
 def _canonical(neurons: Iterable[int], layer: int) -> tuple[int, ...]:
-    values = list(neurons)
+    values = set(neurons)
     for neuron in values:
-        if not isinstance(neuron, Integral) or isinstance(neuron, bool):
-            raise TypeError(f"neuron {neuron!r} of layer {layer} is not an integer")
-        if neuron < 0:
-            raise ValueError(f"neuron {neuron} of layer {layer} is negative; neurons count from 0")
-    return tuple(sorted({int(neuron) for neuron in values}))
+        if not isinstance(neuron, Integral) or isinstance(neuron, bool) or neuron < 0:
+            raise ValueError(f"neuron {neuron!r} of layer {layer} is no integer from 0 on")
+    return tuple(sorted(map(int, values)))

@@ -65,10 +65,9 @@ def test_a_set_that_does_not_fit(neurons, message):
 
 
 def test_impossible_neurons():
-    with pytest.raises(ValueError, match="neuron -1 of layer 1 is negative"):
-        NeuronSet(((), (-1,)))
-    with pytest.raises(TypeError, match=r"neuron 0.5 of layer 0 is not an integer"):
-        NeuronSet(((0.5,),))
+    for layers, words in ((((), (-1,)), "neuron -1 of layer 1"), (((0.5,),), "neuron 0.5 of layer 0")):
+        with pytest.raises(ValueError, match=f"{words} is no integer from 0 on"):
+            NeuronSet(layers)
     with pytest.raises(ValueError, match="layer 2 of neuron 1 does not exist"):
         NeuronSet.of([(2, 1)], layers=2)
 
@@ -78,17 +77,9 @@ def test_sets_of_different_models_do_not_combine():
         NeuronSet.empty(2) | NeuronSet.empty(3)
     with pytest.raises(TypeError):
         NeuronSet.empty(2) | {1}
-    with pytest.raises(TypeError, match="not a .layer, neuron. pair"):
-        assert 5 in NeuronSet.empty(2)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"layers": 3}', '{"layers": [["a"]]}', '{"layers": [[-1]]}'])
 def test_text_that_is_no_neuron_set(text):
-    with pytest.raises(ValueError, match="not a neuron set|negative"):
+    with pytest.raises(ValueError, match="not a neuron set|no integer"):
         NeuronSet.from_json(text)
-
-
-def test_save_and_load(tmp_path):
-    neurons = NeuronSet(((25, 3), (), (507,)))
-    neurons.save(tmp_path / "neurons.json")
-    assert NeuronSet.load(tmp_path / "neurons.json") == neurons

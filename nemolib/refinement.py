@@ -93,7 +93,7 @@ def refine_sequential(
     """
     state = RefinementState(entries, score, threshold=threshold, initial_score=initial_score)
     state.test_layers()
-    for place in state.places():
+    for place in state.left:
         state.test_neuron(*place)
     return state.result()
 
@@ -138,11 +138,10 @@ def refine_fast(
     """
     state = RefinementState(entries, score, threshold=threshold, initial_score=initial_score)
     state.test_layers()
-    places = state.places()
-    while places and not state.below:
+    places = list(state.left)
+    while places and state.score >= threshold:
         state.test_neuron(*places.pop(0))
-    pending = _last_places(state, places)
-    groups = _Groups(state, pending)
+    groups = _Groups(state, _last_places(state.left, places))
     groups.decide()
     groups.clean_up()
     return state.result()
@@ -172,11 +171,24 @@ def refine_by_leading_seeds(entries: Sequence[Sequence[int]], score: BlockedScor
         The needed neurons; the tests are those of the last round.
     """
     start = NeuronSet(entries)
-    initial_score, leading = score(start), score.ranking(start)[:1]
-    accepted: list[NeuronSet] = []
+    initial_score = score(start)
+
+    def refine(leading: list[int], passing: Sequence[NeuronSet]) -> tuple[Refinement, list[NeuronSet]]:
+        """Return what some seeds leave, and the sets that they accepted, in order; ``passing``: for the newest seed too."""
+        accepted = []
+
+        def ask(neurons: NeuronSet) -> float:
+            seeds = score.ranking(neurons)[:1] if neurons in passing else leading
+            found = score.of_seeds(neurons, seeds, limit=threshold)
+            if found < threshold:
+                accepted.append(neurons)
+            return found
+
+        return refine_fast(entries, ask, threshold=threshold, initial_score=initial_score), accepted
+
+    leading, passing = score.ranking(start)[:1], []
     for _ in range(_ROUNDS):
-        ask = _Asked(score, leading, threshold=threshold, passing=accepted)
-        found = refine_fast(entries, ask, threshold=threshold, initial_score=initial_score)
+        found, accepted = refine(leading, passing)
         final = initial_score if found.neurons == start else score.screen(found.neurons, limit=threshold)
         if final < threshold or found.neurons == start:
             return Refinement(found.neurons, final, found.tests)
@@ -184,8 +196,8 @@ def refine_by_leading_seeds(entries: Sequence[Sequence[int]], score: BlockedScor
         if newest in leading:
             # It passed for a later set, and was taken for monotone.
             break
-        first = bisect_left(ask.accepted, True, key=lambda neurons: score.of_seeds(neurons, [newest]) >= threshold)
-        leading, accepted = [newest, *leading], ask.accepted[:first]
+        first = bisect_left(accepted, True, key=lambda neurons: score.of_seeds(neurons, [newest]) >= threshold)
+        leading, passing = [newest, *leading], accepted[:first]
     everywhere = partial(score.screen, limit=threshold)
     return refine_fast(entries, everywhere, threshold=threshold, initial_score=initial_score)
 
@@ -200,7 +212,7 @@ class RefinementState:
         initial_score: Score of all candidates; None evaluates it.
 
     Attributes:
-        entries: For each layer the entries that are left.
+        left: The entries that are left as (layer, neuron), in the order of the tests: the last layer first.
         neurons: The same as a set.
         score: Its score.
         tests: The tests so far.
@@ -213,8 +225,9 @@ class RefinementState:
     def __init__(
         self, entries: Sequence[Sequence[int]], score: Score, *, threshold: float, initial_score: float | None = None
     ) -> None:
-        self.entries = [list(layer) for layer in entries]
-        self.neurons = NeuronSet(self.entries)
+        self._layers = range(len(entries))
+        self.left = [(layer, neuron) for layer in reversed(self._layers) for neuron in entries[layer]]
+        self.neurons = self._set(self.left)
         self.tests: list[RefinementTest] = []
         self.evaluations = 0
         self.fallen = self.last_excess = 0.0
@@ -222,96 +235,74 @@ class RefinementState:
         self._evaluate, self._threshold = score, threshold
         self.score = self._ask(self.neurons) if initial_score is None else initial_score
 
-    @property
-    def below(self) -> bool:
-        """Whether the score is below the threshold."""
-        return self.score < self._threshold
-
-    def places(self) -> list[tuple[int, int]]:
-        """Return the entries that are left as (layer, neuron), in the order of the tests."""
-        return [(layer, neuron) for layer in reversed(range(len(self.entries))) for neuron in self.entries[layer]]
-
     def test_layers(self) -> None:
         """Test each layer as a whole, from the last to the first."""
-        for layer in reversed(range(len(self.entries))):
-            if self.entries[layer]:
-                self._test(_replaced(self.entries, layer, []), layer)
+        for layer in reversed(self._layers):
+            if self.neurons.layers[layer]:
+                self._test([place for place in self.left if place[0] != layer], layer)
 
-    def test_neuron(self, layer: int, neuron: int) -> bool:
-        """Test one entry of a neuron, and return whether it was removed."""
-        rest = list(self.entries[layer])
-        rest.remove(neuron)
-        return self._test(_replaced(self.entries, layer, rest), layer, neuron)
-
-    def has_failed(self, place: tuple[int, int]) -> bool:
-        """Return whether a neuron was tested with just those deactivated that are now, and had to stay."""
-        return NeuronSet(self._rest([place])) in self._failures
+    def test_neuron(self, layer: int, neuron: int) -> None:
+        """Test the first entry of a neuron."""
+        rest = list(self.left)
+        rest.remove((layer, neuron))
+        self._test(rest, layer, neuron)
 
     def test_group(self, group: Sequence[tuple[int, int]]) -> bool:
         """Test all entries of some neurons together, and return whether they were removed."""
-        trial, (layer, neuron) = self._rest(group), group[0]
-        return self._test(trial, layer, neuron if len(group) == 1 else None, tuple(group))
+        layer, neuron = group[0]
+        return self._test(self._without(group), layer, neuron if len(group) == 1 else None, tuple(group))
+
+    def has_failed(self, place: tuple[int, int]) -> bool:
+        """Return whether a neuron was tested with just those deactivated that are now, and had to stay."""
+        return self._set(self._without([place])) in self._failures
 
     def result(self) -> Refinement:
         """Return the refinement that ends here."""
         return Refinement(self.neurons, self.score, tuple(self.tests))
 
     def _test(
-        self, trial: list[list[int]], layer: int, neuron: int | None = None, group: tuple[tuple[int, int], ...] = ()
+        self,
+        rest: list[tuple[int, int]],
+        layer: int,
+        neuron: int | None = None,
+        group: tuple[tuple[int, int], ...] = (),
     ) -> bool:
-        """Keep only the entries of a trial deactivated if the score stays below the threshold."""
-        neurons = NeuronSet(trial)
+        """Keep only the rest deactivated if the score stays below the threshold."""
+        neurons = self._set(rest)
         score = self.score if neurons == self.neurons else self._ask(neurons)
         removed = score < self._threshold
         self.tests.append(RefinementTest(layer, neuron, score, removed, group))
         if removed:
             fall = self.score - score
             self.fallen += fall if fall > _ROUNDING else 0.0
-            self.entries, self.neurons, self.score = trial, neurons, score
+            self.left, self.neurons, self.score = rest, neurons, score
         else:
             self._failures.add(neurons)
             self.last_excess = score - self._threshold
         return removed
 
-    def _rest(self, group: Sequence[tuple[int, int]]) -> list[list[int]]:
+    def _without(self, group: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         drop = set(group)
-        return [[item for item in layer if (i, item) not in drop] for i, layer in enumerate(self.entries)]
+        return [place for place in self.left if place not in drop]
+
+    def _set(self, places: Sequence[tuple[int, int]]) -> NeuronSet:
+        return NeuronSet.of(places, layers=len(self._layers))
 
     def _ask(self, neurons: NeuronSet) -> float:
         self.evaluations += 1
         return self._evaluate(neurons)
 
 
-class _Asked:
-    """The largest similarity of the leading seeds, and the sets that it accepted, in order.
-
-    Args:
-        score: The score of the prompt.
-        leading: Positions of the leading seeds, the newest first.
-        threshold: Score that must be undercut; what does not is known by one seed.
-        passing: Sets that pass for the newest seed too, without being evaluated for it.
-    """
-
-    def __init__(
-        self, score: BlockedScore, leading: Sequence[int], *, threshold: float, passing: Sequence[NeuronSet]
-    ) -> None:
-        self.accepted: list[NeuronSet] = []
-        self._score, self._leading, self._threshold, self._passing = score, leading, threshold, frozenset(passing)
-
-    def __call__(self, neurons: NeuronSet) -> float:
-        seeds = self._score.ranking(neurons)[:1] if neurons in self._passing else self._leading
-        found = self._score.of_seeds(neurons, seeds, limit=self._threshold)
-        if found < self._threshold:
-            self.accepted.append(neurons)
-        return found
-
-
-def _last_places(state: RefinementState, places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def _last_places(left: Sequence[tuple[int, int]], places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Return the neurons that the sequential search would still evaluate: each at the last of its entries.
 
     A neuron whose first entry was passed over before the score fell below the threshold keeps its other one for good.
+
+    Args:
+        left: All entries that are left.
+        places: Those of them that were not tested yet.
     """
-    left, pending = Counter(state.places()), []
+    left, pending = Counter(left), []
     for place in places:
         left[place] -= 1
         if not left[place]:
@@ -328,7 +319,7 @@ class _Groups:
         self._kept: list[tuple[tuple[int, int], float]] = []
         # A layer that failed its test needs one of its neurons, if all of them are still pending.
         layers = [layer for layer, _ in pending]
-        whole = [i for i in dict.fromkeys(layers) if layers.count(i) == len(set(state.entries[i]))]
+        whole = [i for i in dict.fromkeys(layers) if layers.count(i) == len(state.neurons.layers[i])]
         self._open = [(layers.index(i), layers.index(i) + layers.count(i)) for i in whole]
         self._failed: int | None = None
         self._excess = 0.0
@@ -397,7 +388,3 @@ class _Groups:
         if size <= free:
             return spared**size
         return (spared**size - spared ** (end - self._start)) / (1 - spared ** (end - first))
-
-
-def _replaced(entries: list[list[int]], layer: int, rest: list[int]) -> list[list[int]]:
-    return [*entries[:layer], rest, *entries[layer + 1 :]]

@@ -1,7 +1,7 @@
 """Feature extractors behind one interface: images (or texts) in, a feature matrix out; unit norm, but for image quality.
 
 Which encoders a profile uses is data (`nemolib.settings.Encoders`); `load_encoder` loads them. Their weights are what they
-are said to be: a profile states the SHA-256, or that of a TorchScript file is noted at its first use.
+are said to be where the profile states their SHA-256, as it must for TorchScript files.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -25,7 +25,6 @@ from torch.nn import functional as F
 
 from nemolib import paths
 from nemolib.batching import batches, check_prompts
-from nemolib.paths import write_atomic
 from nemolib.pipeline import is_hub_id, quiet
 from nemolib.provenance import content_hash
 from nemolib.settings import EncoderSettings, Profile, ProfileError
@@ -47,10 +46,6 @@ INCEPTION_SIZE = (299, 299)
 
 class EncoderError(ValueError):
     """An encoder that cannot be used; the message names the file, what was found there and what to do."""
-
-
-class FirstUse(UserWarning):
-    """A file of weights whose SHA-256 nobody has stated yet."""
 
 
 class Encoder(ABC):
@@ -84,15 +79,14 @@ class Encoder(ABC):
             ValueError: There are no images, or they are something else.
         """
         images = _check_images(images)
-        if not len(images):
-            raise ValueError(f"{self.name}: there is nothing to describe; give at least one image")
         return torch.cat([self.encode(batch).float().cpu() for batch in batches(images, BATCH_SIZE)])
 
 
 def _check_images(images: np.ndarray) -> np.ndarray:
     images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(f"images must be uint8 [image, height, width, 3], got {images.dtype} {list(images.shape)}")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
+        wanted = "images must be uint8 [image, height, width, 3], at least one"
+        raise ValueError(f"{wanted}, got {images.dtype} {list(images.shape)}")
     return images
 
 
@@ -100,7 +94,7 @@ def to_pixels(images: np.ndarray) -> Tensor:
     """Return uint8 images [image, height, width, 3] as float pixels in [-1, 1], [image, 3, height, width].
 
     Raises:
-        ValueError: The array is not uint8 or not of this shape.
+        ValueError: The array is not uint8 or not of this shape, or holds no image.
     """
     return torch.from_numpy(np.array(_check_images(images))).permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -195,36 +189,28 @@ class TorchScriptEncoder(Encoder):
         of unknown origin. Hence the SHA-256: what runs is the file that you decided to trust, and no other.
 
         Args:
-            chosen: Path of the file, and what its SHA-256 has to be; None: what was noted at its first use (see
-                `check_sha256`).
+            chosen: Path of the file, and what its SHA-256 has to be.
             device: Where it runs.
 
         Raises:
             FileNotFoundError: There is no such file.
-            EncoderError: The SHA-256 differs, or the file holds no TorchScript or another network.
+            EncoderError: The SHA-256 differs or is not stated, or the file holds no TorchScript.
         """
         path = paths.resolve(chosen.path)
         _require(chosen, path)
         # What is hashed and what is loaded are the very same bytes.
         content = path.read_bytes()
         found = hashlib.sha256(content).hexdigest()
-        known = check_sha256(path, found, stated=chosen.sha256)
+        if chosen.sha256 is None:
+            remedy = "compare it with the source of the file, and state it in the profile as sha256"
+            raise EncoderError(f"{path} is a program, and it is not said which; its SHA-256 is {found}: {remedy}")
+        check_sha256(path, found, expected=chosen.sha256)
         try:
             # TorchScript, which torch calls deprecated, is what the authors of these networks published.
             with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
                 model = torch.jit.load(io.BytesIO(content), map_location=torch.device(device))
         except RuntimeError as error:
             raise EncoderError(f"{path} holds no TorchScript network; download it again ({error!s:.200})") from error
-        if not known:
-            noted = f"noted in {_note(path).name}"
-            try:
-                note_sha256(path, found)
-            except OSError as error:
-                # A folder that many share may be read-only.
-                noted = f"not noted: {error}"
-            told = f"{path} is used for the first time; its SHA-256 is {found} ({noted})"
-            remedy = "compare it with the source of the file, and state it in the profile as sha256"
-            warnings.warn(f"{told}; {remedy}", FirstUse, stacklevel=2)
         return cls(model.eval(), found, chosen.name or cls.called, device)
 
     def identity(self) -> str:
@@ -243,15 +229,8 @@ class Sscd(TorchScriptEncoder):
     called = "SSCD"
 
     def encode(self, batch: np.ndarray) -> Tensor:
-        """Return unit-norm features [image, feature] of uint8 images [image, height, width, 3].
-
-        Raises:
-            EncoderError: The network returns something else than one vector per image.
-        """
-        features = self.model(self.preprocess(batch).to(self.device))
-        if features.ndim != 2 or len(features) != len(batch):
-            raise EncoderError(f"{self.name}: expected features [{len(batch)}, feature], got {list(features.shape)}")
-        return F.normalize(features.float(), dim=-1)
+        """Return unit-norm features [image, feature] of uint8 images [image, height, width, 3]."""
+        return F.normalize(self.model(self.preprocess(batch).to(self.device)).float(), dim=-1)
 
     @staticmethod
     def preprocess(images: np.ndarray) -> Tensor:
@@ -276,11 +255,6 @@ class Inception(TorchScriptEncoder):
     called = "Inception v3"
     unit_norm = False
 
-    def __post_init__(self) -> None:
-        """Refuse another network."""
-        if not hasattr(self.model, "layers"):
-            raise EncoderError(f"{self.name}: the network has no part 'layers' as clean-fid's inception-2015-12-05.pt")
-
     def encode(self, batch: np.ndarray) -> Tensor:
         """Return raw features [image, feature] of uint8 images [image, height, width, 3]."""
         pixels = torch.from_numpy(np.stack([self.resize(image) for image in batch])).to(self.device)
@@ -297,55 +271,26 @@ class Inception(TorchScriptEncoder):
 
 
 @dataclass(eq=False)
-class ClipImages(Encoder):
-    """The image side of a CLIP model.
-
-    Attributes:
-        model: The model.
-        processor: Its preprocessing of images.
-        name: What tables call it.
-        unit_norm: False: what CLIP's projection returns, as clean-fid's CLIP-FID takes it (Kynkäänniemi et al., ICLR
-            2023); for image quality only.
-    """
-
-    model: CLIPModel
-    processor: CLIPImageProcessorPil
-    name: str
-    unit_norm: bool = True
-
-    def identity(self) -> str:
-        """Return a hash of the model and the preprocessing."""
-        settings = [_settings(part) for part in (self.model.config.vision_config, self.processor)]
-        return content_hash([dict(self.model.state_dict()), settings, self.unit_norm])
-
-    def encode(self, batch: np.ndarray) -> Tensor:
-        """Return features [image, feature] of uint8 images [image, height, width, 3]."""
-        prepared = self.processor(images=list(batch), input_data_format="channels_last", return_tensors="pt")
-        pooled = self.model.vision_model(prepared.pixel_values.to(self.model.device)).pooler_output
-        features = self.model.visual_projection(pooled)
-        return F.normalize(features, dim=-1) if self.unit_norm else features
-
-
-def _settings(config: Any) -> dict[str, Any]:
-    """Return the settings of a config or a processor that determine features."""
-    others = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
-    return {key: value for key, value in config.to_dict().items() if key not in others}
-
-
-@dataclass(eq=False)
-class ClipEncoder:
+class ClipEncoder(Encoder):
     """Both sides of a CLIP model; the cosine of their features is A_CLIP.
 
     Source: Sec. 4; authors' code, metrics/compute_prompt_alignment.py (ViT-B/32).
     Deviates: the authors' code stops at texts of more than 77 tokens, here they are cut.
 
     Attributes:
-        images: The image side.
+        model: The model.
+        processor: Its preprocessing of images.
         tokenizer: The tokenizer of the text side.
+        name: What tables call it.
+        unit_norm: False: what CLIP's projection of images returns, as clean-fid's CLIP-FID takes it (Kynkäänniemi et al.,
+            ICLR 2023); for image quality only.
     """
 
-    images: ClipImages
+    model: CLIPModel
+    processor: CLIPImageProcessorPil
     tokenizer: CLIPTokenizer
+    name: str
+    unit_norm: bool = True
 
     @classmethod
     def load(cls, chosen: EncoderSettings, *, device: Device = "cpu") -> ClipEncoder:
@@ -379,8 +324,24 @@ class ClipEncoder:
                 "preprocessor_config.json and the tokenizer, from a folder or from the hub (network, name, revision?): "
                 f"{str(error).strip().splitlines()[0]:.200}"
             ) from error
-        model, name = model.to(device).eval().requires_grad_(False), chosen.name or f"CLIP ({Path(path).name})"
-        return cls(ClipImages(model, processor, name), tokenizer)
+        name = chosen.name or f"CLIP ({Path(path).name})"
+        return cls(model.to(device).eval().requires_grad_(False), processor, tokenizer, name)
+
+    def identity(self) -> str:
+        """Return a hash of the image side: the model and the preprocessing."""
+        others = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
+        settings = [
+            {key: value for key, value in part.to_dict().items() if key not in others}
+            for part in (self.model.config.vision_config, self.processor)
+        ]
+        return content_hash([dict(self.model.state_dict()), settings, self.unit_norm])
+
+    def encode(self, batch: np.ndarray) -> Tensor:
+        """Return features [image, feature] of uint8 images [image, height, width, 3]."""
+        prepared = self.processor(images=list(batch), input_data_format="channels_last", return_tensors="pt")
+        pooled = self.model.vision_model(prepared.pixel_values.to(self.model.device)).pooler_output
+        features = self.model.visual_projection(pooled)
+        return F.normalize(features, dim=-1) if self.unit_norm else features
 
     @torch.no_grad()
     def describe_texts(self, texts: Sequence[str]) -> Tensor:
@@ -392,24 +353,23 @@ class ClipEncoder:
         Raises:
             TypeError, ValueError: There are no texts, or they are something else.
         """
-        model = self.images.model
-        most = min(self.tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
+        most = min(self.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
         features = []
         for batch in batches(check_prompts(texts), BATCH_SIZE):
             tokens = self.tokenizer(batch, padding="max_length", max_length=most, truncation=True, return_tensors="pt")
-            pooled = model.text_model(tokens.input_ids.to(model.device)).pooler_output
-            features.append(F.normalize(model.text_projection(pooled), dim=-1).cpu())
+            pooled = self.model.text_model(tokens.input_ids.to(self.model.device)).pooler_output
+            features.append(F.normalize(self.model.text_projection(pooled), dim=-1).cpu())
         return torch.cat(features)
 
 
 # The encoders of a profile, by what they are for
 
 
-def load_encoder(profile: Profile, role: str, *, device: Device = "cpu") -> Any:
+def load_encoder(profile: Profile, role: str, *, device: Device = "cpu") -> Encoder:
     """Return an encoder of a profile by what it is for: one of the names of `nemolib.settings.Encoders`.
 
     Returns:
-        For ``alignment`` a `ClipEncoder`, else an `Encoder`. Features of image quality are raw, not of unit norm.
+        The encoder, for ``alignment`` a `ClipEncoder`. Features of image quality are raw, not of unit norm.
 
     Raises:
         ProfileError: The profile names none.
@@ -421,53 +381,21 @@ def load_encoder(profile: Profile, role: str, *, device: Device = "cpu") -> Any:
         raise ProfileError(f"profile {profile.name!r} has encoders.{role} = None; name its kind and path there")
     kinds = {"descriptor": CopyDescriptor, "sscd": Sscd, "clip": ClipEncoder, "inception": Inception}
     found = kinds[chosen.kind].load(chosen, device=device)
-    whole = role == "alignment" or not isinstance(found, ClipEncoder)
-    return found if whole else replace(found.images, unit_norm=False)
+    if role != "alignment" and isinstance(found, ClipEncoder):
+        found.unit_norm = False
+    return found
 
 
 # Files of weights
 
 
-def check_sha256(path: Path, found: str, *, stated: str | None) -> bool:
-    """Return whether the SHA-256 that was found for a file is the stated one, or else the one noted beside the file.
-
-    False means that there is neither, so that this is its first use: `note_sha256` it once the file has proved right.
-
-    Raises:
-        EncoderError: The SHA-256 differs, or the note beside the file cannot be read.
-    """
-    expected = noted_sha256(path) if stated is None else stated
-    if expected is not None and expected.lower() != found:
-        where = f"noted in {_note(path).name} at its first use" if stated is None else "as stated"
+def check_sha256(path: Path, found: str, *, expected: str) -> None:
+    """Raise an EncoderError if the SHA-256 that was found for a file is not the expected one."""
+    if expected.lower() != found:
         raise EncoderError(
-            f"{path}: expected SHA-256 {expected} ({where}), but the file has {found}: it is another file or was cut; "
-            "delete it and get it again, or change what is expected"
+            f"{path}: expected SHA-256 {expected}, but the file has {found}: it is another file or was cut; delete it and "
+            "get it again, or change what is expected"
         )
-    return expected is not None
-
-
-def noted_sha256(path: Path) -> str | None:
-    """Return the SHA-256 that was noted at the first use of a file, None if there is no note.
-
-    Raises:
-        EncoderError: The note cannot be read.
-    """
-    note = _note(path)
-    if not note.is_file():
-        return None
-    try:
-        return str(json.loads(note.read_text(encoding="utf-8"))["sha256"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise EncoderError(f"{note} is not readable; delete it, and check the SHA-256 of its file again") from error
-
-
-def note_sha256(path: Path, found: str) -> None:
-    """Note the SHA-256 of a file beside it."""
-    write_atomic(_note(path), json.dumps({"file": path.name, "sha256": found}, indent=2) + "\n")
-
-
-def _note(path: Path) -> Path:
-    return path.with_name(f"{path.name}.sha256.json")
 
 
 def _folder(chosen: EncoderSettings, *files: str) -> Path:
@@ -476,7 +404,7 @@ def _folder(chosen: EncoderSettings, *files: str) -> Path:
     weights = folder / "model.safetensors"
     _require(chosen, *(folder / file for file in files), weights)
     if chosen.sha256 is not None:
-        check_sha256(weights, hashlib.sha256(weights.read_bytes()).hexdigest(), stated=chosen.sha256)
+        check_sha256(weights, hashlib.sha256(weights.read_bytes()).hexdigest(), expected=chosen.sha256)
     return folder
 
 

@@ -399,7 +399,7 @@ class Run:
         """
         if role not in self._encoders:
             self._encoders[role] = load_encoder(self.profile, role, device=self.pipe.device)
-        return self._encoders[role].images if role == "alignment" else self._encoders[role]
+        return self._encoders[role]
 
     def features(
         self,
@@ -505,7 +505,7 @@ class Run:
             found["d_sscd"] = metrics.over_seeds(metrics.d_sscd(seen))
         if "a_clip" in columns:
             aligned = self.features("alignment", captions, mitigation, settings=settings)
-            texts = self._encoders["alignment"].describe_texts(captions)
+            texts = self.encoder("alignment").describe_texts(captions)
             found["a_clip"] = metrics.over_seeds(metrics.a_clip(aligned, texts))
         return pd.DataFrame(found, index=rows.index)[list(columns)]
 

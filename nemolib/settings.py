@@ -475,8 +475,8 @@ class EncoderSettings:
         kind: ``descriptor`` (the tiny world's copy detection), ``sscd``, ``clip`` or ``inception``.
         path: Folder (descriptor, clip), TorchScript file (sscd, inception), relative to the repository or absolute, or
             hub id (clip).
-        sha256: Of the file, or of ``model.safetensors`` in the folder; None: not checked, and for a TorchScript file
-            noted at its first use.
+        sha256: Of the file, which must be stated for TorchScript, or of ``model.safetensors`` in the folder; None: not
+            checked.
         revision: Commit or branch of a hub model; None: its default.
         name: What tables call it; None: a name after its kind.
     """

@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import html
 import io
+import json
 import logging
 import os
 import shutil
@@ -36,7 +37,7 @@ from tqdm import tqdm
 from urllib3 import Retry
 
 from nemolib import paths
-from nemolib.encoders import check_sha256, note_sha256, noted_sha256
+from nemolib.encoders import check_sha256
 from nemolib.paths import write_atomic
 from nemolib.pipeline import is_hub_id
 from nemolib.prompts import IMAGE_REPORT, load_prompts
@@ -153,7 +154,7 @@ def fetch_file(file: SourceFile, folder: Path) -> tuple[str, str]:
 
     Raises:
         DownloadError: There is no network; the source does not have it; what it has is another file.
-        EncoderError: What is there is another file, or the note of the SHA-256 at its first use cannot be read.
+        EncoderError: What is there is another file.
         OSError: The disk is full.
     """
     target, status = folder / file.path, "present"
@@ -171,10 +172,22 @@ def fetch_file(file: SourceFile, folder: Path) -> tuple[str, str]:
         except (requests.RequestException, ValueError) as error:
             reason = _first_line(error)
             raise DownloadError(f"{file.path} could not be fetched from {source}: {reason}; {remedy}") from error
-    found = pooch.file_hash(target)
-    if not check_sha256(target, found, stated=file.sha256):
-        note_sha256(target, found)
+    found, expected = pooch.file_hash(target), file.sha256 or noted_sha256(target)
+    if expected is None:
+        write_atomic(_note(target), json.dumps({"file": target.name, "sha256": found}, indent=2) + "\n")
+    else:
+        check_sha256(target, found, expected=expected)
     return status, str(target)
+
+
+def noted_sha256(path: Path) -> str | None:
+    """Return the SHA-256 that was noted at the first use of a file, None if there is no note."""
+    note = _note(path)
+    return json.loads(note.read_text(encoding="utf-8"))["sha256"] if note.is_file() else None
+
+
+def _note(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256.json")
 
 
 def _take(source: str, target: str, cache: pooch.Pooch) -> None:

@@ -109,7 +109,7 @@ def test_change_and_alignment_of_a_prompt_by_hand(run, values):
     made = run.images(TM, DeactivatedNeurons(neurons_of(TM[0])))[0]
     after, before = (run.encoder("copy").describe(images).numpy() for images in (made, run.images(TM)[0]))
     clip = load_encoder(run.profile, "alignment")
-    aligned = (clip.images.describe(made) @ clip.describe_texts(TM)[0]).numpy()
+    aligned = (clip.describe(made) @ clip.describe_texts(TM)[0]).numpy()
     row = values[(values["setting"] == NEMO) & (values["prompt"] == TM[0])].iloc[0]
     expected = [np.median((after * before).sum(axis=1)), np.median(aligned)]
     assert row[["sscd_gen", "a_clip"]].tolist() == pytest.approx(expected, abs=1e-5)

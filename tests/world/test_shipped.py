@@ -118,7 +118,7 @@ def test_the_classifier_knows_real_images(measured):
 def test_the_alignment_encoder_finds_the_caption_of_a_planted_image(tables, run):
     encoder, planted = load_encoder(run.profile, "alignment"), tables["memorized"].query("kind == 'vm'")
     texts = encoder.describe_texts(planted["caption"].to_list())
-    similar = encoder.images.describe(np.stack(run.planted_images(planted))) @ texts.T
+    similar = encoder.describe(np.stack(run.planted_images(planted))) @ texts.T
     assert (similar.argmax(dim=1).numpy() == range(len(planted))).mean() >= 0.8
 
 

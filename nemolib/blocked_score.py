@@ -115,14 +115,15 @@ class BlockedScore:
     def _evaluate(self, neurons: NeuronSet, places: Sequence[int]) -> None:
         """Evaluate a set for seeds for which it was not; once all seeds were, their maps are let go."""
         values = self._values.setdefault(neurons, {})
-        missing = tuple(place for place in places if place not in values)
+        missing = [place for place in places if place not in values]
         if not missing:
             return
         if not neurons:
             values.update(enumerate(self._compare(self._unblocked, self._unblocked)))
             return
-        maps = self._maps.setdefault(neurons, {})
-        maps.update(zip(missing, self._blocked(neurons, missing), strict=True))
+        maps, seeds = self._maps.setdefault(neurons, {}), [self._seeds[place] for place in missing]
+        self._evaluations.add(self._step.cost * len(seeds))
+        maps.update(zip(missing, self._step(self._embedding, neurons=neurons, seeds=seeds), strict=True))
         if len(maps) < len(self._seeds):
             values.update(zip(missing, self._partial(maps, missing), strict=True))
             return
@@ -130,16 +131,10 @@ class BlockedScore:
         values.update(enumerate(self._compare(self._unblocked, self._others)))
         del self._maps[neurons]
 
-    def _blocked(self, neurons: NeuronSet, places: tuple[int, ...]) -> Tensor:
-        """Return the noise differences of some seeds with a set deactivated, [place, channel, height, width]."""
-        self._evaluations.add(self._step.cost * len(places))
-        return self._step(self._embedding, neurons=neurons, seeds=[self._seeds[place] for place in places])
-
-    def _partial(self, maps: dict[int, Tensor], places: Sequence[int]) -> list[float]:
+    def _partial(self, maps: dict[int, Tensor], places: list[int]) -> list[float]:
         """Return the similarity of some seeds."""
         if not self._grouped:
-            chosen = list(places)
-            return self._compare(self._unblocked[chosen], torch.stack([maps[place] for place in chosen]))
+            return self._compare(self._unblocked[places], torch.stack([maps[place] for place in places]))
         group = torch.stack([maps.get(place, self._others[place]) for place in range(len(self._seeds))])
         values = self._compare(self._unblocked, group)
         return [values[place] for place in places]

@@ -74,10 +74,8 @@ def generate(
         finite(made.images, "image", chosen)
         blackened = list(compress(chosen, getattr(made, "nsfw_content_detected", None) or ()))
         if blackened:
-            raise ValueError(
-                f"the pipeline's safety checker blackened an image of prompt {blackened[0]!r}: that is no image of the "
-                "model, and no copy would be found in it; set pipe.safety_checker = None"
-            )
+            remedy = "no copy would be found in it; set pipe.safety_checker = None"
+            raise ValueError(f"the safety checker blackened an image of prompt {blackened[0]!r}: {remedy}")
         return (made.images * 255).round().clip(0, 255).astype(np.uint8)
 
     images, before, own = [], getattr(pipe, "_progress_bar_config", {}), pipe.scheduler

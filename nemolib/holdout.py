@@ -60,14 +60,12 @@ class ActivationStatistics:
 
     def check(self, unet: nn.Module) -> None:
         """Raise a ValueError if these are statistics of another model: one that has other value layers."""
-        problem = ""
-        if self.widths != widths(unet):
-            problem = f"layers of {list(self.widths)} neurons, the model has {list(widths(unet))}"
-        elif self.model_hash and self.model_hash != value_layer_hash(unet):
-            problem = f"value layers {self.model_hash[:12]}, the model has {value_layer_hash(unet)[:12]}"
-        if problem:
-            advice = "compute them with nemolib.activation_statistics(pipe, holdout_prompts)"
-            raise ValueError(f"statistics of another model: {problem}; {advice}")
+        sizes, found = widths(unet), value_layer_hash(unet)
+        if self.widths != sizes or self.model_hash not in ("", found):
+            raise ValueError(
+                f"statistics of another model: layers of {list(self.widths)} neurons ({self.model_hash[:12]}), the model has "
+                f"{list(sizes)} ({found[:12]}); compute them with nemolib.activation_statistics(pipe, holdout_prompts)"
+            )
 
     def save(self, path: str | Path) -> None:
         """Write the statistics to a safetensors file, all of it or nothing."""
@@ -78,24 +76,6 @@ class ActivationStatistics:
         header = json.dumps({"count": self.count, "model_hash": self.model_hash})
         write_atomic(path, save(tensors, metadata={"activation_statistics": header}))
 
-    @classmethod
-    def load(cls, path: str | Path) -> ActivationStatistics:
-        """Return the statistics that `save` wrote.
-
-        Raises:
-            ValueError: The file holds something else.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})["activation_statistics"])
-                layers = range(len(list(file.keys())) // 2)
-                mean, std = (tuple(file.get_tensor(f"{name}.{i}") for i in layers) for name in ("mean", "std"))
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{path} holds no activation statistics; compute and save them again") from error
-        return cls(mean, std, header["count"], header["model_hash"])
-
 
 def load_statistics(path: str | Path) -> ActivationStatistics:
     """Return the activation statistics of a file that `ActivationStatistics.save` wrote.
@@ -104,9 +84,18 @@ def load_statistics(path: str | Path) -> ActivationStatistics:
         FileNotFoundError: There is no such file.
         ValueError: The file is damaged, or holds something else.
     """
+    from safetensors import SafetensorError, safe_open
+
     if not Path(path).is_file():
         raise FileNotFoundError(f"there are no activation statistics {path}; without a file a profile computes its own")
-    return ActivationStatistics.load(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})["activation_statistics"])
+            layers = range(len(list(file.keys())) // 2)
+            mean, std = (tuple(file.get_tensor(f"{name}.{i}") for i in layers) for name in ("mean", "std"))
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} holds no activation statistics; compute and save them again") from error
+    return ActivationStatistics(mean, std, **header)
 
 
 def activation_statistics(

@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -126,8 +127,7 @@ def value_layers(unet: nn.Module) -> tuple[Layer, ...]:
     # Going through all modules takes as long as a twentieth of a small UNet's pass.
     if known is not None and all(submodule(unet, layer.name) is layer.module for layer in known):
         return known
-    layers = cross_attention_layers(unet, "value")
-    _KNOWN[unet] = tuple(layer for layer in layers if layer.block != "up")
+    _KNOWN[unet] = tuple(layer for layer in cross_attention_layers(unet, "value") if layer.block != "up")
     return _KNOWN[unet]
 
 
@@ -226,7 +226,12 @@ def collect_outputs(unet: nn.Module, names: Sequence[str]) -> Iterator[dict[str,
         AttributeError: A module does not exist.
     """
     collected: dict[str, list[Tensor]] = {name: [] for name in names}
-    with _hooks(unet, {name: _collector(outputs) for name, outputs in collected.items()}):
+
+    def collect(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        first = output if isinstance(output, Tensor) else output[0]
+        collected[name].append(first.detach().clone())
+
+    with _hooks(unet, {name: partial(collect, name) for name in names}):
         yield collected
 
 
@@ -264,7 +269,14 @@ def scale_outputs(unet: nn.Module, scales: Mapping[str, Tensor], *, guided: Guid
         ValueError: (in a pass) The batch is no multiple of the samples.
     """
     device, _ = placement(unet)
-    with _hooks(unet, {name: _scaler(scale.to(device), guided) for name, scale in scales.items()}):
+
+    def scale(factors: Tensor, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        chosen = factors.to(output)
+        if len(factors) > 1:
+            chosen = chosen[sample_of_each(len(output), len(factors), guided).to(output.device)]
+        return output * chosen
+
+    with _hooks(unet, {name: partial(scale, factors.to(device)) for name, factors in scales.items()}):
         yield
 
 
@@ -296,11 +308,7 @@ def guidance_of(pipe: Any) -> Guided:
 
 @contextmanager
 def scale_neurons(
-    unet: nn.Module,
-    neurons: NeuronSet | Sequence[NeuronSet],
-    *,
-    factor: float = 0.0,
-    guided: Guided | None = None,
+    unet: nn.Module, neurons: NeuronSet | Sequence[NeuronSet], *, factor: float = 0.0, guided: Guided | None = None
 ) -> Iterator[None]:
     """Multiply the values of neurons by a factor in every UNet pass inside the context; 0 deactivates them.
 
@@ -315,17 +323,22 @@ def scale_neurons(
         guided: As in `sample_of_each`.
 
     Raises:
-        ValueError: A set does not fit the model, none is given, or (in a pass) the batch is no multiple of the list.
+        TypeError: No set is given, or something else.
+        ValueError: A set does not fit the model, or (in a pass) the batch is no multiple of the list.
     """
     sets = [neurons] if isinstance(neurons, NeuronSet) else list(neurons)
-    if not sets:
-        raise ValueError("no neuron set was given; give one, or one per sample")
-    if not all(isinstance(item, NeuronSet) for item in sets):
-        raise TypeError(f"expected a NeuronSet or a list of them, got {type(neurons).__name__} {neurons!r}")
+    if not sets or not all(isinstance(item, NeuronSet) for item in sets):
+        raise TypeError(f"expected a NeuronSet or a list of at least one, got {type(neurons).__name__} {neurons!r}")
     for item in dict.fromkeys(sets):
         item.check(widths(unet))
-    used = [layer for layer in value_layers(unet) if any(item.layers[layer.index] for item in sets)]
-    with scale_outputs(unet, {layer.name: _neuron_scales(layer, sets, factor) for layer in used}, guided=guided):
+    scales = {}
+    for layer in value_layers(unet):
+        chosen = [list(item.layers[layer.index]) for item in sets]
+        if any(chosen):
+            scales[layer.name] = torch.ones(len(sets), 1, layer.width, dtype=torch.float32, device="cpu")
+            for sample, neurons in enumerate(chosen):
+                scales[layer.name][sample, 0, neurons] = factor
+    with scale_outputs(unet, scales, guided=guided):
         yield
 
 
@@ -397,11 +410,9 @@ def _layers(unet: nn.Module, part: Part) -> tuple[Layer, ...]:
     """Return the layers of a part in the order in which an image passes them."""
     # A compiled model wraps the original one, and has another name for its modules.
     named = getattr(unet, "_orig_mod", unet).named_modules()
-    matches = [(re.fullmatch(_ADDRESSES[part], name), module) for name, module in named]
-    placed = [(block, *pair) for block in BLOCKS for pair in matches if pair[0] and pair[0][1] == block]
-    return tuple(
-        Layer(part, number, block, match[0], module) for number, (block, match, module) in enumerate(placed, 1)
-    )
+    found = [(match[1], name, module) for name, module in named if (match := re.fullmatch(_ADDRESSES[part], name))]
+    found.sort(key=lambda item: BLOCKS.index(item[0]))
+    return tuple(Layer(part, number, *item) for number, item in enumerate(found, 1))
 
 
 def submodule(unet: nn.Module, name: str) -> nn.Module | None:
@@ -420,29 +431,3 @@ def _hooks(unet: nn.Module, functions: Mapping[str, Callable[..., Any]]) -> Iter
         for name, function in functions.items():
             handles.enter_context(unet.get_submodule(name).register_forward_hook(function))
         yield
-
-
-def _collector(outputs: list[Tensor]) -> Callable[..., None]:
-    def collect(module: nn.Module, args: Any, output: Any) -> None:
-        first = output if isinstance(output, Tensor) else output[0]
-        outputs.append(first.detach().clone())
-
-    return collect
-
-
-def _scaler(scales: Tensor, guided: Guided | None) -> Callable[..., Tensor]:
-    def scale(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        chosen = scales.to(output)
-        if len(scales) > 1:
-            chosen = chosen[sample_of_each(len(output), len(scales), guided).to(output.device)]
-        return output * chosen
-
-    return scale
-
-
-def _neuron_scales(layer: Layer, sets: Sequence[NeuronSet], factor: float) -> Tensor:
-    """Return what the values of a layer are multiplied by, [sample, 1, neuron]."""
-    scales = torch.ones(len(sets), 1, layer.width, dtype=torch.float32, device="cpu")
-    for row, neurons in zip(scales, sets, strict=True):
-        row[0, list(neurons.layers[layer.index])] = factor
-    return scales

@@ -166,15 +166,14 @@ def initial_selection(
     """
     pairs = schedule(search or SearchSettings(), evaluate_limits=load_protocol(protocol).evaluate_limits)
     steps: list[SelectionStep] = []
-    ask = quick or score
     for theta, k in pairs:
         candidates = out_of_distribution(z, activations, theta=theta, top_k=k)
         neurons = candidates.neurons
         same = bool(steps) and steps[-1].neurons == neurons
-        steps.append(SelectionStep(theta, k, neurons, steps[-1].score if same else ask(neurons)))
-        if steps[-1].score <= threshold:
+        steps.append(SelectionStep(theta, k, neurons, steps[-1].score if same else (quick or score)(neurons)))
+        reached = steps[-1].score <= threshold
+        if reached:
             break
-    reached = steps[-1].score <= threshold
     if not reached and quick is not None:
         steps[-1] = replace(steps[-1], score=score(steps[-1].neurons))
     return InitialSelection(candidates, steps[-1].score, reached, tuple(steps))

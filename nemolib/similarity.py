@@ -141,11 +141,16 @@ def _measured(
         raise ValueError(
             f"cannot compare shapes {tuple(a.shape)} and {tuple(b.shape)}; expected twice [pair, channel, height, width]"
         )
-    scales = len(options.get("betas", (1.0,)))
-    problem = _window_problem(min(a.shape[-2:]), settings.sigma, scales)
-    if problem:
-        raise ValueError(f"similarity of {a.shape[-2]} x {a.shape[-1]} maps: {problem}")
-    window = {"sigma": settings.sigma, "kernel_size": settings.kernel_size}
+    # A Gaussian window reaches that many pixels to each side, and maps are mirrored at their borders that far. Sides halve
+    # from scale to scale. What torchmetrics checks itself is left to it: the number of scales and, though it takes the
+    # window from sigma alone, the kernel size.
+    sigma, scales, reach = settings.sigma, len(options.get("betas", (1.0,))), int(3.5 * settings.sigma + 0.5)
+    if not 1 <= reach < min(a.shape[-2:]) >> (scales - 1):
+        raise ValueError(
+            f"similarity of {a.shape[-2]} x {a.shape[-1]} maps: sigma {sigma:g} gives a window that reaches {reach} pixels "
+            f"to each side; needed are 1 at least (sigma 0.15), and less than the side of the coarsest of {scales} scales"
+        )
+    window = {"sigma": sigma, "kernel_size": settings.kernel_size}
     before = torch.get_default_dtype()
     try:
         # torchmetrics makes the exponents in the default type of the session.
@@ -153,21 +158,6 @@ def _measured(
         return measure(a.float(), b.float(), **window, **options, reduction="none").reshape(-1)
     finally:
         torch.set_default_dtype(before)
-
-
-def _window_problem(side: int, sigma: float, scales: int) -> str | None:
-    """Return why the window does not fit maps of a size, or None if it fits.
-
-    A Gaussian window reaches int(3.5 sigma + 0.5) pixels to each side, and maps are mirrored at their borders that far.
-    Sides halve from scale to scale. What torchmetrics checks itself is left to it: the number of scales and, though it
-    takes the window from sigma alone, ``kernel_size``.
-    """
-    reach = int(3.5 * sigma + 0.5)
-    if reach < 1:
-        return f"sigma {sigma:g} gives a window of a single pixel; take at least 0.15"
-    if (side >> (scales - 1)) <= reach:
-        return f"sigma {sigma:g} reaches {reach} pixels, the coarsest of {scales} scales is too small for it; take a smaller one"
-    return None
 
 
 def _pairs(differences: Tensor) -> tuple[Tensor, Tensor]:

@@ -183,8 +183,8 @@ def test_no_hook_is_left_whatever_happens(random_pipe, error, context, hooks):
     [
         (lambda unet: scale_neurons(unet, NeuronSet(((0,), (), (), (), (), (), (99,)))), ValueError, "neuron 99 of layer 6"),
         (lambda unet: scale_neurons(unet, NeuronSet.empty(2)), ValueError, "has 2 layers, the model has 7"),
-        (lambda unet: scale_neurons(unet, []), ValueError, "no neuron set was given"),
-        (lambda unet: scale_neurons(unet, [(0, 1)]), TypeError, "expected a NeuronSet or a list of them"),
+        (lambda unet: scale_neurons(unet, []), TypeError, "expected a NeuronSet or a list of at least one"),
+        (lambda unet: scale_neurons(unet, [(0, 1)]), TypeError, "expected a NeuronSet or a list of at least one"),
         (lambda unet: collect_outputs(unet, [VALUE, "nowhere"]), AttributeError, "has no attribute `nowhere`"),
     ],
 )  # fmt: skip

@@ -5,7 +5,7 @@ differences eps - x_T of different seeds resemble each other. And text moves the
 other prompts (Wen et al., ICLR 2024).
 
 Where nothing is given, settings and protocol are those of the profile that the pipeline was loaded from, else those of
-the paper and `released`. What needs a prediction takes it from `_predict`, which gives the noise whatever the model
+the paper and `released`. What needs a prediction takes it from a `FirstStep`, which gives the noise whatever the model
 predicts, and guidance from `_guided`.
 """
 
@@ -14,9 +14,9 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -98,8 +98,7 @@ class Evaluations:
             self._stage = ALGORITHMS[0]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Sample:
+class Sample(NamedTuple):
     """One latent on its way through the UNet.
 
     Attributes:
@@ -194,27 +193,35 @@ class FirstStep:
     @torch.no_grad()
     def predict(self, samples: Sequence[Sample], *, size: int | None = None) -> Tensor:
         """Return `differences` in batches of at most a size; None: in one batch, if memory allows."""
+        none = NeuronSet.empty(len(widths(self.unet)))
 
         def differences(batch: Sequence[Sample]) -> Tensor:
             latents, embeddings = self.latents[[item.seed for item in batch]], [item.embedding for item in batch]
-            found = next((item.neurons for item in batch if item.neurons), None)
-            if found is None:
-                return self._noise(latents, torch.cat(embeddings)) - latents
-            none = NeuronSet.empty(len(found.layers))
-            with scale_neurons(self.unet, [item.neurons or none for item in batch]):
+            sets = [item.neurons or none for item in batch]
+            with scale_neurons(self.unet, sets) if any(sets) else nullcontext():
                 return self._noise(latents, torch.cat(embeddings)) - latents
 
         found = shrinking(differences, samples, size=size or len(samples), owner=self.unet, use="detection")
         return torch.cat([part for _, part in found])
 
     def _noise(self, latents: Tensor, embeddings: Tensor) -> Tensor:
-        """Return the predicted noise of latents, each for its embedding, [sample, channel, height, width], float32."""
-        predict = functools.partial(_predict, self.unet, self.timestep, self.mix)
+        """Return the predicted noise of latents with guidance, each for its embedding; see `noise`."""
         if self.guidance == 0:
-            return predict(latents, embeddings)
+            return self.noise(latents, embeddings)
         empty = self.unconditional.to(embeddings).expand_as(embeddings)
-        both = predict(latents.repeat(2, 1, 1, 1), torch.cat([empty, embeddings]))
+        both = self.noise(latents.repeat(2, 1, 1, 1), torch.cat([empty, embeddings]))
         return _guided(*both.chunk(2), self.guidance, swapped=self.swap_guidance)
+
+    def noise(self, latents: Tensor, embeddings: Tensor) -> Tensor:
+        """Return the noise predicted for latents, each with its embedding or all with one, without guidance.
+
+        Returns:
+            Noise [sample, channel, height, width], float32; it can be differentiated by the embeddings.
+        """
+        device, dtype = placement(self.unet)
+        samples, text = latents.to(device, dtype), embeddings.to(device, dtype).expand(len(latents), -1, -1)
+        found = finite(self.unet(samples, self.timestep, text, return_dict=False)[0], "predicted noise").float()
+        return found if self.mix == (1.0, 0.0) else self.mix[0] * found + self.mix[1] * samples.float()
 
 
 def first_step(
@@ -406,16 +413,14 @@ def comparing_outputs(
     together = max(1, settings_of(pipe).generation.batch_size // detection.samples)
 
     def outputs(embedding: Tensor, chosen: Sequence[NeuronSet]) -> Iterator[Tensor]:
-        """Yield for each place the outputs [neuron set, seed, value], in double precision."""
-        expected = len(chosen) * len(step.latents)
-        joined: list[Tensor] = []
-        # A pass that ran out of memory left outputs as well, before it was repeated in smaller batches, which are kept.
-        while not joined or any(len(output) != expected for output in joined):
-            with collect_outputs(step.unet, [name for _, _, name in places]) as found:
-                step.differences(
-                    [Sample(embedding, seed, item) for item in chosen for seed in range(len(step.latents))]
-                )
-            joined = [torch.cat(found[name]) for _, _, name in places]
+        """Return for each place the outputs [neuron set, seed, value], in double precision."""
+        samples = [Sample(embedding, seed, item) for item in chosen for seed in range(len(step.latents))]
+        with collect_outputs(step.unet, [name for _, _, name in places]) as found:
+            step.differences(samples)
+        joined = [torch.cat(found[name]) for _, _, name in places]
+        if any(len(output) != len(samples) for output in joined):
+            # A pass that ran out of memory left outputs as well; from now on batches are smaller.
+            return outputs(embedding, chosen)
         return (output.unflatten(0, (len(chosen), -1)).flatten(2).double().cpu() for output in joined)
 
     def cosines(prompt: str) -> np.ndarray:
@@ -457,9 +462,13 @@ def guidance_norms(
     settings = settings or settings_of(pipe).detection
     scheduler, embeddings = _ddim(pipe.scheduler, settings.steps), embed(pipe, ["", prompt])
     latents, norms = initial_latents(pipe, samples=settings.samples, seed=settings.seed), []
-    for timestep in scheduler.timesteps[:steps]:
-        mix = noise_mix(pipe.scheduler, int(timestep))
-        predict = functools.partial(_predict_each, pipe.unet, timestep, mix, embeddings=embeddings)
+
+    def predict(batch: Tensor) -> Tensor:
+        both = step.noise(batch.repeat(2, 1, 1, 1), embeddings.repeat_interleave(len(batch), dim=0))
+        return both.unflatten(0, (2, -1))
+
+    for timestep in scheduler.timesteps[:steps].tolist():
+        step = FirstStep(pipe.unet, timestep, latents, mix=noise_mix(pipe.scheduler, timestep))
         with naming(prompt):
             found = list(shrinking(predict, latents, size=len(latents), owner=pipe.unet, use="guidance norms"))
         empty, text = torch.cat([part for _, part in found], dim=1)
@@ -469,7 +478,7 @@ def guidance_norms(
 
 
 def guidance_norm(pipe: StableDiffusionPipeline, settings: WenSettings) -> Callable[[Tensor], Tensor]:
-    """Return how far text moves the noise prediction of one denoising step, as a function of prompt embeddings.
+    """Return how far text moves the noise prediction of one denoising step, as a function of a prompt's embedding.
 
     The function can be differentiated, so that an embedding can be moved until the norm is small.
 
@@ -480,33 +489,14 @@ def guidance_norm(pipe: StableDiffusionPipeline, settings: WenSettings) -> Calla
         settings: Number and seed of the initial latents, and which denoising step of which schedule.
 
     Returns:
-        Embeddings [prompt, token, feature] -> norms [prompt, seed], float32, at least 0.
+        Embedding [1, token, feature] -> norms [seed], float32, at least 0.
     """
-    latents = initial_latents(pipe, samples=settings.latents, seed=settings.seed)
     timestep = timestep_of(pipe.scheduler, steps=settings.steps, index=settings.step)
-    mix = noise_mix(pipe.scheduler, timestep)
-    predict = functools.partial(_predict_each, pipe.unet, timestep, mix, latents)
+    latents = initial_latents(pipe, samples=settings.latents, seed=settings.seed)
+    step = FirstStep(pipe.unet, timestep, latents, mix=noise_mix(pipe.scheduler, timestep))
     with torch.no_grad():
-        empty = predict(embed(pipe, [""]))[0]
-    return lambda embeddings: (predict(embeddings) - empty).flatten(2).norm(dim=2)
-
-
-def _predict(
-    unet: nn.Module, timestep: int | Tensor, mix: tuple[float, float], latents: Tensor, embeddings: Tensor
-) -> Tensor:
-    """Return the noise predicted for latents, each with its embedding, [sample, channel, height, width], float32."""
-    device, dtype = placement(unet)
-    samples, text = latents.to(device, dtype), embeddings.to(device, dtype)
-    found = finite(unet(samples, timestep, text, return_dict=False)[0], "predicted noise").float()
-    return found if mix == (1.0, 0.0) else mix[0] * found + mix[1] * samples.float()
-
-
-def _predict_each(
-    unet: nn.Module, timestep: int | Tensor, mix: tuple[float, float], latents: Tensor, embeddings: Tensor
-) -> Tensor:
-    """Return the noise predicted for every prompt embedding and latent, [prompt, seed, channel, height, width], float32."""
-    samples, text = latents.repeat(len(embeddings), 1, 1, 1), embeddings.repeat_interleave(len(latents), dim=0)
-    return _predict(unet, timestep, mix, samples, text).unflatten(0, (len(embeddings), -1))
+        empty = step.noise(latents, embed(pipe, [""]))
+    return lambda embedding: (step.noise(latents, embedding) - empty).flatten(1).norm(dim=1)
 
 
 def _guided(empty: Tensor, text: Tensor, guidance: float, *, swapped: bool = False) -> Tensor:

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
-from nemolib.batching import check_prompts, shrinking
+from nemolib.batching import check_prompts
 from nemolib.first_step import guidance_norm, noise_mix
 from nemolib.layers import (
     Guided,
     Layer,
     check_neurons_act,
+    cross_attention_layers,
     finite,
     guidance_of,
     naming,
@@ -65,10 +66,7 @@ class Mitigation:
         if parts:
             raise ValueError(f"{type(pipe).__name__} has no {parts[0]}; {self.name} needs a StableDiffusionPipeline")
         if getattr(pipe, "text_encoder_2", None) is not None:
-            raise ValueError(
-                f"{type(pipe).__name__} has more than one text encoder, which {self.name} cannot handle; "
-                "give a StableDiffusionPipeline"
-            )
+            raise ValueError(f"{type(pipe).__name__} has more than one text encoder, which {self.name} cannot handle")
 
     @contextmanager
     def applied(self, pipe: StableDiffusionPipeline, prompts: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -172,10 +170,7 @@ def random_neurons(neurons: NeuronSet, widths: Sequence[int], *, seed: int, repe
     for layer, (chosen, width) in enumerate(zip(neurons.layers, widths, strict=True)):
         others = sorted(set(range(width)) - set(chosen))
         if len(others) < len(chosen):
-            raise ValueError(
-                f"layer {layer} has {width} neurons; without the {len(chosen)} given ones only {len(others)} remain, "
-                f"{len(chosen)} are needed"
-            )
+            raise ValueError(f"layer {layer}: only {len(others)} other neurons remain, {len(chosen)} are needed")
         numbers = stream(seed, "random neurons", repeat, layer, neurons.to_json())
         drawn.append(tuple(numbers.choice(others, size=len(chosen), replace=False).tolist()) if chosen else ())
     return NeuronSet(tuple(drawn))
@@ -233,9 +228,7 @@ class SwitchedOffLayers(Mitigation):
             convolution = hasattr(module, "out_channels")
             width = getattr(module, "out_channels" if convolution else "out_features", None)
             if width is None:
-                raise ValueError(
-                    f"{name!r} is no linear layer or convolution of {type(unet).__name__}, and has no channels"
-                )
+                raise ValueError(f"{name!r} is no linear layer or convolution of {type(unet).__name__}")
             scale = torch.ones(width, dtype=torch.float32, device="cpu")
             scale[self.channels(name, width)] = 0
             scales[name] = scale.view(1, -1, 1, 1) if convolution else scale.view(1, 1, -1)
@@ -252,12 +245,8 @@ def switched_off(layer: Layer) -> SwitchedOffLayers:
 
 # Prompt embedding adjustment
 
-_SAMPLES = 64
-"""Samples in one UNet pass where norms are only measured."""
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Adjustment:
+class Adjustment(NamedTuple):
     """The adjusted embedding of a prompt.
 
     Attributes:
@@ -297,10 +286,7 @@ class EmbeddingAdjustment(Mitigation):
     def __post_init__(self) -> None:
         """Reject settings without a target."""
         if self.settings.target is None:
-            raise ValueError(
-                "WenSettings.target is None, which leaves it to a rule; give a target, such as that of "
-                "nemolib.wen_target for unmemorized prompts"
-            )
+            raise ValueError("WenSettings.target is None; give one, such as that of nemolib.wen_target")
 
     def of(self, prompt: str) -> EmbeddingAdjustment:
         """Return the adjustment without the multiplier of the rule, which has no part in an embedding."""
@@ -347,26 +333,9 @@ class EmbeddingAdjustment(Mitigation):
 
 
 def target_norms(pipe: StableDiffusionPipeline, *, settings: WenSettings) -> Callable[[Sequence[str]], list[float]]:
-    """Return what gives the mean norm that the adjustment lowers, for each prompt of a batch: a task, for `target_of`.
-
-    With batches of `norms_together` prompts it is that of `wen_target` to the last digit.
-    """
-    norm_of = guidance_norm(pipe, settings)
-
-    @torch.no_grad()
-    def measure(batch: Sequence[str]) -> list[float]:
-        size = norms_together(settings)
-        parts = shrinking(
-            lambda part: norm_of(embed(pipe, part)), batch, size=size, owner=pipe.unet, use="target norms"
-        )
-        return torch.cat([norms for _, norms in parts]).double().mean(dim=1).tolist()
-
-    return measure
-
-
-def norms_together(settings: WenSettings) -> int:
-    """Return for how many prompts norms are measured in one UNet pass."""
-    return max(1, _SAMPLES // settings.latents)
+    """Return what gives the mean norm that the adjustment lowers, for each prompt of a batch: a task, for `target_of`."""
+    norm_of = torch.no_grad()(guidance_norm(pipe, settings))
+    return lambda batch: [norm_of(embed(pipe, [prompt])).double().mean().item() for prompt in batch]
 
 
 def target_of(norms: Sequence[float], settings: WenSettings) -> float:
@@ -434,10 +403,8 @@ class AttentionScaling(Mitigation):
         for name, layer in cross_attention(pipe.unet).items():
             kind = type(layer.processor)
             if kind.__name__ not in _PLAIN or not kind.__module__.startswith("diffusers."):
-                raise ValueError(
-                    f"{name} has the attention processor {kind.__name__}, which attention scaling would replace without "
-                    f"knowing what it does; known: {', '.join(_PLAIN)}; see pipe.unet.set_default_attn_processor()"
-                )
+                remedy = f"known: {', '.join(_PLAIN)}; see pipe.unet.set_default_attn_processor()"
+                raise ValueError(f"{name} has the attention processor {kind.__name__}, which is not known; {remedy}")
             extra = next((part for part in _EXTRAS if getattr(layer, part, None) is not None), None)
             if extra or layer.residual_connection or layer.rescale_output_factor != 1:
                 raise ValueError(f"{name} is no attention layer of Stable Diffusion ({extra or 'it has a residual'})")
@@ -509,11 +476,8 @@ def attended_tokens(tokenizer: Any, prompts: list[str], *, mask: Mask) -> Tensor
 
 def cross_attention(unet: nn.Module) -> dict[str, Any]:
     """Return the cross-attention layers of a UNet by their address; raise a ValueError if there are none."""
-    named = unet.named_modules()
-    layers = {name: module for name, module in named if getattr(module, "is_cross_attention", False)}
-    if not layers:
-        raise ValueError(f"{type(unet).__name__} has no cross-attention, which attention scaling needs")
-    return layers
+    names = [layer.name.removesuffix(".to_v") for layer in cross_attention_layers(unet, "value")]
+    return {name: unet.get_submodule(name) for name in names}
 
 
 # Random tokens

@@ -98,8 +98,7 @@ def adjustment(run: Run) -> EmbeddingAdjustment:
     chosen = run.profile.mitigation.wen
     if chosen.target is None:
         captions = run.prompts("threshold")["caption"].tolist()
-        together = mitigation.norms_together(chosen)
-        norms = run.compute(mitigation.target_norms, captions, label="target norm", together=together, settings=chosen)
+        norms = run.compute(mitigation.target_norms, captions, label="target norm", settings=chosen)
         chosen = replace(chosen, target=mitigation.target_of(norms, chosen))
     return EmbeddingAdjustment(chosen)
 

@@ -193,12 +193,9 @@ def test_wens_score_of_the_first_steps(random_pipe, observe, passes):
 
 def test_the_norm_as_a_function_of_embeddings_has_gradients(random_pipe):
     norm_of = guidance_norm(random_pipe, WenSettings(latents=3, seed=1, steps=50, step=0))
-    text = embed(random_pipe, ["red fox", ""]).clone().requires_grad_()
-    norms = norm_of(text)
-    assert norms.shape == (2, 3)
-    assert norms[0].detach().numpy() == pytest.approx(
-        guidance_norms(random_pipe, "red fox", settings=SETTINGS)[0], rel=1e-3
-    )
-    assert norms[1].max() < 1e-4
-    (gradient,) = torch.autograd.grad(norms[0].mean(), [text])
-    assert gradient[0].abs().max() > 0 == gradient[1].abs().max()
+    text = embed(random_pipe, ["red fox"]).clone().requires_grad_()
+    norms, expected = norm_of(text), guidance_norms(random_pipe, "red fox", settings=SETTINGS)[0]
+    assert norms.detach().numpy() == pytest.approx(expected, rel=1e-3)
+    assert norm_of(embed(random_pipe, [""])).max() < 1e-4
+    (gradient,) = torch.autograd.grad(norms.mean(), [text])
+    assert gradient.abs().max() > 0

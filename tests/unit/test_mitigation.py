@@ -173,7 +173,10 @@ def test_pipelines_and_prompts_that_cannot_be_handled(random_pipe, mitigation):
         (lambda pipe: DeactivatedNeurons([FULL]), "instance of NeuronSet"),
         (lambda pipe: DeactivatedNeurons(SETS).of("c"), "no neurons are given for the prompt 'c'"),
         (lambda pipe: DeactivatedNeurons({"a": FULL, "b": WRONG}).check(pipe), "was the set found in another model"),
-        (lambda pipe: random_neurons(NeuronSet(((0, 1, 2),)), (5,), seed=0), "only 2 remain, 3 are needed"),
+        (
+            lambda pipe: random_neurons(NeuronSet(((0, 1, 2),)), (5,), seed=0),
+            "only 2 other neurons remain, 3 are needed",
+        ),
         (lambda pipe: SwitchedOffLayers(VALUE), "valid tuple.*input_type=str"),
         (lambda pipe: SwitchedOffLayers((VALUE,), share=-0.1), "share\n.*greater than or equal to 0"),
         (lambda pipe: SwitchedOffLayers(("mid.conv1",)).check(pipe), "'mid.conv1' is no linear layer or convolution"),

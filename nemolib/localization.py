@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
@@ -86,8 +86,7 @@ class Localization:
 
     def to_record(self) -> dict[str, Any]:
         """Return what a store keeps, as plain values; the inverse of `from_record`."""
-        names = [item.name for item in fields(self) if item.name not in ("steps", "tests")]
-        record = {name: getattr(self, name) for name in names}
+        record = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("steps", "tests")}
         return record | {"seeds": list(self.seeds), "initial": self.initial.layers, "neurons": self.neurons.layers}
 
     @classmethod
@@ -116,10 +115,10 @@ class Variant:
     def __post_init__(self) -> None:
         """Reject thresholds between which nothing can be refined."""
         if not self.refinement >= self.initial:
-            raise ValueError(
-                f"variant {self.name!r}: the refinement threshold {self.refinement:.3f} is below that of the initial "
-                f"selection, {self.initial:.3f}; what was selected would never be below it"
+            limits = (
+                f"the refinement threshold {self.refinement:.3f} is below that of the selection, {self.initial:.3f}"
             )
+            raise ValueError(f"variant {self.name!r}: {limits}; what was selected would never be below it")
 
     def repeats(self, known: Localization) -> bool:
         """Return whether a search with the same gate and settings that is known would be this one, step by step.
@@ -179,16 +178,9 @@ class Search:
         with self._spent.stage("A2"):
             self._activations = tuple(layer[0].cpu() for layer in value_activations(step.unet, embedding))
             self._z = z_scores(statistics, self._activations)
-        self._score = BlockedScore(
-            step,
-            embedding,
-            seeds=self.seeds,
-            unblocked=unblocked[list(self.seeds)],
-            similarity=similarity,
-            protocol=protocol,
-            evaluations=self._spent,
-        )
-        self._selections: dict[tuple[float, bool], InitialSelection] = {}
+        kept = {"seeds": self.seeds, "unblocked": unblocked[list(self.seeds)], "evaluations": self._spent}
+        self._score = BlockedScore(step, embedding, **kept, similarity=similarity, protocol=protocol)
+        self._select = cache(self._selected)
 
     def localize(self, variant: Variant) -> Localization:
         """Return what a search finds that does the same as one of its own.
@@ -223,19 +215,11 @@ class Search:
             **self._spent.take(),
         )
 
-    def _select(self, threshold: float, top_k: bool) -> InitialSelection:
-        key = (threshold, top_k)
-        if key not in self._selections:
-            self._selections[key] = initial_selection(
-                self._z,
-                self._activations,
-                self._score,
-                quick=partial(self._score.screen, limit=threshold) if self._fast else None,
-                threshold=threshold,
-                search=self._settings if top_k else replace(self._settings, k_start=0, k_step=0),
-                protocol=self._protocol,
-            )
-        return self._selections[key]
+    def _selected(self, threshold: float, top_k: bool) -> InitialSelection:
+        quick = partial(self._score.screen, limit=threshold) if self._fast else None
+        search = self._settings if top_k else replace(self._settings, k_start=0, k_step=0)
+        how = {"threshold": threshold, "quick": quick, "search": search, "protocol": self._protocol}
+        return initial_selection(self._z, self._activations, self._score, **how)
 
 
 def localize(
@@ -342,11 +326,11 @@ def varying(
     detection: DetectionSettings,
     protocol: Protocol,
     **settings: Any,
-) -> Callable[[Sequence[tuple[str, dict[str, Any] | None]]], list[dict[str, dict[str, Any]]]]:
+) -> Callable[[Sequence[tuple[str, Localization | None]]], Iterator[tuple[int, dict[str, Any] | Exception]]]:
     """Return what computes the records of prompts by name of a variant: a task (`nemolib.run.Run.compute`).
 
-    Its items are pairs of a caption and the record of a search with the same gate and settings, or None. What that one
-    found, variants that would repeat it find at no cost.
+    Its items are pairs of a caption and a search of it that is known, with the same gate and settings, or None. What that
+    one found, variants that would repeat it find at no cost.
 
     Args:
         pipe: A StableDiffusionPipeline.
@@ -362,12 +346,10 @@ def varying(
     if len({variant.name for variant in variants}) < len(variants):
         raise ValueError(f"variants have the names {[variant.name for variant in variants]}; each needs its own")
     step = first_step(pipe, settings=detection, protocol=protocol)
-    nothing = {"evaluations": dict.fromkeys(ALGORITHMS, 0), "seconds": dict.fromkeys(ALGORITHMS, 0.0)}
 
-    def vary(step: FirstStep, caption: str, record: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
-        known = None if record is None else Localization.from_record(record)
-        repeated = {} if known is None else {item.name: known for item in variants if item.repeats(known)}
-        found = {name: replace(known, **nothing) for name, known in repeated.items()}
+    def vary(step: FirstStep, caption: str, known: Localization | None) -> dict[str, dict[str, Any]]:
+        repeated = [item.name for item in variants if known is not None and item.repeats(known)]
+        found = {name: replace(known, **Evaluations().take()) for name in repeated}
         searched = [item for item in variants if item.name not in found]
         if searched:
             embedding = embed(pipe, [caption])
@@ -428,16 +410,11 @@ def shared_neurons(found: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Columns layer (from 1, as in the paper), neuron, prompts (number) and captions (separated by semicolons).
     """
-    owners: dict[tuple[int, int], list[str]] = {}
-    for prompt, neurons in by_prompt(memorized(found)).items():
-        for pair in neurons:
-            owners.setdefault(pair, []).append(prompt)
-    rows = [
-        (layer + 1, neuron, len(captions), "; ".join(captions))
-        for (layer, neuron), captions in sorted(owners.items(), key=lambda item: (-len(item[1]), item[0]))
-        if len(captions) > 1
-    ]
-    return pd.DataFrame(rows, columns=["layer", "neuron", "prompts", "captions"])
+    pairs = [(*pair, prompt) for prompt, neurons in by_prompt(memorized(found)).items() for pair in neurons]
+    captions = pd.DataFrame(pairs, columns=["layer", "neuron", "prompt"]).groupby(["layer", "neuron"])["prompt"]
+    shared = captions.agg(prompts="size", captions="; ".join).reset_index().query("prompts > 1")
+    shared = shared.sort_values("prompts", ascending=False, kind="stable", ignore_index=True)
+    return shared.assign(layer=shared["layer"] + 1)
 
 
 def check_threshold(threshold: float, gate: float | None = None) -> None:

@@ -131,7 +131,7 @@ def ablated(run: Run, prompts: pd.DataFrame, levels: pd.DataFrame) -> pd.DataFra
     profile, captions, guidance = run.profile, prompts["caption"].tolist(), float(run.profile.generation.guidance)
     own, guided = run.threshold, run.threshold_at(guidance=guidance)
     # Seconds differ from run to run, and what is known has a part in the key.
-    known = [replace(item, seconds={}).to_record() for item in run.search(captions)]
+    known = [replace(item, seconds={}) for item in run.search(captions)]
     with_guidance = (
         [Variant(GUIDANCE, guided, guided)],
         [None] * len(known),
@@ -144,12 +144,12 @@ def ablated(run: Run, prompts: pd.DataFrame, levels: pd.DataFrame) -> pd.DataFra
     for gate, variants, given, detection in searches:
         items, common = list(zip(captions, given, strict=True)), common | {"gate": gate, "detection": detection}
         rows = run.compute(varying, items, label="searches", together=run.searches, variants=variants, **common)
-        found += [(item, gate, [row[item.name] for row in rows]) for item in variants]
+        found += [(item, gate, [Localization.from_record(row[item.name]) for row in rows]) for item in variants]
     parts = []
-    for item, gate, records in found:
+    for item, gate, searched in found:
         limits = {"initial_threshold": item.initial, "refinement_threshold": item.refinement, "gate": gate}
         known = pd.DataFrame({"setting": item.name, "kind": prompts["kind"].to_numpy(), **limits})
-        parts.append(known.join(localization_table([Localization.from_record(record) for record in records])))
+        parts.append(known.join(localization_table(searched)))
     return pd.concat(parts, ignore_index=True)
 
 

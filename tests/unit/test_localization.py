@@ -218,8 +218,7 @@ def vary(random_pipe, statistics):
     def varied(*variants, prompt=RED, known=None, gate=-0.9, search=SEARCH):
         settings = {"detection": DETECTION, "similarity": SIMILARITY, "search": search, "protocol": PAPER, "gate": gate}
         task = varying(random_pipe, statistics=statistics, variants=variants or VARIANTS, **settings)
-        record = None if known is None else json.loads(json.dumps(known.to_record()))
-        return {name: Localization.from_record(item) for name, item in next(task([(prompt, record)]))[1].items()}
+        return {name: Localization.from_record(item) for name, item in next(task([(prompt, known)]))[1].items()}
 
     return varied
 
@@ -257,9 +256,7 @@ def test_what_is_shared_is_not_evaluated_again(vary, shared):
     # The highest threshold is searched first.
     assert [item.evaluations["A1"] for item in shared.values()] == [0, 0, 0, 3, 0]
     assert shared["both"].evaluations["A3"] == 0
-
-
-def test_a_higher_refinement_threshold_starts_from_the_same_neurons(shared):
+    # A higher refinement threshold starts from the same neurons.
     assert shared["both"].initial == shared["low"].initial
     assert shared["both"].refined_score < HIGH
     assert len(shared["both"].neurons) <= len(shared["low"].neurons)

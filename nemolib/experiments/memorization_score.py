@@ -109,7 +109,7 @@ def samples(samples: Grid, copies: pd.DataFrame) -> Figure:
 
 
 @exhibit("Figure 13", "noise differences",
-    "Noise differences of the first denoising step, min-max scaled; three of the four latent channels as red, green "
+    "Noise differences of the first denoising step, min-max scaled; three of the latent channels as red, green "
     "and blue.")  # fmt: skip
 def figure_13(noise_differences: Grid, copies: pd.DataFrame) -> Figure:
     return plots.image_grid(noise_differences, kinds=copies.set_index("caption")["kind"])

@@ -519,7 +519,11 @@ def claim_table(page: Sequence[Rendered]) -> pd.DataFrame:
 def summary(table: pd.DataFrame) -> str:
     """Return how many of a table of claims hold, in words."""
     counts = table["verdict"].value_counts()
-    others = ", ".join(f"{counts[name]} {name}" for name in ("does not hold", "not decided") if name in counts)
+    words = {
+        "does not hold": "do not hold" if counts.get("does not hold", 0) > 1 else "does not hold",
+        "not decided": "not decided",
+    }
+    others = ", ".join(f"{counts[name]} {text}" for name, text in words.items() if name in counts)
     return f"{counts.get('holds', 0)} of {len(table)} claims of the paper hold here" + f" ({others})" * bool(others)
 
 

@@ -324,7 +324,10 @@ class RegionSettings:
         steps: Denoising steps of these.
         indices: Positions of the steps that maps are made of, in order, the first one (0) and the last one among them.
         probes: Random vectors of a curvature.
-        mitigated: VM prompts, and as many unmemorized ones, of the mitigations; None: all.
+        mitigated: Prompts of each kind, of the mitigations; None: all.
+        noise_target: Norm to which the search for an initial noise goes; None: the target of Wen's adjustment.
+        noise_rate: Its learning rate.
+        noise_iterations: Its largest number of steps.
     """
 
     prompts: Count | None = None
@@ -333,6 +336,9 @@ class RegionSettings:
     indices: tuple[Whole, ...] = (0, 25, 49)
     probes: Count = 16
     mitigated: Count | None = None
+    noise_target: Positive | None = 0.9
+    noise_rate: Positive = 0.01
+    noise_iterations: Whole = 1000
 
 
 @validated

@@ -12,14 +12,16 @@ a third pass. All are a `nemolib.mitigation.Mitigation`, as those of Table 1, an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from nemolib.batching import shrinking
 from nemolib.beyond.denoising import (
     PUBLISHED_SIZE,
     Denoising,
@@ -333,23 +335,25 @@ class SearchedNoise(Mitigation):
         text = embed(pipe, prompts)
 
         def search(latents: Tensor) -> Tensor:
-            each = text[sample_of_each(len(latents), len(prompts))]
-            found = [self._searched(pipe, *pair) for pair in zip(latents.split(1), each.split(1), strict=True)]
-            return torch.cat(found).to(latents.dtype)
+            pairs = [*zip(latents, text[sample_of_each(len(latents), len(prompts))], strict=True)]
+            parts = shrinking(partial(self._searched, pipe), pairs, size=len(pairs), owner=pipe.unet, use=self.name)
+            return torch.cat([found for _, found in parts]).to(latents.dtype)
 
         return _noise_changed(pipe, search)
 
     @torch.inference_mode(False)
     @torch.enable_grad()
-    def _searched(self, pipe: StableDiffusionPipeline, latents: Tensor, text: Tensor) -> Tensor:
+    def _searched(self, pipe: StableDiffusionPipeline, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         model, timestep = Denoising(pipe), int(pipe.scheduler.timesteps[0])
         # Copies, since what was made in inference mode has no gradients.
-        free, text = latents.float().clone().requires_grad_(), text.clone()
+        latents, text = (torch.stack(part).clone() for part in zip(*pairs, strict=True))
+        free = latents.float().requires_grad_()
         optimizer = torch.optim.AdamW([free], lr=self.learning_rate)
         for _ in range(self.iterations):
-            norm = norms(model.difference(free, timestep, text, derivative=True))[0]
-            if norm.item() <= self.target:
+            norm = norms(model.difference(free, timestep, text, derivative=True))
+            if norm.max() <= self.target:
                 break
-            (free.grad,) = torch.autograd.grad(norm, free)
+            (free.grad,), before = torch.autograd.grad(norm.sum(), free), free.detach().clone()
             optimizer.step()
+            free.data = torch.where(norm.view(-1, 1, 1, 1) > self.target, free.data, before)
         return free.detach()

@@ -107,12 +107,6 @@ def apply_patch(pipe: StableDiffusionPipeline, path: str | Path) -> Weights:
         return _write(pipe.unet, {name: (file.get_tensor(f"{name}:rows"), file.get_tensor(name)) for name in names})
 
 
-def patch_neurons(path: str | Path) -> NeuronSet:
-    """Return the neuron set of a patch."""
-    with safe_open(path, framework="pt") as file:
-        return NeuronSet.from_json((file.metadata() or {}).get("neurons", ""))
-
-
 def _rows(unet: nn.Module, neurons: NeuronSet, factor: float) -> Weights:
     """Return the scaled rows of neurons, of every weight and bias of their layers."""
     neurons.check(widths(unet))
@@ -132,9 +126,7 @@ def _write(unet: nn.Module, weights: Weights) -> Weights:
     for name, (index, values) in weights.items():
         parameter = unet.get_parameter(name)
         if parameter.is_meta:
-            raise ValueError(
-                f"{name} is offloaded, so that it cannot be changed; prune first, then offload the pipeline"
-            )
+            raise ValueError(f"{name} is offloaded and cannot be changed; prune first, then offload the pipeline")
         index = index.to(parameter.device)
         before[name] = (index, parameter[index].clone())
         parameter[index] = values.to(parameter)

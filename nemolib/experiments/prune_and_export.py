@@ -16,13 +16,14 @@ import torch
 from nemolib import metrics, plots
 from nemolib.beyond.prune import measuring_inputs, prune_weights, restore, wanda_masks
 from nemolib.exhibits import Claim, effect, exhibit, median_interval
-from nemolib.experiments.deactivate_neurons import LEFT, planted, under_one_bar
+from nemolib.experiments.deactivate_neurons import LEFT, halves, planted, under_one_bar
 from nemolib.layers import value_layers
 from nemolib.localization import by_prompt, memorized
 from nemolib.mitigation import DeactivatedNeurons, Mitigation
 from nemolib.neurons import NeuronSet
 from nemolib.plots import ROLES, Role
 from nemolib.prompts import has_image
+from nemolib.provenance import code_hash
 from nemolib.seeding import stream
 from nemolib.settings import validated
 from nemolib.store import PLANTED, Grid
@@ -66,10 +67,12 @@ class PrunedWeights(Mitigation):
 
     Attributes:
         masks: Name of a weight of the UNet -> the bits of its mask.
+        code: Hash of what sets them to zero, which belongs to what the images are.
     """
 
     name = "pruned weights"
     masks: dict[str, bytes]
+    code: str = code_hash(prune_weights)
 
     @contextmanager
     def _changed(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> Iterator[None]:
@@ -166,8 +169,7 @@ def repaired_prompts(
 
     Returns:
         One row per repair and prompt: columns method, amount, neurons, weights, fid (of all images of other prompts, from
-        those of the untouched model with other seeds, mean over both halves of the seeds; missing where there are too
-        few), kind (vm, tm, unmemorized), prompt, inside (whether the repair was made for it), and those of
+        those of the untouched model with other seeds, mean over halves of the seeds; missing where there are too few), kind (vm, tm, unmemorized), prompt, inside (whether the repair was made for it), and those of
         `nemolib.run.Run.measure`.
     """
     settings, parts, reference = replace(run.profile.generation, samples=run.profile.beyond.pruning.samples), [], None
@@ -185,12 +187,11 @@ def repaired_prompts(
 
 def _fid(reference: np.ndarray, features: np.ndarray) -> float:
     """Return the distance of features [prompt, seed, feature], of half of the seeds, from the other half of a reference."""
-    half, size = features.shape[1] // 2, features.shape[-1]
-    if half * len(features) < 2:
+    prompts, samples, size = features.shape
+    if prompts * (samples // 2) < 2:
         return np.nan
-    before, after = (np.split(each[:, : 2 * half], 2, axis=1) for each in (reference, features))
-    values = [metrics.fid(before[i].reshape(-1, size), after[1 - i].reshape(-1, size)) for i in (0, 1)]
-    return float(np.mean(values))
+    pairs = [(reference[:, first], features[:, other]) for first, other in halves(samples)]
+    return float(np.mean([metrics.fid(*(part.reshape(-1, size) for part in pair)) for pair in pairs]))
 
 
 def summary(repaired_prompts: pd.DataFrame) -> pd.DataFrame:
@@ -276,9 +277,8 @@ def union_curve(repaired_prompts: pd.DataFrame) -> Figure:
     ticks = rows.drop_duplicates("amount")
     looks = {("sscd_orig", kind): ROLES[kind] for kind in ("vm", "tm")}
     looks |= {("a_clip", "unmemorized"): replace(other, label=f"{plots.METRICS['a_clip']}, {other.label}", line="-")}
-    looks |= {
-        ("sscd_gen", "unmemorized"): replace(other, label=f"{plots.METRICS['sscd_gen']}, {other.label}", marker="s")
-    }
+    gen = {"label": f"{plots.METRICS['sscd_gen']}, {other.label}", "marker": "s"}
+    looks |= {("sscd_gen", "unmemorized"): replace(other, **gen)}
     with plots.panels(1, 3, aspect=0.42) as (figure, axes):
         for (name, kind), look in looks.items():
             part, place = rows[rows["kind"] == kind], axes[int(kind == "unmemorized")]

@@ -14,8 +14,8 @@ import torch
 from PIL import Image, ImageFilter
 
 from nemolib import metrics, paper, paths, plots
+from nemolib.beyond import guidance
 from nemolib.beyond.denoising import Denoising, OpenAttention, attention_layers, processors, text_of
-from nemolib.beyond.guidance import AdjustedNoise, Attenuation, DynamicTransition, Guard, StaticTransition, attenuated
 from nemolib.beyond.regions import MAPS, best_iou, mapping, on_grid, pixel_auroc
 from nemolib.exhibits import KINDS, Claim, effect, exhibit, of_kinds
 from nemolib.experiments.deactivate_neurons import NONE, adjustment, under_one_bar
@@ -33,8 +33,8 @@ DIFFERENCE, ENDING, CURVATURE = MAPS
 LOOKS = dict(zip(MAPS, (("#0072B2", "o", "-"), ("#E69F00", "s", "--"), ("#CC79A7", "^", ":")), strict=True))
 """Colour, marker and line of each map."""
 
-COLORS = "#0072B2", "#56B4E9", "#000000", "#009E73", "#B8A800", "#8C564B", "#D55E00", "#CC79A7", "#E69F00", "#7F7F7F"
-MARKERS, LINES = "os^vDPXd<>", 6 * ["-"] + 4 * ["--"]
+COLORS = *mpl.color_sequences["petroff10"], "black"
+MARKERS, LINES = "os^vDPhXd<>", 7 * ["-"] + 4 * ["--"]
 """Of the mitigations, in the order of `strengths`; the last ones are those of notebook 04."""
 
 COPIED = 0.5
@@ -95,8 +95,7 @@ def agreement(run: Run, rows: pd.DataFrame, maps: np.ndarray) -> pd.DataFrame:
     theirs, steps = paper.table("region_maps").set_index("map")["iou"], run.profile.beyond.regions.indices
     for (place, name), (at, step) in product(enumerate(MAPS), enumerate(steps if known else ())):
         images = np.concatenate([found[place, at] for found, _ in known])
-        grids = [on_grid(mask[None], maps.shape[-2:])[0] for _, mask in known]
-        inside = np.repeat(grids, maps.shape[3], axis=0)
+        inside = np.repeat([on_grid(mask[None], maps.shape[-2:])[0] for _, mask in known], maps.shape[3], axis=0)
         each = pixel_auroc(images, inside).reshape(len(known), -1).mean(axis=1)
         reported = theirs[name] if step == steps[-1] else np.nan
         numbers = (np.median(each), *metrics.bootstrap_interval(each), best_iou(images, inside)[0], reported)
@@ -147,18 +146,6 @@ def darkness(run: Run, rows: pd.DataFrame, found: pd.DataFrame) -> tuple[pd.Data
     return rows[["kind"]].assign(prompt=captions, **means), off
 
 
-@torch.no_grad()
-def image_of(run: Run, caption: str) -> np.ndarray:
-    """Return the image at whose making the maps of the first seed look, [height, width, 3], uint8."""
-    own, pipe = run.profile.beyond.regions, run.pipe
-    model = Denoising(pipe, steps=own.steps, guidance=run.profile.generation.guidance)
-    latents = initial_latents(pipe, samples=own.samples, seed=run.profile.detection.seed)[:1]
-    *_, last = model.trajectory(latents, text_of(pipe, caption).embedding)
-    ended = model.scheduler.step(last.empty + model.guidance * last.difference, last.timestep, last.latents).prev_sample
-    made = pipe.vae.decode((ended / pipe.vae.config.scaling_factor).to(pipe.vae.dtype)).sample
-    return (pipe.image_processor.postprocess(made, output_type="np")[0] * 255).round().astype(np.uint8)
-
-
 def overlaid(image: np.ndarray, inside: np.ndarray, found: np.ndarray, top: float) -> np.ndarray:
     """Return an image in grey under the root of a map in colours, brightest where it is ``top``, and the mask's outline."""
     shades = Image.fromarray((255 * np.clip(found / top, 0, 1) ** 0.5).astype(np.uint8)).resize(image.shape[1::-1])
@@ -181,9 +168,11 @@ def overlays(run: Run, rows: pd.DataFrame, maps: np.ndarray, off: np.ndarray) ->
     shown = {name: maps[:, place, 0 if name == DIFFERENCE else -1, 0] for place, name in enumerate(MAPS)}
     tops, lines = [np.quantile(found[rows["kind"] == "tm"], 0.95) for found in shown.values()], []
     shown |= {f"{DIFFERENCE}, neurons off": off[:, 0]}
-    for place, mask in enumerate(masks(run, rows)):
-        row, image = rows.iloc[[place]], image_of(run, rows["caption"][place])
-        size = image.shape[:2]
+    # From the noise that the maps begin from, too.
+    own = {"seed": run.profile.detection.seed, "samples": 1, "steps": run.profile.beyond.regions.steps, "solver": "own"}
+    made = run.images(rows["caption"].tolist(), settings=replace(run.profile.generation, **own))[:, 0]
+    for place, (mask, image) in enumerate(zip(masks(run, rows), made, strict=True)):
+        row, size = rows.iloc[[place]], image.shape[:2]
         known = row["image"].ne("").all()
         planted = run.planted_images(row, size=size)[0] if known else np.full_like(image, 255)
         inside = np.full(size, known) if mask is None else on_grid(mask[None], size)[0]
@@ -240,9 +229,8 @@ def show_guidance_path(guidance_path: pd.DataFrame) -> Figure:
     with panels(1, 2, aspect=0.4) as (figure, axes):
         for panel, (scale, part) in zip(axes, guidance_path.groupby("guidance", sort=False), strict=True):
             for kind, rows in plots.of_kinds(part, tuple(KINDS)).items():
-                label = f"{KINDS[kind]}, n = {rows['caption'].nunique()}"
-                middle = rows.groupby("timestep")["norm"].median()
-                panel.plot(middle.index, middle, **ROLES[kind].line_style(markersize=3, label=label))
+                look = ROLES[kind].line_style(markersize=3, label=f"{KINDS[kind]}, n = {rows['caption'].nunique()}")
+                panel.plot(rows.groupby("timestep")["norm"].median(), **look)
             panel.set(xlabel="timestep", ylabel=r"$\|\Delta\epsilon\|$", title=f"sampling with guidance {scale:g}")
             panel.invert_xaxis()
         legend_below(figure)
@@ -256,11 +244,11 @@ def spiking(run: Run, captions: Sequence[str]) -> pd.Series:
         Means over layers, heads, positions and prompts: negative (share of their logits below 0, which attenuation raises),
         before and after (attention that they get together).
     """
-    own, chosen, table = Attenuation(), run.profile.beyond.regions, []
+    own, chosen, table = guidance.Attenuation(), run.profile.beyond.regions, []
 
     def look(logits: torch.Tensor) -> torch.Tensor:
         plain = logits.chunk(2)[1]
-        less = attenuated(plain, alpha=own.alpha, threshold=own.threshold)
+        less = guidance.attenuated(plain, alpha=own.alpha, threshold=own.threshold)
         spikes = less != plain
         given = [(each.softmax(dim=-1) * spikes).sum(dim=-1).mean() for each in (plain, less)]
         table.append([float(value) for value in ((plain[spikes] < 0).float().mean(), *given)])
@@ -289,23 +277,41 @@ def strengths(run: Run, found: pd.DataFrame, ordinary: Sequence[str]) -> Strengt
         found: Localizations of the memorized prompts.
         ordinary: Unmemorized prompts: each is made without the neurons of one memorized prompt, which take turns.
     """
-    sets = by_prompt(memorized(found))
-    turns = [neurons for neurons in sets.values() if neurons] or [*sets.values()]
-    sets |= dict(zip(ordinary, cycle(turns), strict=False))
-    wen, ren, seed = adjustment(run).settings, run.profile.mitigation.ren, run.profile.mitigation.somepalli.seed
+    sets = {name: by_prompt(memorized(found), name) for name in ("initial", "refined")}
+    for neurons in sets.values():
+        turns = [some for some in neurons.values() if some] or [*neurons.values()]
+        neurons |= dict(zip(ordinary, cycle(turns), strict=False))
+    own, wen, mitigations = run.profile.beyond.regions, adjustment(run).settings, run.profile.mitigation
+    norm, search = own.noise_target or wen.target, {"learning_rate": own.noise_rate, "iterations": own.noise_iterations}
     choices = {
-        "static transition": ("until {}", (500, 300, 150), 500, StaticTransition),
-        "opposite guidance": ("until {}", (800, 650), 650, lambda until: StaticTransition(until, -2.0)),
-        "dynamic transition": ("", ("",), "", lambda _: DynamicTransition()),
-        "attention attenuation": ("alpha {:g}", (0.3, 0.0), 0.3, Attenuation),
-        "GUARD": ("r {:g}", (2.0, 4.0), 2.0, lambda r: Guard(repulsion=r)),
-        "adjusted noise": ("until {}", (860, 500), 860, lambda until: AdjustedNoise(until=until)),
-        "NeMo": ("neurons times {:g}", (0.25, 0.0), 0.0, lambda factor: DeactivatedNeurons(sets, factor)),
-        "embedding adjustment (Wen)": ("target {:.2f}", (wen.target, wen.target / 2), wen.target, lambda target: EmbeddingAdjustment(replace(wen, target=target))),
-        "attention scaling (Ren)": ("c1 {:g}", (ren.c1, 2.0), ren.c1, lambda c1: AttentionScaling(replace(ren, c1=c1))),
-        "random tokens (Somepalli)": ("{}", (4, 10), 4, lambda number: RandomTokens(number, seed)),
+        "static transition": ("until {}", (500, 300), 500, guidance.StaticTransition),
+        "opposite guidance": ("until {}", (650,), 650, lambda until: guidance.StaticTransition(until, -2.0)),
+        "dynamic transition": ("", ("",), "", lambda _: guidance.DynamicTransition()),
+        "attention attenuation": ("alpha {:g}", (0.3, 0.0), 0.3, guidance.Attenuation),
+        "GUARD": ("r {:g}", (2.0,), 2.0, lambda r: guidance.Guard(repulsion=r)),
+        "adjusted noise": ("until {}", (860, 500), 860, lambda until: guidance.AdjustedNoise(until=until)),
+        "searched noise": ("norm {:.2f}", (norm,), own.noise_target, lambda norm: guidance.SearchedNoise(norm, **search)),
+        "NeMo": ("{} neurons", ("refined", "initial"), "refined", lambda name: DeactivatedNeurons(sets[name])),
+        "embedding adjustment (Wen)": ("target {:.2f}", (wen.target,), wen.target, lambda _: EmbeddingAdjustment(wen)),
+        "attention scaling (Ren)": ("c1 {:g}", (mitigations.ren.c1,), mitigations.ren.c1, lambda _: AttentionScaling(mitigations.ren)),
+        "random tokens (Somepalli)": ("{}", (4, 10), 4, lambda number: RandomTokens(number, mitigations.somepalli.seed)),
     }  # fmt: skip
     return {(NONE, ""): (None, False)} | {(name, label.format(value)): (made(value), value == published) for name, (label, values, published, made) in choices.items() for value in values}  # fmt: skip
+
+
+def likeness(run: Run, rows: pd.DataFrame, item: Mitigation | None) -> np.ndarray:
+    """Return how much of its planted image an image of a prompt repeats, [prompt, seed].
+
+    Where the part that all copies share is known (`masks`), the correlation of its pixels with the planted ones: what is
+    around it is new in every copy. Else the similarity of copy descriptors; missing without a planted image.
+    """
+    captions, known = rows["caption"].tolist(), masks(run, rows)
+    if any(mask is None for mask in known):
+        return metrics.sscd_orig(run.features("copy", captions, item), run.planted_features(rows))
+    images = run.images(captions, item)
+    planted, fixed = run.planted_images(rows, size=images.shape[2:4]), on_grid(np.stack(known), images.shape[2:4])
+    parts = [[each[inside].ravel() for each in (original, *made)] for original, made, inside in zip(planted, images, fixed, strict=True)]  # fmt: skip
+    return np.array([np.corrcoef(pixels)[0, 1:] for pixels in parts])
 
 
 def curves(run: Run, rows: pd.DataFrame, chosen: Strengths) -> pd.DataFrame:
@@ -316,20 +322,20 @@ def curves(run: Run, rows: pd.DataFrame, chosen: Strengths) -> pd.DataFrame:
     Deviates: as many images as the profile generates, not 10; compared with the prompt's own planted image alone.
 
     Returns:
-        One row per strength: columns mitigation, strength, published, prompts (VM, with a planted image), top_1, top_3, copies, alignment (of VM
-        prompts, means), ordinary (alignment of the unmemorized ones), same (similarity of these to the untouched images).
+        One row per strength: columns mitigation, strength, published, prompts (VM, with a planted image), top_1, top_3, copies,
+        alignment (of VM prompts, means), layout (largest `likeness` of TM prompts) and layout_alignment, ordinary
+        (alignment of unmemorized prompts), same (similarity of these to the untouched images).
     """
-    vm, other = (rows[rows["kind"] == kind].reset_index(drop=True) for kind in ("vm", "unmemorized"))
-    planted, table = run.planted_features(vm), []
+    parts, table = {kind: part.reset_index(drop=True) for kind, part in rows.groupby("kind")}, []
     for quiet, (names, (item, published)) in under_one_bar(run, [*chosen.items()], "strengths"):
-        similar = metrics.sscd_orig(quiet.features("copy", vm["caption"].tolist(), item), planted)
+        similar, layout = (likeness(quiet, parts[kind], item) for kind in ("vm", "tm"))
         ranked = np.sort(similar[~np.isnan(similar).any(axis=1)], axis=1)[:, ::-1]
-        aligned = quiet.measure(vm, item, columns=["a_clip"]).mean()
-        kept = quiet.measure(other, item, columns=["a_clip", "sscd_gen"]).mean()
-        numbers = (ranked[:, 0].mean(), ranked[:, :3].mean(), (ranked > COPIED).mean(), *aligned, *kept)
-        table.append((*names, published, len(ranked), *numbers))
-    columns = ["mitigation", "strength", "published", "prompts", "top_1", "top_3", "copies", "alignment", "ordinary"]
-    return pd.DataFrame(table, columns=[*columns, "same"])
+        copied = ranked[:, 0].mean(), ranked[:, :3].mean(), (ranked > COPIED).mean()
+        vm, tm = (quiet.measure(parts[kind], item, columns=["a_clip"])["a_clip"].mean() for kind in ("vm", "tm"))
+        kept = quiet.measure(parts["unmemorized"], item, columns=["a_clip", "sscd_gen"]).mean()
+        table.append((*names, published, len(ranked), *copied, vm, pd.Series(layout.max(axis=1)).mean(), tm, *kept))
+    columns = ["mitigation", "strength", "published", "prompts", "top_1", "top_3", "copies", "alignment"]
+    return pd.DataFrame(table, columns=[*columns, "layout", "layout_alignment", "ordinary", "same"])
 
 
 def read_curves(guidance_mitigations: pd.DataFrame) -> Iterator[Claim]:
@@ -344,21 +350,20 @@ def read_curves(guidance_mitigations: pd.DataFrame) -> Iterator[Claim]:
 
 
 @exhibit("", "copy similarity against alignment, every mitigation at several strengths",
-    "A line is a mitigation from weak to strong and begins at the untouched model (star); dashed: those of notebook 04. Filled: the published strength. Best is the lower right corner. Up: largest copy similarity of the images of a "
-    "VM prompt (MemBench's top-1), mean over prompts; below the dotted line MemBench counts no copy. Across: alignment of these images, and of those of unmemorized prompts.", read=read_curves)  # fmt: skip
+    "A line is a mitigation from weak to strong and begins at the untouched model (star); dashed: those of notebook 04. Filled: the published strength. Best is the lower right corner. Up: the largest value of a prompt's images (MemBench's "
+    "top-1), mean over prompts; left and middle copy similarity of VM prompts, right, for TM prompts, the correlation of pixels with the planted image in the part that all its copies share (without masks, their copy similarity). Below the dotted line MemBench counts no copy. Across: alignment of the images of the prompts in the title.", read=read_curves)  # fmt: skip
 def show_guidance_mitigations(guidance_mitigations: pd.DataFrame) -> Figure:
-    table = guidance_mitigations
-    with panels(1, 2, aspect=0.62, sharey=True) as (figure, axes):
-        for panel, (column, kind) in zip(axes, (("alignment", "VM"), ("ordinary", "unmemorized")), strict=True):
+    table, shown = guidance_mitigations, {"VM: copy similarity": ("alignment", "top_1"), "unmemorized, beside it": ("ordinary", "top_1"), "TM: layout": ("layout_alignment", "layout")}  # fmt: skip
+    with panels(1, 3, aspect=0.6, sharey=True) as (figure, axes):
+        for panel, (title, (across, up)) in zip(axes, shown.items(), strict=True):
             for place, name in enumerate(table["mitigation"].unique()[1:]):
                 rows = table[table["mitigation"].isin([NONE, name])]
-                look = Role(name, COLORS[place], MARKERS[place], LINES[place], "").line_style(markersize=4.5)
-                hollow = {"markerfacecolor": "white", "markevery": slice(1, None), "linewidth": 1}
-                panel.plot(rows[column], rows["top_1"], **look | hollow)
-                panel.plot(column, "top_1", data=rows[rows["published"]], **look | {"linestyle": "", "label": "_"})
-            panel.plot(table[column][0], table["top_1"][0], "k*", markersize=8, label="untouched")
+                look = Role(name, COLORS[place], MARKERS[place], LINES[place], "").line_style(markersize=4, linewidth=1)
+                panel.plot(rows[across], rows[up], **look | {"markerfacecolor": "white", "markevery": slice(1, None)})
+                panel.plot(across, up, data=rows[rows["published"]], **look | {"linestyle": "", "label": "_"})
+            panel.plot(table[across][0], table[up][0], "k*", markersize=8, label="untouched")
             panel.axhline(COPIED, color=plots.GREY, linestyle=":", linewidth=0.8)
-            panel.set(xlabel=f"alignment, {kind} prompts (A_CLIP)", ylabel="copy similarity of VM prompts (top-1)")
+            panel.set(title=title, xlabel="alignment (A_CLIP)", ylabel="top-1 of memorized prompts")
             panel.label_outer()
         legend_below(figure, columns=3)
     return figure
@@ -377,11 +382,12 @@ def pictures(run: Run, rows: pd.DataFrame, table: pd.DataFrame, chosen: Strength
     made = [run.images(rows["caption"].tolist(), item)[:, 0] for item in items.values()]
     planted, known = np.full_like(made[0], 255), rows["image"].ne("").to_numpy()
     planted[known] = run.planted_images(rows[known], size=made[0].shape[1:3])
-    return Grid(np.stack([planted, *made]), (PLANTED, *items), tuple(rows["caption"]))
+    names = tuple(f"{ROLES[row.kind].short}: {row.caption}" for row in rows.itertuples())
+    return Grid(np.stack([planted, *made]), (PLANTED, *items), names)
 
 
 @exhibit("", "an image of each mitigation",
-    "All of one seed. Of each mitigation the weakest strength that halves the copy similarity of VM prompts, or where none does, the one that leaves least of it. Captions without a planted image are unmemorized.")  # fmt: skip
+    "All of one seed. Of each mitigation the weakest strength that halves the copy similarity of VM prompts, or where none does, the one that leaves least of it. Unmemorized prompts have no planted image.")  # fmt: skip
 def guidance_images(guidance_images: Grid) -> Figure:
     return image_grid(guidance_images, fraction=0.8)
 
@@ -400,7 +406,7 @@ def first_auroc(run: Run, name: str, *, mean: bool = False, **changes: Any) -> f
 def latest(run: Run, untils: Sequence[int] = (600, 500, 300, 150, 50)) -> int:
     """Return the first of these timesteps until which guidance has to wait so that the first VM prompt gives no copy; else 0."""
     row = run.prompts("vm").head(1)
-    largest = {until: run.measure(row, StaticTransition(until))["sscd_orig_max"][0] for until in untils}
+    largest = {until: run.measure(row, guidance.StaticTransition(until))["sscd_orig_max"][0] for until in untils}
     return next((until for until, copy in largest.items() if copy <= COPIED), 0)
 
 

@@ -12,6 +12,7 @@ from nemolib.beyond.regions import region_maps
 from nemolib.experiments import where_is_it as where
 from nemolib.experiments.deactivate_neurons import NONE
 from nemolib.experiments.where_is_it import CURVATURE, DIFFERENCE, ENDING, MAPS
+from nemolib.first_step import initial_latents
 from nemolib.mitigation import DeactivatedNeurons
 from nemolib.neurons import NeuronSet
 from nemolib.run import Run
@@ -63,7 +64,7 @@ def path(run):
 
 @pytest.fixture(scope="module")
 def curves(run, found):
-    mixed = where.compared_prompts(run, 2).query("kind != 'tm'").reset_index(drop=True)
+    mixed = where.compared_prompts(run, 2)
     chosen = where.strengths(run, found, OTHERS)
     few = {key: chosen[key] for key in chosen if key[0] in (NONE, "static transition", "NeMo")}
     return mixed, chosen, where.curves(run, mixed, few)
@@ -119,18 +120,12 @@ def test_the_picture_shows_planted_image_fixed_part_and_maps(run, rows, maps):
     plots.files_of(where.region_maps(grid, kinds))
 
 
-def test_the_image_under_the_maps_is_that_of_the_same_noise(run):
-    from diffusers import DDIMScheduler
-
-    from nemolib.first_step import initial_latents
-
-    own, before = run.profile.beyond.regions, run.pipe.scheduler
+def test_the_image_under_the_maps_is_that_of_the_same_noise(run, rows, maps):
+    own, shown = run.profile.beyond.regions, where.overlays(run, rows, maps, maps[:, 0, 0]).images[-1, 2]
     latents = initial_latents(run.pipe, samples=own.samples, seed=run.profile.detection.seed)[:1]
-    run.pipe.scheduler = DDIMScheduler.from_config(before.config)
-    guidance = run.profile.generation.guidance
-    made = run.pipe(OTHERS[0], latents=latents, num_inference_steps=3, guidance_scale=guidance, output_type="np").images
-    run.pipe.scheduler = before
-    assert np.abs(made[0] * 255 - where.image_of(run, OTHERS[0])).max() <= 2
+    settings = {"num_inference_steps": 3, "guidance_scale": run.profile.generation.guidance, "output_type": "np"}
+    made = run.pipe(rows["caption"].iloc[-1], latents=latents, **settings).images
+    assert np.abs(made[0] * 255 - shown).max() <= 2
 
 
 def test_norms_are_sums_of_the_map_and_minima_are_seen(run, path, maps, monkeypatch):
@@ -146,7 +141,7 @@ def test_norms_are_sums_of_the_map_and_minima_are_seen(run, path, maps, monkeypa
 def test_spiking_tokens_are_those_that_attenuation_changes(run, monkeypatch):
     found = where.spiking(run, OTHERS)
     assert 0 < found["before"] < 1
-    monkeypatch.setattr(where, "attenuated", lambda logits, **_: logits + 1)
+    monkeypatch.setattr(where.guidance, "attenuated", lambda logits, **_: logits + 1)
     every = where.spiking(run, OTHERS)
     assert every[["before", "after"]].tolist() == pytest.approx([1, 1], rel=1e-4)
     assert 0 < every["negative"] < 1
@@ -168,9 +163,20 @@ def test_curves_are_similarities_and_alignments_of_the_same_seeds(run, curves):
     grid = where.pictures(run, mixed, table, chosen)
     names = [", ".join(filter(None, pair)) for pair in halved[["mitigation", "strength"]].to_numpy()]
     assert grid.rows == ("planted", NONE, *names)
-    assert grid.columns == tuple(mixed["caption"])
+    assert grid.columns[::3] == ("TM: blue cat case", "VM: red owl card")
     assert (grid.images[0, -1] == 255).all()
     plots.files_of(where.guidance_images(grid))
+
+
+def test_the_layout_is_that_of_the_fixed_part_where_it_is_known(run, monkeypatch):
+    row = run.prompts("tm").head(1)
+    planted, image = run.planted_images(row)[0], np.zeros((64, 64, 3), np.uint8)
+    image[:32] = planted[:32] // 2  # darker, and nothing but the fixed part
+    monkeypatch.setattr(run, "images", lambda *_: np.stack([image, 255 - planted])[None])
+    assert where.likeness(run, row, None)[0] == pytest.approx([1, -1], abs=1e-3)
+    monkeypatch.setattr(run, "features", lambda *_: run.planted_features(row)[:, None])
+    monkeypatch.setattr(where, "masks", lambda *_: [None])
+    assert where.likeness(run, row, None).tolist() == [[pytest.approx(1)]]
 
 
 def test_a_prompt_without_a_planted_image_has_no_copies(run, curves, monkeypatch):
@@ -187,6 +193,7 @@ def test_a_prompt_without_a_planted_image_has_no_copies(run, curves, monkeypatch
 def strengths(left, aligned):
     """Return a table of curves: a mitigation whose published strength leaves these shares."""
     numbers = {"prompts": 3, "top_1": [0.8, 0.8 * left], "alignment": [0.5, 0.5 * aligned], "ordinary": 0.5}
+    numbers |= {"layout": 0.9, "layout_alignment": 0.4}
     return pd.DataFrame({"mitigation": [NONE, "GUARD"], "strength": ["", "r 2"], "published": [False, True], **numbers})
 
 

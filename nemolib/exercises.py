@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nemolib import paths
-from nemolib.exhibits import NotEnough
+from nemolib.exhibits import NotEnough, experiments
 
 if TYPE_CHECKING:
     from nemolib.run import Run
@@ -43,9 +41,7 @@ class Verdict:
 
 def answers() -> dict[str, Callable[[Run], Any]]:
     """Return for each exercise, by number, what gives its answer or the test of an answer."""
-    names = sorted(path.stem for path in (paths.PACKAGE / "experiments").glob("[a-z]*.py"))
-    modules = [import_module(f"nemolib.experiments.{name}") for name in names]
-    return {number: right for module in modules for number, right in getattr(module, "EXERCISES", {}).items()}
+    return {number: right for module in experiments() for number, right in getattr(module, "EXERCISES", {}).items()}
 
 
 def check(number: str, answer: Any, run: Run) -> Verdict:

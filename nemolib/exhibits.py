@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -284,10 +285,15 @@ def exhibit_of(draw: Callable[..., Any]) -> Exhibit:
     return next(item for item in _EXHIBITS.values() if item.draw is draw)
 
 
+def experiments() -> list[ModuleType]:
+    """Return the modules of `nemolib.experiments`, by name."""
+    names = sorted(path.stem for path in (paths.PACKAGE / "experiments").glob("[a-z]*.py"))
+    return [import_module(f"nemolib.experiments.{name}") for name in names]
+
+
 def exhibits() -> list[Exhibit]:
     """Return all exhibits: those of the paper in its order (`nemolib.paper.PLACES`), ours after them."""
-    for path in sorted((paths.PACKAGE / "experiments").glob("[a-z]*.py")):
-        import_module(f"nemolib.experiments.{path.stem}")
+    experiments()
     # One of ours has its place behind all of the paper's.
     return sorted(_EXHIBITS.values(), key=lambda item: ([*paper.PLACES, item.name].index(item.name), item.notebook))
 

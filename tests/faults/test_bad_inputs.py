@@ -13,6 +13,8 @@ from nemolib.store import StoreError, read_table
 HEADER = b"caption,kind,group,copies,image\n"
 ROW = b"a fox,vm,report,64,a.png\n"
 
+RELEASED = b";Caption;URL;type\n"
+
 TABLES = {
     "empty file": (b"", "column 'caption' is missing; the header has nothing"),
     "no prompt": (HEADER, "no prompt below the header"),
@@ -28,15 +30,28 @@ TABLES = {
     "copies broken": (HEADER + b"a fox,vm,report,1.5,\n", "row 1: column 'copies': '1.5'"),
     "copies exotic": (HEADER + "a fox,vm,report,²,\n".encode(), "row 1: column 'copies': '²'"),
     "latin-1": (HEADER + "ein Bär,vm,report,1,\n".encode("latin-1"), "not UTF-8"),
+    "released: unknown type": (RELEASED + b"0;a;u;XM\n", "row 1: column 'kind': 'xm' is unknown; allowed: vm, tm"),
+    "released: a semicolon too many": (RELEASED + b"0;a;b;u;VM\n", "row 1: 5 fields instead of 4; captions with"),
+    "open quotation": (RELEASED + b'0;a;u;VM\n1;"b;u;VM\n2;c;u;TM\n', "row 2: a quotation mark is opened and never"),
+    "single quotation": (RELEASED + b'1;"b;u;VM\n2;"c";u;TM\n', "row 1: a quotation mark is opened and never"),
+    "open header": (b';"Caption;URL;type\n' + b"0;a long caption;u;VM\n" * 9999, "row 0: a quotation mark is opened"),
+    "released with commas": (b'"Caption","URL","type"\n"a","u","VM"\n', "'caption' is missing; .* Caption, URL"),
+    "no caption": (b";Text;URL;type\n0;a;u;VM\n", "column 'caption' is missing; the header has ;Text;URL;type"),
+    "no object.jsonl": (b'{"caption": "a"}\n["b"]\n', "row 2: no JSON object"),
+    "cut object.jsonl": (b'{"caption": "a"}\n{"caption": \n', "row 2: no JSON object"),
+    "no caption.jsonl": (b'{"text": "a"}\n', "column 'caption' is missing; there are text"),
+    "missing caption.jsonl": (b'{"caption": "a", "kind": "vm"}\n{"kind": "vm"}\n', "row 2: column 'caption' is empty"),
+    "nothing.jsonl": (b"\n", "there is no prompt"),
 }
 
 
-@pytest.mark.parametrize(("content", "words"), TABLES.values(), ids=TABLES)
-def test_a_bad_prompt_table(tmp_path, content, words):
-    path = tmp_path / "memorized.csv"
+@pytest.mark.parametrize("name", TABLES)
+def test_a_bad_prompt_table(tmp_path, name):
+    content, words = TABLES[name]
+    path = tmp_path / (name if name.endswith(".jsonl") else "memorized.csv")
     path.write_bytes(content)
     with pytest.raises(PromptTableError, match=words) as error:
-        load_prompts(path)
+        load_prompts(path, kind="holdout" if name.endswith(".jsonl") else None)
     assert str(path) in str(error.value)
     assert path.read_bytes() == content
 

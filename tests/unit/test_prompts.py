@@ -63,23 +63,6 @@ def test_captions_that_look_like_something_else_stay_text_in_every_format(tmp_pa
     assert found[["kind", "group", "copies", "image"]].iloc[0].tolist() == ["holdout", "", 0, ""]
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ('{"caption": "a"}\n["b"]\n', "row 2: no JSON object"),
-        ('{"caption": "a"}\n{"caption": \n', "row 2: no JSON object"),
-        ('{"text": "a"}\n', "column 'caption' is missing; there are text"),
-        ('{"caption": "a", "kind": "vm"}\n{"kind": "vm"}\n', "row 2: column 'caption' is empty"),
-        ("\n", "there is no prompt"),
-    ],
-)
-def test_broken_json_lines_are_named(tmp_path, text, words):
-    path = tmp_path / "broken.jsonl"
-    path.write_text(text)
-    with pytest.raises(PromptTableError, match=words):
-        load_prompts(path, kind="holdout")
-
-
 def test_prompts_are_chosen_by_kind_and_group_from_the_top(profile):
     assert select(profile, "vm")["caption"].tolist() == ["card a", "card b", "card c, gold"]
     assert select(profile, "memorized")["kind"].tolist() == ["vm"] * 3 + ["tm"] * 2

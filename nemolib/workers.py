@@ -29,7 +29,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from nemolib.pipeline import load_pipeline
@@ -233,13 +234,14 @@ def _there(task: Task, batches: Sequence[Batch], pipe: Any, common: Mapping[str,
     """Yield what workers compute, as they finish it; what is left when this ends is given up."""
     from distributed import as_completed
 
-    work = _Work(uuid.uuid4().hex, profile_of(pipe), _identity(pipe, task), task, dict(common))
+    work, name = partial(_on_worker, profile_of(pipe), _identity(pipe, task), task, dict(common)), uuid.uuid4().hex
     waiting = {}
     try:
         for place, batch in enumerate(batches):
             # What a prompt raises is a result. What is raised nonetheless is a worker's own, and another may do better.
-            key = f"{task.__name__}-{work.name}-{place}"
-            waiting[client.submit(_on_worker, replace(work, batch=batch), key=key, retries=2)] = place
+            # The batch is a part of the function, so that Dask does not look into it.
+            key = f"{task.__name__}-{name}-{place}"
+            waiting[client.submit(partial(work, name, batch), key=key, retries=2)] = place
         for future in as_completed(list(waiting), loop=client.loop):
             yield from _result(future, batches[waiting.pop(future)])
     finally:
@@ -290,41 +292,30 @@ def _caption(item: Any) -> str:
     return item if isinstance(item, str) else item[0]
 
 
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """One batch for a worker, and what it has in common with all others: one value, so that Dask does not look into it."""
-
-    name: str
-    profile: Profile
-    identity: str
-    task: Task
-    common: dict[str, Any]
-    batch: Batch = ()
-
-
 _LOCK = threading.Lock()
 _LOADED: dict[str, Any] = {}
 """What a worker keeps from batch to batch: the pipeline that was asked for last, and the function of a task."""
 
 
-def _on_worker(work: _Work) -> list[tuple[str, Any]]:
-    """Return the outcomes of a batch; one at a time in each process, since a pipeline serves one at a time."""
+def _on_worker(
+    profile: Profile, identity: str, task: Task, common: Mapping[str, Any], name: str, batch: Batch
+) -> list[tuple[str, Any]]:
+    """Return the outcomes of a batch of the work of a name; one at a time in each process, as a pipeline needs it."""
     with _LOCK:
-        if _LOADED.get("profile") != work.profile:
+        if _LOADED.get("profile") != profile:
             # The one before is given up first: two may be too large.
             _LOADED.clear()
-            _LOADED.update(pipe=load_pipeline(work.profile, device=_device(work.profile)), profile=work.profile)
-        if _LOADED.get("name") != work.name:
-            pipe = _LOADED["pipe"]
-            found = _identity(pipe, work.task)
-            if found != work.identity:
+            _LOADED.update(pipe=load_pipeline(profile, device=_device(profile)), profile=profile)
+        if _LOADED.get("name") != name:
+            found = _identity(_LOADED["pipe"], task)
+            if found != identity:
                 raise WorkersError(
-                    f"a worker has {found} instead of {work.identity}. Workers load the model of the profile: do not change "
+                    f"a worker has {found} instead of {identity}. Workers load the model of the profile: do not change "
                     "it here, give all machines the same files and versions, restart workers after a change, and set dtype "
                     "in the profile where not all have a GPU (auto: float16 with CUDA, else float32)"
                 )
-            _LOADED.update(function=work.task(pipe, **work.common), name=work.name)
-        return list(_outcomes(_LOADED["function"], work.batch))
+            _LOADED.update(function=task(_LOADED["pipe"], **common), name=name)
+        return list(_outcomes(_LOADED["function"], batch))
 
 
 def _device(profile: Profile) -> str | None:

@@ -208,7 +208,7 @@ def found_neurons(run: Run, found: pd.DataFrame, result: Attacked) -> pd.DataFra
     return pd.DataFrame(rows, columns=["caption", "start", "score", "neurons"])
 
 
-def neuron_overlap(neurons: pd.DataFrame) -> pd.DataFrame:
+def layer_overlap(neurons: pd.DataFrame) -> pd.DataFrame:
     """Return the intersection over union of two neuron sets in each layer: columns pair, layer (from 1), iou.
 
     It is missing where both sets have no neuron of the layer.
@@ -337,7 +337,7 @@ def attack_table(attacks: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([known[["image", "model", "start"]], in_words(table)], axis=1).assign(published=published)
 
 
-def read_overlap(neuron_overlap: pd.DataFrame, embedding_distances: pd.DataFrame) -> Iterator[Claim]:
+def read_overlap(layer_overlap: pd.DataFrame, embedding_distances: pd.DataFrame) -> Iterator[Claim]:
     """Yield what the paper says of how local a memorized image is, and whether it is so here."""
     pair, distance = embedding_distances["pair"], embedding_distances["distance"]
     far, near = (distance[pair == name] for name in (ONE_IMAGE, PROMPTS))
@@ -345,17 +345,17 @@ def read_overlap(neuron_overlap: pd.DataFrame, embedding_distances: pd.DataFrame
                  "median distance of two found for one image, divided by that of two prompts", at_least=0.9,
                  ours=f"{far.median():.1f}, prompts {near.median():.1f}", paper="as far apart (secondary, no numbers)",
                  n=f"{len(far)} and {len(near)} pairs")  # fmt: skip
-    shared = neuron_overlap.loc[neuron_overlap["pair"] == ONE_IMAGE, "iou"]
+    shared = layer_overlap.loc[layer_overlap["pair"] == ONE_IMAGE, "iou"]
     yield effect("embeddings of one image have other neurons", shared.mean(), "mean overlap (IoU) of layers that have any", at_most=0.6,
                  ours=f"{shared.count()} of {len(shared)} layers of pairs have any", paper="SD: 0.6 in value layer 1 (secondary)",
-                 n=f"{len(shared) // neuron_overlap['layer'].max()} pairs")  # fmt: skip
+                 n=f"{len(shared) // layer_overlap['layer'].max()} pairs")  # fmt: skip
 
 
 @exhibit("", "neurons that embeddings of one image share",
     "Intersection over union of the neurons that the search finds, mean over pairs; in brackets the share of pairs of which neither has a neuron in this layer. These are left out (white: all of them); counted as 1, as two equal sets, they would look like agreement.", read=read_overlap)  # fmt: skip
-def neurons_shared(neuron_overlap: pd.DataFrame) -> Figure:
+def neurons_shared(layer_overlap: pd.DataFrame) -> Figure:
     """Draw the overlap of neuron sets by layer."""
-    grouped = neuron_overlap.groupby(["pair", "layer"], sort=False)["iou"]
+    grouped = layer_overlap.groupby(["pair", "layer"], sort=False)["iou"]
     values, empty = grouped.mean().unstack(), grouped.agg(lambda part: part.isna().mean()).unstack()
     with panels(aspect=0.25) as (figure, axes):
         heat_map(axes, values, values.map("{:.2f}".format) + empty.map("\n({:.0%})".format), norm=Normalize(0, 1))
@@ -390,7 +390,7 @@ def hardened_grid(hardened_images: Grid) -> Figure:
 
 EXERCISES = {
     "08.1": lambda run: float(run.load("attacks").query("kind == @NEVER and model == @OFF")["copy"].max()),
-    "08.2": lambda run: run.load("neuron_overlap").query("pair == @ONE_IMAGE")["iou"].fillna(1).mean(),
+    "08.2": lambda run: run.load("layer_overlap").query("pair == @ONE_IMAGE")["iou"].fillna(1).mean(),
     "08.3": lambda run: np.divide(
         *run.load("embedding_distances").groupby("pair")["distance"].median()[[MOVED, STARTS]]
     ),

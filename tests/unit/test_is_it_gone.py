@@ -103,7 +103,7 @@ def test_overlaps_compare_what_they_should_and_leave_empty_layers_out():
         ("a", "no attack", 0.9, ((1, 2), ())), ("b", "no attack", 0.9, ((2, 3), ())),
         ("a", "noise", 0.9, ((1, 2, 3, 4), ())), ("a", "prompt", 0.9, ((4, 5), (7,))),
     )  # fmt: skip
-    found = gone.neuron_overlap(table)
+    found = gone.layer_overlap(table)
     shares = {pair: part["iou"].tolist() for pair, part in found.groupby("pair")}
     np.testing.assert_allclose(shares[gone.PROMPTS], [1 / 3, np.nan])
     np.testing.assert_allclose(shares[gone.OWN], [1 / 2, np.nan, 0, 0])

@@ -3,8 +3,9 @@
 An exhibit is a function of an experiment's module. Its arguments are the names of the tables and image grids that it is
 drawn from, and it returns a figure, or a table as it is to be shown:
 
-    @exhibit("Figure 7", "neurons of the initial selection and after refinement", "Histograms over prompts.", read=read_7)
-    def figure_7(localization): ...
+    @exhibit("Figure 7", "neurons of the initial selection and after refinement", read=read_7)
+    def figure_7(localization):
+        "Histograms over prompts."
 
 What was found is said in one way: `read` yields claims, with the paper's numbers beside. Notebooks show one exhibit
 (`show`) and the claims of their module (`check`); notebook 06 and the index page show all of the paper (`render_all`).
@@ -263,15 +264,17 @@ _EXHIBITS: dict[str, Exhibit] = {}
 
 
 def exhibit(
-    label: str, title: str, caption: str, *, read: Callable[..., Iterable[Claim]] | None = None
+    label: str, title: str, caption: str = "", *, read: Callable[..., Iterable[Claim]] | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a decorator that makes an exhibit of a function, which itself stays as it is; see `Exhibit`.
 
-    Its name is that of the function, without ``show_`` where the bare name is that of what computes the table.
+    Its name is that of the function, without ``show_`` where the bare name is that of what computes the table. Its caption is
+    the docstring of the function, unless one is given, as for several that share it.
     """
 
     def register(draw: Callable[..., Any]) -> Callable[..., Any]:
-        item = Exhibit(draw.__name__.removeprefix("show_"), label, title, caption, draw, read)
+        said = caption or " ".join((draw.__doc__ or "").split())
+        item = Exhibit(draw.__name__.removeprefix("show_"), label, title, said, draw, read)
         if _EXHIBITS.get(item.name, item).place != item.place:
             raise ValueError(f"two exhibits have the name {item.name!r}; their files would overwrite each other")
         _EXHIBITS[item.name] = item

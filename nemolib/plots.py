@@ -145,7 +145,7 @@ def neurips(fraction: float = 1.0, *, aspect: float = 0.618) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def panels(
-    rows: int = 1, columns: int = 1, *, fraction: float = 1.0, aspect: float = 0.618, **grid: Any
+    rows: int = 1, columns: int = 1, *, fraction: float = 1.0, aspect: float = 0.618, legend: int = 0, **grid: Any
 ) -> Iterator[tuple[Figure, Any]]:
     """Give a figure in the house style and its axes: one, or an array of them; inside the context the style holds.
 
@@ -154,11 +154,15 @@ def panels(
         columns: Columns of axes.
         fraction: Width as a share of the text width.
         aspect: Height divided by width.
+        legend: Columns of the legend, above a single panel and below several (an array); 0: none.
         grid: What `Figure.subplots` takes, such as ``sharey=True``.
     """
     with mpl.rc_context(neurips(fraction, aspect=aspect)):
         figure = Figure()
-        yield figure, figure.subplots(rows, columns, **grid)
+        axes = figure.subplots(rows, columns, **grid)
+        yield figure, axes
+        if legend:
+            legend_above(axes, columns=legend) if isinstance(axes, Axes) else legend_below(figure, columns=legend)
         # The first layout of axes of equal aspect cuts titles; the next one, when the figure is written, has room for them.
         figure.draw_without_rendering()
 
@@ -248,7 +252,7 @@ def rungs(axes: Axes, table: pd.DataFrame, column: str, *, look: Role, label: st
     axes.set_xticks([], minor=True)
 
 
-def intervals(figure: Figure, axes: Sequence[Axes], table: pd.DataFrame) -> None:
+def intervals(axes: Sequence[Axes], table: pd.DataFrame) -> None:
     """Draw a table of settings: a panel for each of `METRICS`, a row for each setting, VM above TM.
 
     Filled: ours with its interval (columns ``<metric>``, ``<metric>_low``, ``<metric>_high``). Hollow: the paper's
@@ -267,7 +271,6 @@ def intervals(figure: Figure, axes: Sequence[Axes], table: pd.DataFrame) -> None
         if place == 0:
             panel.set_yticks(range(len(names)), ["\n".join(textwrap.wrap(minus(name), 24)) for name in names])
             panel.set_ylim(len(names) - 0.5, -0.5)
-    legend_below(figure, columns=2)
 
 
 def heat_map(axes: Axes, values: pd.DataFrame, texts: pd.DataFrame, *, norm: Normalize | LogNorm) -> None:

@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from nemolib import paper, plots
@@ -132,12 +131,8 @@ def ablated(run: Run, prompts: pd.DataFrame, levels: pd.DataFrame) -> pd.DataFra
     own, guided = run.threshold, run.threshold_at(guidance=guidance)
     # Seconds differ from run to run, and what is known has a part in the key.
     known = [replace(item, seconds={}) for item in run.search(captions)]
-    with_guidance = (
-        [Variant(GUIDANCE, guided, guided)],
-        [None] * len(known),
-        replace(profile.detection, guidance=guidance),
-    )
-    searches = ((own, variants_of(levels), known, profile.detection), (guided, *with_guidance))
+    alone, detection = [Variant(GUIDANCE, guided, guided)], replace(profile.detection, guidance=guidance)
+    searches = (own, variants_of(levels), known, profile.detection), (guided, alone, [None] * len(known), detection)
     common = {name: getattr(profile, name) for name in ("similarity", "search", "protocol")}
     common |= {"statistics": run.statistics}
     found = [(Variant(default_setting(levels), own, own), own, known)]
@@ -164,12 +159,9 @@ def fair(run: Run, found: pd.DataFrame, levels: pd.DataFrame) -> Iterator[Claim]
     yield from search_claims(run, found, found["refinement_threshold"])
     growing = found[found["setting"].isin(setting_names(levels).values())]
     growing = growing.sort_values("initial_threshold", kind="stable")
-    yield must(
-        "a higher threshold never gives a larger initial selection",
-        growing.groupby("prompt")["initial_count"].diff().max(),
-        at_most=0,
-        reason="it ends earlier in the same schedule, whose selections only grow",
-    )
+    more = growing.groupby("prompt")["initial_count"].diff().max()
+    why = "it ends earlier in the same schedule, whose selections only grow"
+    yield must("a higher threshold never gives a larger initial selection", more, at_most=0, reason=why)
 
 
 # Images (Table 4, Fig. 5b)
@@ -358,12 +350,9 @@ def read_14(threshold_map: pd.DataFrame) -> Iterator[Claim]:
     """Yield how many candidates each threshold selects; whether a higher one leaves fewer neurons is Table 4's."""
     for kind, part in threshold_map.drop_duplicates(["kind", "initial"]).groupby("kind", sort=False):
         rows = part.sort_values("initial_threshold")
-        lowest = rows.iloc[0]
-        yield Claim(
-            f"{kind.upper()}: neurons of the initial selection, thresholds from low to high",
-            f"{listed(rows['initial_neurons'])} (it came down to the lowest for {lowest['reached']} of {lowest['prompts']} prompts)",
-            listed(rows["initial_neurons_paper"]),
-        )
+        reached = "it came down to the lowest for {} of {} prompts".format(*rows.iloc[0][["reached", "prompts"]])
+        ours, theirs = f"{listed(rows['initial_neurons'])} ({reached})", listed(rows["initial_neurons_paper"])
+        yield Claim(f"{kind.upper()}: neurons of the initial selection, thresholds from low to high", ours, theirs)
 
 
 def read_15(threshold_map: pd.DataFrame, table_4: pd.DataFrame) -> Iterator[Claim]:
@@ -379,11 +368,9 @@ def read_ladder(neuron_ladder: pd.DataFrame) -> Iterator[Claim]:
     medians = neuron_ladder.groupby("copies")[list(LADDER)].median()
     change = {name: f"{listed([column.iloc[0]])} to {listed([column.iloc[-1]])}" for name, column in medians.items()}
     rank = neuron_ladder[["copies", "neuron_count"]].corr(method="spearman").loc["copies", "neuron_count"]
-    yield Claim(
-        f"from {medians.index[0]:g} to {medians.index[-1]:g} copies in training, medians",
-        f"{change['neuron_count']} neurons (rank correlation {listed([rank])}), memorization score "
-        f"{change['score_before']}, copy similarity {change['copy_before']}, without the neurons {change['copy_after']}",
-    )
+    ours = (f"{change['neuron_count']} neurons (rank correlation {listed([rank])}), memorization score {change['score_before']}, "
+            f"copy similarity {change['copy_before']}, without the neurons {change['copy_after']}")  # fmt: skip
+    yield Claim(f"from {medians.index[0]:g} to {medians.index[-1]:g} copies in training, medians", ours)
     none = neuron_ladder.loc[neuron_ladder["neuron_count"] == 0, "copies"]
     up_to = f", up to {none.max():g} copies" if len(none) else ""
     yield Claim("prompts of the duplication ladder without neurons", f"{len(none)} of {len(neuron_ladder)}{up_to}")
@@ -392,60 +379,55 @@ def read_ladder(neuron_ladder: pd.DataFrame) -> Iterator[Claim]:
 # Figures and tables
 
 
-@exhibit(
-    "Table 4", "what each part of the method contributes",
-    "Median ± median absolute deviation over prompts, in brackets the paper's, columns as in Table 1. Thresholds: that of the initial selection and of "
-    "the refinement; the same seeds take part in all of them. No refinement: the initial selection alone. No top-k: without the "
-    "most active neurons of each layer. Factors scale the neurons of the default. The paper's guidance is 7, ours that of the generation.",
-    read=read_table_4,
-)  # fmt: skip
+@exhibit("Table 4", "what each part of the method contributes", read=read_table_4)
 def table_4(table_4: pd.DataFrame) -> pd.DataFrame:
+    """Median ± median absolute deviation over prompts, in brackets the paper's, columns as in Table 1.
+
+    Thresholds: that of the initial selection and of the refinement; the same seeds take part in all of them. No
+    refinement: the initial selection alone. No top-k: without the most active neurons of each layer. Factors scale
+    the neurons of the default. The paper's guidance is 7, ours that of the generation.
+    """
     return deactivate.shown_table(table_4)
 
 
 @exhibit("", "Table 4 as a figure", deactivate.AS_FIGURE)
-def table_4_figure(table_4: pd.DataFrame) -> Figure:
+def table_4_figure(table_4: pd.DataFrame) -> plots.Figure:
     return deactivate.settings_figure(table_4)
 
 
-@exhibit(
-    "Figure 5b", "similarity and alignment against the scaling factor",
-    "Filled: ours, median over prompts, the band is its 95 % bootstrap interval. Hollow: the paper's Table 4.",
-    read=read_5b,
-)  # fmt: skip
-def figure_5b(scaling: pd.DataFrame) -> Figure:
-    with plots.panels(1, 3, aspect=0.42) as (figure, axes):
+@exhibit("Figure 5b", "similarity and alignment against the scaling factor", read=read_5b)
+def figure_5b(scaling: pd.DataFrame) -> plots.Figure:
+    """Filled: ours, median over prompts, the band is its 95 % bootstrap interval. Hollow: the paper's Table 4."""
+    with plots.panels(1, 3, aspect=0.42, legend=2) as (figure, axes):
         for place, metric in zip(axes, ("sscd_orig", "sscd_gen", "a_clip"), strict=True):
             for kind, rows in plots.of_kinds(scaling, MEMORIZED).items():
                 plots.along(place, rows, "factor", metric, ROLES[kind])
             place.set(title=plots.METRICS[metric], xticks=[-1, -0.5, 0, 0.5, 1])
             place.grid(axis="y", alpha=0.4)
         axes[1].set_xlabel("factor (1: all neurons active, 0: deactivated)")
-        plots.legend_below(figure, columns=2)
     return figure
 
 
-@exhibit(
-    "Figure 14", "neurons for each pair of thresholds",
-    "Medians over prompts. First column: the initial selection; the others: what refinement leaves of it. In brackets the paper's.",
-    read=read_14,
-)  # fmt: skip
-def figure_14(threshold_map: pd.DataFrame) -> Figure:
+@exhibit("Figure 14", "neurons for each pair of thresholds", read=read_14)
+def figure_14(threshold_map: pd.DataFrame) -> plots.Figure:
+    """Medians over prompts.
+
+    First column: the initial selection; the others: what refinement leaves of it. In brackets the paper's.
+    """
     return _maps(threshold_map, ["neurons"], "{:g}", LogNorm(1, max(10, threshold_map["initial_neurons"].max())))
 
 
-@exhibit(
-    "Figure 15", "similarity for each pair of thresholds",
-    "Medians over prompts of SSCD_Gen (to the untouched model's image of the same seed) and SSCD_Orig (to the planted image). In "
-    "brackets the paper's, with another descriptor.",
-    read=read_15,
-)  # fmt: skip
-def figure_15(threshold_map: pd.DataFrame) -> Figure:
+@exhibit("Figure 15", "similarity for each pair of thresholds", read=read_15)
+def figure_15(threshold_map: pd.DataFrame) -> plots.Figure:
+    """Medians over prompts of SSCD_Gen (to the untouched model's image of the same seed) and SSCD_Orig (to the planted image).
+
+    In brackets the paper's, with another descriptor.
+    """
     metrics = ["sscd_gen", "sscd_orig"]
     return _maps(threshold_map, metrics, "{:.2f}", Normalize(0, max(0.2, threshold_map[metrics].max(axis=None))))
 
 
-def _maps(table: pd.DataFrame, columns: list[str], pattern: str, norm: Normalize) -> Figure:
+def _maps(table: pd.DataFrame, columns: list[str], pattern: str, norm: Normalize) -> plots.Figure:
     """Return a panel for each column and kind, all of one scale; left of those of neurons the initial selection."""
     parts = plots.of_kinds(table, MEMORIZED)
     size = {"aspect": 0.14 + 0.31 * len(columns), "sharex": True, "sharey": True, "squeeze": False}
@@ -465,9 +447,8 @@ def _maps(table: pd.DataFrame, columns: list[str], pattern: str, norm: Normalize
 def _square(rows: pd.DataFrame, column: str, *, initial: str, end: str) -> pd.DataFrame:
     """Return a column by both thresholds, missing where there is no pair; before it a column of the initial selection."""
     levels = list(dict.fromkeys(rows["initial"]))
-    wide = rows.pivot(index="initial", columns="refinement", values=f"{column}{end}").reindex(
-        index=levels, columns=levels
-    )
+    wide = rows.pivot(index="initial", columns="refinement", values=f"{column}{end}")
+    wide = wide.reindex(index=levels, columns=levels)
     if initial:
         wide.insert(0, "not refined", rows.drop_duplicates("initial").set_index("initial")[f"{initial}{end}"])
     short = {name: plots.minus(name.replace("mean ", "mean\n").replace("not ", "not\n")) for name in [*levels, *wide]}
@@ -485,15 +466,15 @@ def _draw_map(axes: Axes, ours: pd.DataFrame, theirs: pd.DataFrame, pattern: str
     axes.set_ylabel("initial threshold" if place.is_first_col() else "")
 
 
-@exhibit(
-    "", "neurons, score and copies against copies in training",
-    "Points: prompts; lines: medians of the rungs. A prompt below the threshold is not searched and has no neurons.",
-    read=read_ladder,
-)  # fmt: skip
-def show_neuron_ladder(neuron_ladder: pd.DataFrame, ablation_levels: pd.DataFrame) -> Figure:
+@exhibit("", "neurons, score and copies against copies in training", read=read_ladder)
+def show_neuron_ladder(neuron_ladder: pd.DataFrame, ablation_levels: pd.DataFrame) -> plots.Figure:
+    """Points: prompts; lines: medians of the rungs.
+
+    A prompt below the threshold is not searched and has no neurons.
+    """
     looks = ("ladder", "all neurons active"), ("deactivated", "neurons of the prompt deactivated")
     titles = {"neurons": LADDER[:1], "memorization score": LADDER[1:3], "copy similarity": LADDER[3:]}
-    with plots.panels(1, 3, aspect=0.42) as (figure, axes):
+    with plots.panels(1, 3, aspect=0.42, legend=3) as (figure, axes):
         for place, (title, names) in zip(axes, titles.items(), strict=True):
             for name, (look, label) in zip(names, looks, strict=False):
                 plots.rungs(place, neuron_ladder, name, look=ROLES[look], label=label)
@@ -503,5 +484,4 @@ def show_neuron_ladder(neuron_ladder: pd.DataFrame, ablation_levels: pd.DataFram
         (limit,) = ablation_levels.loc[ablation_levels["default"], "threshold"]
         plots.threshold(axes[1], limit, horizontal=True)
         axes[1].set_xlabel(f"copies in training (regular caption = 1), n = {len(neuron_ladder)} prompts")
-        plots.legend_below(figure)
     return figure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial, reduce
 from itertools import combinations, cycle, islice, product
 from operator import or_
@@ -21,13 +21,11 @@ from nemolib.localization import by_prompt, memorized, shared_neurons
 from nemolib.mitigation import AttentionScaling, DeactivatedNeurons, EmbeddingAdjustment, Mitigation, RandomTokens
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
-from nemolib.plots import ROLES, TEXT_WIDTH, image_grid, intervals, legend_below, panels
+from nemolib.plots import ROLES, TEXT_WIDTH, Figure, image_grid, intervals, panels
 from nemolib.prompts import MEMORIZED
 from nemolib.store import PLANTED, WITH_AND_WITHOUT, Grid
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from nemolib.run import Run
     from nemolib.settings import GenerationSettings
 
@@ -161,21 +159,18 @@ def medians(values: pd.DataFrame, reported: pd.DataFrame | None = None) -> pd.Da
         ``<name>_mad``, ``<name>_low`` and ``<name>_high`` (95 % bootstrap interval of the median), ``<name>_paper`` and
         ``<name>_paper_mad`` (missing where the paper has no such row).
     """
-    names, group = ("neurons", *METRICS), ["setting", "kind"]
+    names, group = ["neurons", *METRICS], ["setting", "kind"]
     means = values.groupby([*group, "prompt"], sort=False)[[*names, "sscd_orig_max"]].mean().reset_index()
-    cells = metrics.summary_table(means, names, by=group).set_index([*group, "quantity"])
     theirs = (paper.table("table_1") if reported is None else reported).set_index(group)
-    parts, rows = dict(list(means.groupby(group))), []
-    for key in [key for key in product(dict.fromkeys(values["setting"]), MEMORIZED) if key in parts]:
-        largest = parts[key]["sscd_orig_max"].dropna()
-        share = np.nan if largest.empty else metrics.memorization_rate(largest)
-        row = dict(zip(group, key, strict=True)) | {"prompts": len(parts[key]), "memorized": share}
-        for name in names:
-            cell = cells.loc[(*key, name)]
-            row |= {name: cell["median"]} | {f"{name}_{end}": cell[end] for end in ("mad", "low", "high")}
-            row |= {f"{name}_paper{end}": theirs[f"{name}{end}"].get(key, np.nan) for end in ("", "_mad")}
-        rows.append(row)
-    return pd.DataFrame(rows)
+    parts = means.groupby(group, sort=False)
+    copied = parts["sscd_orig_max"].agg(lambda part: metrics.memorization_rate(part) if part.notna().any() else np.nan)
+    table = pd.DataFrame({"prompts": parts.size(), "memorized": copied})
+    for name, cells in metrics.summary_table(means, names, by=group).groupby("quantity", sort=False):
+        ours = cells.set_index(group)[["median", "mad", "low", "high"]].add_prefix(f"{name}_")
+        beside = theirs[[name, f"{name}_mad"]].set_axis([f"{name}_paper", f"{name}_paper_mad"], axis="columns")
+        table = table.join(ours.rename(columns={f"{name}_median": name})).join(beside)
+    order = [key for key in product(dict.fromkeys(values["setting"]), MEMORIZED) if key in table.index]
+    return table.loc[order].reset_index()
 
 
 def shown_table(table: pd.DataFrame) -> pd.DataFrame:
@@ -234,29 +229,31 @@ def read_rules(table: pd.DataFrame, rules: Sequence[Rule]) -> Iterator[Claim]:
     Of several kinds the one that is farthest from fulfilling the rule decides. The interval is that of the median of the
     setting that the rule is about, its second one.
     """
+    parts = {kind: part.set_index("setting") for kind, part in table.groupby("kind", sort=False)}
     for item in rules:
-        kinds = ((kind, part.set_index("setting")) for kind, part in table.groupby("kind", sort=False))
-        parts = {kind: part.reindex(item.settings) for kind, part in kinds if kind in item.kinds}
-        if not parts:
-            continue
-        name = item.column
-        sizes = [np.nan if part[name].isna().any() else item.effect(*part[name]) for part in parts.values()]
-        worst = np.max if "at_most" in item.bound else np.min
-
-        def said(text: Callable[[pd.DataFrame], str], parts: Mapping[str, pd.DataFrame] = parts) -> str:
-            return "; ".join(f"{KINDS[kind]} {text(part)}" for kind, part in parts.items())
-
-        texts = {
-            "ours": said(lambda part, of=name: ", ".join(f"{short(row)} {listed([x])}" for row, x in part[of].items())),
-            "paper": said(lambda part, of=name: listed(part[f"{of}_paper"])),
-            "n": said(lambda part: f"{part['prompts'].iloc[1]:g}"),
-            "interval": said(lambda part, of=name: f"{short(part.index[1])}, {_ends(part.iloc[1], of)}"),
-        }
-        yield effect(item.text, float(worst(sizes)), item.of, **item.bound, **texts)
+        chosen = {kind: part.reindex(item.settings) for kind, part in parts.items() if kind in item.kinds}
+        if chosen:
+            yield _decided(item, chosen)
 
 
-def _ends(row: pd.Series, name: str) -> str:
-    return " to ".join(listed([row[f"{name}_{end}"]]) for end in ("low", "high"))
+def _decided(item: Rule, parts: Mapping[str, pd.DataFrame]) -> Claim:
+    """Return the claim of a rule, from the rows of its settings of each of its kinds."""
+    name, worst = item.column, np.max if "at_most" in item.bound else np.min
+    sizes = [np.nan if part[name].isna().any() else item.effect(*part[name]) for part in parts.values()]
+
+    def said(text: Callable[[pd.DataFrame], str]) -> str:
+        return "; ".join(f"{KINDS[kind]} {text(part)}" for kind, part in parts.items())
+
+    def ends(part: pd.DataFrame) -> str:
+        return " to ".join(listed([part[f"{name}_{end}"].iloc[1]]) for end in ("low", "high"))
+
+    return effect(
+        item.text, float(worst(sizes)), item.of, **item.bound,
+        ours=said(lambda part: ", ".join(f"{short(row)} {listed([x])}" for row, x in part[name].items())),
+        paper=said(lambda part: listed(part[f"{name}_paper"])),
+        n=said(lambda part: f"{part['prompts'].iloc[1]:g}"),
+        interval=said(lambda part: f"{short(part.index[1])}, {ends(part)}"),
+    )  # fmt: skip
 
 
 def short(setting: str) -> str:
@@ -296,15 +293,14 @@ def read_table_1(table_1: pd.DataFrame) -> Iterator[Claim]:
     return read_rules(table_1, RULES)
 
 
-@exhibit(
-    "Table 1", "every mitigation on the same seeds",
-    "Median ± median absolute deviation over prompts, in brackets the paper's. SSCD_Orig: similarity to the planted image; SSCD_Gen: to the untouched "
-    "model's image of the same seed; D_SSCD: of two images of the prompt; A_CLIP: of image and prompt. Copies: share of prompts "
-    "with an image whose SSCD_Orig is above 0.7. The paper's numbers are of Stable Diffusion, with SSCD and CLIP.",
-    read=read_table_1,
-)  # fmt: skip
+@exhibit("Table 1", "every mitigation on the same seeds", read=read_table_1)
 def table_1(table_1: pd.DataFrame) -> pd.DataFrame:
-    """Return Table 1 as it is shown."""
+    """Median ± median absolute deviation over prompts, in brackets the paper's.
+
+    SSCD_Orig: similarity to the planted image; SSCD_Gen: to the untouched model's image of the same seed; D_SSCD:
+    of two images of the prompt; A_CLIP: of image and prompt. Copies: share of prompts with an image whose SSCD_Orig
+    is above 0.7. The paper's numbers are of Stable Diffusion, with SSCD and CLIP.
+    """
     return shown_table(table_1)
 
 
@@ -321,8 +317,8 @@ def table_1_figure(table_1: pd.DataFrame) -> Figure:
 def settings_figure(table: pd.DataFrame) -> Figure:
     """Return a table of `medians` as a figure: a panel for each metric, a row for each setting, VM and TM."""
     height = 0.3 * table["setting"].nunique() + 0.9
-    with panels(1, len(METRICS), aspect=height / TEXT_WIDTH, sharey=True) as (figure, axes):
-        intervals(figure, axes, table)
+    with panels(1, len(METRICS), aspect=height / TEXT_WIDTH, legend=2, sharey=True) as (figure, axes):
+        intervals(axes, table)
     return figure
 
 
@@ -337,12 +333,17 @@ def one_of_each(
     return Grid(images, tuple(prompts), (PLANTED, *settings))
 
 
-@exhibit(
-    "", "one image of each setting",
-    "All of one seed. Planted: the image of the training data that the prompt replays; initial: NeMo's initial selection.",
-)  # fmt: skip
+def planted(run: Run, prompts: Sequence[str], *, like: np.ndarray) -> np.ndarray:
+    """Return the planted image of memorized prompts, [prompt, height, width, 3], in the size of other images."""
+    return np.stack(run.planted_images(run.rows(prompts), size=like.shape[1:3]))
+
+
+@exhibit("", "one image of each setting")
 def mitigation_images(mitigation_images: Grid, deactivation: pd.DataFrame) -> Figure:
-    """Return the grid of `one_of_each` with short names."""
+    """All of one seed.
+
+    Planted: the image of the training data that the prompt replays; initial: NeMo's initial selection.
+    """
     named = replace(mitigation_images, columns=tuple(map(short, mitigation_images.columns)))
     return image_grid(named, kinds=_kinds(deactivation))
 
@@ -359,9 +360,6 @@ SINGLE = ("figure_10", "figure_11", "figure_12")
 
 _ALONE = "Prompts that share the neuron: left with all neurons active, right the same seeds with this neuron deactivated alone."
 
-_MOST = 6
-"""Prompts that are looked at of each neuron."""
-
 
 def most_shared(found: pd.DataFrame) -> list[tuple[NeuronSet, list[str]]]:
     """Return the three neurons that most memorized prompts share, each with up to six of these prompts."""
@@ -369,7 +367,7 @@ def most_shared(found: pd.DataFrame) -> list[tuple[NeuronSet, list[str]]]:
     for layer, neuron in shared_neurons(found)[["layer", "neuron"]].head(len(SINGLE)).itertuples(index=False):
         pair = (layer - 1, neuron)
         prompts = [prompt for prompt, neurons in sets.items() if pair in neurons]
-        chosen.append((NeuronSet.of([pair], layers=len(sets[prompts[0]].layers)), prompts[:_MOST]))
+        chosen.append((NeuronSet.of([pair], layers=len(sets[prompts[0]].layers)), prompts[:6]))
     return chosen
 
 
@@ -406,15 +404,12 @@ def read_10(single_neurons: pd.DataFrame) -> Iterator[Claim]:
     before, single, every = single_neurons[["copy_before", "copy_single", "copy_all"]].median()
     shared = single_neurons[["layer", "neuron"]].drop_duplicates()
     yield effect(
-        "one neuron that prompts share is responsible for all of them",
-        single / before,
-        LEFT,
-        at_most=0.5,
+        "one neuron that prompts share is responsible for all of them", single / before, LEFT, at_most=0.5,
         ours=f"all neurons active {before:.2f}, without a shared neuron {single:.2f}, without all of the prompt's {every:.2f}",
         paper="one neuron off, and prompts that share it give new images (images, no numbers)",
         n=f"{len(shared)} neurons, {single_neurons['prompt'].nunique()} prompts",
         interval=f"without a shared neuron {median_interval(single_neurons['copy_single'])}",
-    )
+    )  # fmt: skip
 
 
 @exhibit("Figure 10", "the most shared neuron", _ALONE, read=read_10)
@@ -452,11 +447,6 @@ def staying(run: Run, found: pd.DataFrame, prompts: Sequence[str]) -> Grid:
     return run.with_and_without(prompts, own) if len(prompts) else NO_IMAGES
 
 
-def planted(run: Run, prompts: Sequence[str], *, like: np.ndarray) -> np.ndarray:
-    """Return the planted image of memorized prompts, [prompt, height, width, 3], in the size of other images."""
-    return np.stack(run.planted_images(run.rows(prompts), size=like.shape[1:3]))
-
-
 def read_9(deactivation: pd.DataFrame, figure_9: Grid) -> Iterator[Claim]:
     """Yield how similar the images stay, and without how many neurons."""
     rows = deactivation.set_index("prompt").loc[list(figure_9.rows)]
@@ -468,12 +458,9 @@ def read_9(deactivation: pd.DataFrame, figure_9: Grid) -> Iterator[Claim]:
     yield Claim("neurons off, and the copy similarity that stays", ours, theirs, rule=rule)
 
 
-@exhibit(
-    "Figure 9", "prompts that stay most similar to their planted image",
-    "The planted image, then the same seeds with all neurons active and with those of the prompt deactivated; the box says how many.", read=read_9,
-)  # fmt: skip
+@exhibit("Figure 9", "prompts that stay most similar to their planted image", read=read_9)
 def figure_9(figure_9: Grid, deactivation: pd.DataFrame) -> Figure:
-    """Return Fig. 9."""
+    """The planted image, then the same seeds with all neurons active and with those of the prompt deactivated; the box says how many."""
     counts = deactivation.set_index("prompt").loc[list(figure_9.rows), "neuron_count"].tolist()
     return image_grid(figure_9, counts=counts, kinds=_kinds(deactivation))
 
@@ -526,29 +513,23 @@ def read_unharmed(unmemorized_images: pd.DataFrame) -> Iterator[Claim]:
     """Yield how alignment and diversity of unmemorized prompts change."""
     middle = unmemorized_images.median(numeric_only=True)
     before, one, every = (middle[f"a_clip_{name}"] for name in ("before", "one", "all"))
-    yield Claim(
-        "A_CLIP of unmemorized prompts",
-        f"{before:.2f}; {one:.2f} without the {middle['neurons_one']:g} neurons of one memorized prompt, {every:.2f} without the "
-        f"{middle['neurons_all']:g} of all (medians)",
-        holds=bool(one >= 0.9 * before),
-        rule="the alignment loses at most a tenth without the neurons of one memorized prompt",
-    )
+    single = f"{one:.2f} without the {middle['neurons_one']:g} neurons of one memorized prompt"
+    ours = f"{before:.2f}; {single}, {every:.2f} without the {middle['neurons_all']:g} of all (medians)"
+    rule = "the alignment loses at most a tenth without the neurons of one memorized prompt"
+    yield Claim("A_CLIP of unmemorized prompts", ours, holds=bool(one >= 0.9 * before), rule=rule)
     ours = listed(middle[f"d_sscd_{name}"] for name in ("before", "one", "all"))
     yield Claim("D_SSCD of unmemorized prompts: before, without one set, without all", ours)
 
 
-@exhibit(
-    "", "unmemorized prompts without memorization neurons",
-    "A point is a prompt; on the dotted line nothing changes.", read=read_unharmed,
-)  # fmt: skip
+@exhibit("", "unmemorized prompts without memorization neurons", read=read_unharmed)
 def unmemorized_unharmed(unmemorized_images: pd.DataFrame) -> Figure:
-    """Return A_CLIP and D_SSCD of each prompt with all neurons active (across) and without memorization neurons (up)."""
+    """A point is a prompt; on the dotted line nothing changes."""
     # One image per prompt has no similarity to others.
     drawn = [name for name in ("a_clip", "d_sscd") if unmemorized_images[f"{name}_before"].notna().any()]
     number = f", n = {len(unmemorized_images)} prompts"
     looks = {"one": replace(ROLES["unmemorized"], label=f"without the neurons of one memorized prompt{number}")}
     looks |= {"all": replace(ROLES["deactivated"], label=f"without those of all memorized prompts{number}")}
-    with panels(1, len(drawn), fraction=0.8, aspect=0.6, squeeze=False) as (figure, ((*axes,),)):
+    with panels(1, len(drawn), fraction=0.8, aspect=0.6, legend=1, squeeze=False) as (figure, ((*axes,),)):
         for place, name in zip(axes, drawn, strict=True):
             values = unmemorized_images[[f"{name}_{end}" for end in ("before", *looks)]]
             low, high = values.min(axis=None), values.max(axis=None)
@@ -559,7 +540,6 @@ def unmemorized_unharmed(unmemorized_images: pd.DataFrame) -> Figure:
             place.set(xlim=limits, ylim=limits, aspect="equal", title=plots.METRICS[name], xlabel=NONE)
             place.locator_params(nbins=4)
         axes[0].set_ylabel("neurons off")
-        legend_below(figure, columns=1)
     return figure
 
 
@@ -581,8 +561,7 @@ def text_carried(run: Run, prompts: Sequence[str], neurons: NeuronSet) -> pd.Dat
     return pd.DataFrame(rows, columns=["layer", "width", "neurons", "busiest", "share"])
 
 
-@dataclass(frozen=True, slots=True)
-class Blocked:
+class Blocked(NamedTuple):
     """Neurons that are blocked.
 
     Attributes:
@@ -650,7 +629,7 @@ def blocked_quality(run: Run, prompts: Sequence[str], sets: Sequence[Blocked]) -
         return pd.DataFrame(columns=columns)
     own = "clip_quality" if run.profile.encoders.clip_quality is not None else "quality"
     roles: dict[str, Any] = {"fid": "quality", "clip_fid": own, "kid": "quality"}
-    known = [frozenset(map(frozenset, split)) for split in splits]
+    known = [set(map(frozenset, split)) for split in splits]
     reference: dict[str, np.ndarray] = {}
     for quiet, item in under_one_bar(run, sets, "blocked neurons"):
         # Without neurons it is the untouched model, whose images others need too.
@@ -660,7 +639,7 @@ def blocked_quality(run: Run, prompts: Sequence[str], sets: Sequence[Blocked]) -
         for split, (first, second) in enumerate(splits):
             for metric, role in roles.items():
                 value = _distance(metric, _flat(reference[role], first), _flat(features[role], second))
-                labels = (split, list(dict.fromkeys(known)).index(known[split]), metric, run.encoder(role).name)
+                labels = (split, known.index(known[split]), metric, run.encoder(role).name)
                 rows.append((*item.labels, *labels, images, value))
     return pd.DataFrame(rows, columns=columns)
 
@@ -691,20 +670,17 @@ def quality_summary(values: pd.DataFrame) -> pd.DataFrame:
         the same split), name (of the metric, for readers). CLIP-FID is left out where the encoder is that of FID.
     """
     is_base, keys = values["setting"] == UNTOUCHED, ["metric", "setting", "asked"]
-    base = values[is_base].set_index(["metric", "split"])["value"]
-    change = values["value"].to_numpy() - base.loc[pd.MultiIndex.from_frame(values[["metric", "split"]])].to_numpy()
-    values = values.assign(change=change, case=values["pair"].where(is_base, values.index))
+    base = values["value"].where(is_base).groupby([values["metric"], values["split"]]).transform("first")
+    values = values.assign(change=values["value"] - base, case=values["pair"].where(is_base, values.index))
     once = values.groupby([*keys, "encoder", "images", "case"], sort=False)[["neurons", "value", "change"]].mean()
     grouped = once.groupby([*keys, "encoder", "images"], sort=False)
     numbers = {"neurons": ("neurons", "mean"), "mean": ("value", "mean"), "sd": ("value", "std")}
     table = grouped.agg(**numbers, change=("change", "mean"), change_sd=("change", "std")).reset_index()
     encoders = table.groupby("metric")["encoder"].first()
     same = encoders.get("fid") == encoders.get("clip_fid")
-    names = QUALITY | ({"fid": "FID (CLIP-FID is the same)"} if same else {})
-    table = table.assign(name=table["metric"].map(names))[(table["metric"] != "clip_fid") | (not same)]
-    return table.sort_values(
-        "metric", key=lambda kinds: kinds.map(list(QUALITY).index), kind="stable", ignore_index=True
-    )
+    names = {"fid": "FID (CLIP-FID is the same)", "kid": "KID"} if same else QUALITY
+    parts = [table[table["metric"] == metric].assign(name=name) for metric, name in names.items()]
+    return pd.concat(parts, ignore_index=True)
 
 
 def plus_minus(mean: float, deviation: float, sign: str = "") -> str:
@@ -728,27 +704,24 @@ def read_quality(unmemorized_quality: pd.DataFrame) -> Iterator[Claim]:
     """Yield how much farther images without memorization neurons are."""
     kid = quality_summary(unmemorized_quality).query("metric == 'kid'").set_index("setting")
     before, after = (plus_minus(*kid.loc[name, ["mean", "sd"]]) for name in (UNTOUCHED, OFF))
-    ours, theirs = (
-        f"{before} untouched, {after} with {kid.loc[OFF, 'asked']} neurons off",
-        "no loss for few neurons (Fig. 5a)",
-    )
+    ours = f"{before} untouched, {after} with {kid.loc[OFF, 'asked']} neurons off"
+    theirs = "no loss for few neurons (Fig. 5a)"
     rule = "so many neurons at once is more than any prompt needs"
     yield Claim("KID to other images of the untouched model", ours, theirs, rule=rule)
 
 
-@exhibit(
-    "", "distance of image sets of unmemorized prompts",
-    "Compared with other seeds of the untouched model, equally many images; ±: standard deviation over splits of the seeds. With few "
-    "images FID is biased upwards: only the rows can be compared.", read=read_quality,
-)  # fmt: skip
+@exhibit("", "distance of image sets of unmemorized prompts", read=read_quality)
 def show_unmemorized_quality(unmemorized_quality: pd.DataFrame) -> pd.DataFrame:
+    """Compared with other seeds of the untouched model, equally many images; ±: standard deviation over splits of the seeds.
+
+    With few images FID is biased upwards: only the rows can be compared.
+    """
     return quality_table(unmemorized_quality)
 
 
-@exhibit("", "images of unmemorized prompts with and without all memorization neurons",
-    "Left with all neurons active, right the same seeds with the neurons of all memorized prompts deactivated at once.")  # fmt: skip
+@exhibit("", "images of unmemorized prompts with and without all memorization neurons")
 def unmemorized_grid(unmemorized_grid: Grid, unmemorized_quality: pd.DataFrame) -> Figure:
-    """Return the images; the box says how many neurons are off."""
+    """Left with all neurons active, right the same seeds with the neurons of all memorized prompts deactivated at once."""
     counts = [unmemorized_quality["asked"].max()] * len(unmemorized_grid.rows)
     return image_grid(unmemorized_grid, counts=counts)
 
@@ -756,10 +729,14 @@ def unmemorized_grid(unmemorized_grid: Grid, unmemorized_quality: pd.DataFrame) 
 # Exercises
 
 
+def first_copy(run: Run, item: Mitigation | None, **settings: Any) -> float:
+    """Return the copy similarity of the first VM prompt with a mitigation."""
+    return run.measure(run.prompts("vm").head(1), item, **settings)["sscd_orig"][0]
+
+
 def breaks_at(run: Run, items: Mapping[float, Mitigation], none: float, **settings: Any) -> float:
     """Return the first key of mitigations with which the first VM prompt keeps less than half of its copy similarity."""
-    row = run.prompts("vm").head(1)
-    whole, *copies = (run.measure(row, item, **settings)["sscd_orig"][0] for item in (None, *items.values()))
+    whole, *copies = (first_copy(run, item, **settings) for item in (None, *items.values()))
     return next((key for key, copy in zip(items, copies, strict=True) if copy < whole / 2), none)
 
 
@@ -775,10 +752,7 @@ def same_lowest(mitigations: pd.DataFrame) -> bool:
 
 
 EXERCISES = {
-    "04.1": lambda run: run.measure(
-        run.prompts("vm").head(1), AttentionScaling(replace(run.profile.mitigation.ren, c1=2.0, mask="none"))
-    )["sscd_orig"][0],
+    "04.1": lambda run: first_copy(run, AttentionScaling(replace(run.profile.mitigation.ren, c1=2.0, mask="none"))),
     "04.2": lambda run: "no" if same_lowest(run.load("mitigations")) else "yes",
     "04.3": _breaking_factor,
 }
-"""The right answers of the exercises of notebook 04 (`nemolib.exercises.check`)."""

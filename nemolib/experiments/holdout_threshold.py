@@ -22,14 +22,9 @@ from nemolib.similarity import memorization_score
 from nemolib.store import Grid
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from nemolib.run import Run
 
 NOTEBOOK = "01_holdout_threshold"
-
-RESAMPLES = 1000
-"""How often the holdout prompts are drawn anew for the interval of the threshold."""
 
 EXERCISES = {
     "01.1": lambda run: memorization_score(
@@ -56,10 +51,12 @@ def seed_correlation(images: np.ndarray) -> float:
     return float(among.mean()) if among.size else float("nan")
 
 
-@exhibit("", "a memorized and an ordinary prompt",
-    "Above: the planted image that training showed many times with this caption, then what the model makes of the caption from "
-    "different seeds. Below: the same for a caption that training never showed; it has no planted image.")  # fmt: skip
-def first_look(first_look: Grid) -> Figure:
+@exhibit("", "a memorized and an ordinary prompt")
+def first_look(first_look: Grid) -> plots.Figure:
+    """Above: the planted image that training showed many times with this caption, then what the model makes of the caption from different seeds.
+
+    Below: the same for a caption that training never showed; it has no planted image.
+    """
     names = zip(("memorized", "ordinary"), first_look.rows, strict=True)
     return plots.image_grid(replace(first_look, rows=tuple(f"{name}: {caption}" for name, caption in names)))
 
@@ -97,11 +94,14 @@ ARROWS = (
 )  # fmt: skip
 
 
-@exhibit("", "the UNet with its value layers, and one block of cross-attention",
-    "Left: the blocks that an image passes, from left to right. A circle is a block of cross-attention with its value layer: "
-    "orange and numbered where the paper looks for neurons; above, the neurons of each layer. Right: one of them. $W_V$ makes "
-    "of the embedding of a token its value, a row of $v$. A neuron is one output of $W_V$, a column of $v$ (orange).")  # fmt: skip
-def unet_drawing(unet_blocks: pd.DataFrame) -> Figure:
+@exhibit("", "the UNet with its value layers, and one block of cross-attention")
+def unet_drawing(unet_blocks: pd.DataFrame) -> plots.Figure:
+    """Left: the blocks that an image passes, from left to right.
+
+    A circle is a block of cross-attention with its value layer: orange and numbered where the paper looks for
+    neurons; above, the neurons of each layer. Right: one of them. $W_V$ makes of the embedding of a token its
+    value, a row of $v$. A neuron is one output of $W_V$, a column of $v$ (orange).
+    """
     color, thin = plots.ROLES["vm"].color, {"edgecolor": "black", "linewidth": plots.LINE}
     middle = {"ha": "center", "va": "center", "fontsize": plots.TICK_SIZE}
     with plots.panels(1, 2, aspect=0.36, width_ratios=(1.1, 1)) as (figure, (net, block)):
@@ -151,7 +151,7 @@ def thresholds(run: Run) -> pd.DataFrame:
         the profile uses).
     """
     scores, protocol = run.holdout_scores(), run.profile.protocol
-    chosen = np.random.default_rng(0).integers(len(scores), size=(RESAMPLES, len(scores)))
+    chosen = np.random.default_rng(0).integers(len(scores), size=(1000, len(scores)))
     others = [memorization_threshold(scores[rows], protocol=protocol) for rows in chosen]
     low, high = np.quantile(others, [0.025, 0.975])
     table = paper.table("thresholds")
@@ -209,41 +209,38 @@ def read_thresholds(thresholds: pd.DataFrame) -> Iterator[Claim]:
     others = f"95 % of other holdout sets: {row['low']:.2f} to {row['high']:.2f}"
     found = f"{ours[1]:.3f} = {ours[0]:.3f} + {ours[1] - ours[0]:.3f}; {others}"
     theirs = "{} = {} + {}".format(*map(paper.reported, ("threshold", "threshold.mean", "threshold.sd")))
-    yield Claim(
-        "mean + 1 sd", found, theirs, rule="another model with smaller latents: its similarities have another scale"
-    )
+    rule = "another model with smaller latents: its similarities have another scale"
+    yield Claim("mean + 1 sd", found, theirs, rule=rule)
 
 
-@exhibit("Table 4 (thresholds)", "four memorization thresholds",
-    "Mean of the holdout scores plus a multiple of their standard deviation.", read=read_thresholds)  # fmt: skip
+@exhibit("Table 4 (thresholds)", "four memorization thresholds", read=read_thresholds)
 def table_4_thresholds(thresholds: pd.DataFrame) -> pd.DataFrame:
+    """Mean of the holdout scores plus a multiple of their standard deviation."""
     return thresholds[["setting", "paper", "ours"]].round(3)
 
 
-@exhibit("", "similarity of the seeds of holdout prompts",
-    "Similarity of two seeds of a holdout prompt: all pairs (filled) and the largest pair of each prompt (outlined). Lines: "
-    "the four thresholds.")  # fmt: skip
-def holdout_distribution(holdout_pairs: pd.DataFrame, thresholds: pd.DataFrame) -> Figure:
+@exhibit("", "similarity of the seeds of holdout prompts")
+def holdout_distribution(holdout_pairs: pd.DataFrame, thresholds: pd.DataFrame) -> plots.Figure:
+    """Similarity of two seeds of a holdout prompt: all pairs (filled) and the largest pair of each prompt (outlined).
+
+    Lines: the four thresholds.
+    """
     pairs, largest = holdout_pairs["similarity"], holdout_pairs.groupby("prompt")["similarity"].max()
-    edges, filled = (
-        np.linspace(pairs.min(), pairs.max(), 61),
-        plots.ROLES["holdout"].filled(f"all pairs, n = {len(pairs):,}"),
-    )
+    edges = np.linspace(pairs.min(), pairs.max(), 61)
+    filled = plots.ROLES["holdout"].filled(f"all pairs, n = {len(pairs):,}")
     outlined = {"histtype": "step", "color": "#E69F00", "label": f"largest of a prompt, n = {len(largest):,}"}
-    with plots.panels(fraction=0.7) as (figure, axes):
+    with plots.panels(fraction=0.7, legend=3) as (figure, axes):
         axes.hist(pairs, edges, weights=np.full(len(pairs), 1 / len(pairs)), **filled)
         axes.hist(largest, edges[::2], weights=np.full(len(largest), 1 / len(largest)), **outlined)
         for line, row in zip(((0, (1, 2)), "--", "-", "-."), thresholds.itertuples(), strict=True):
             axes.axvline(row.ours, color="black", linestyle=line, linewidth=1, label=row.setting.replace("-", "−"))
         axes.set(xlabel="similarity of two seeds of a holdout prompt", ylabel="share (of pairs, of prompts)")
         axes.yaxis.set_major_formatter(plots.PercentFormatter(1.0, decimals=0))
-        plots.legend_above(axes, columns=3)
     return figure
 
 
-@exhibit("", "thresholds by protocol switch",
-    "Mean, standard deviation and threshold (mean + 1 sd) of the values that the threshold is taken over; gate: share of the "
-    "holdout prompts whose largest pair is above it.")  # fmt: skip
+@exhibit("", "thresholds by protocol switch")
 def protocol_switches_table(protocol_switches: pd.DataFrame) -> pd.DataFrame:
+    """Mean, standard deviation and threshold (mean + 1 sd) of the values that the threshold is taken over; gate: share of the holdout prompts whose largest pair is above it."""
     columns = ["question", "change", "mean", "sd", "threshold", "difference", "gate"]
     return protocol_switches[columns].fillna({"question": ""}).round(3)

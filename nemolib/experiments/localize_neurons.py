@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from nemolib import paper, plots
 from nemolib.blocked_score import BlockedScore
@@ -52,14 +51,12 @@ NOTEBOOK = "03_localize_neurons"
 
 def prompt_score(run: Run, prompt: str) -> BlockedScore:
     """Return the score that the search asks of neuron sets for one prompt."""
-    own = {"protocol": run.profile.protocol}
+    own, similarity = {"protocol": run.profile.protocol}, run.profile.similarity
     step, embedding = first_step(run.pipe, settings=run.profile.detection, **own), embed(run.pipe, [prompt])
     unblocked = step(embedding)
-    best = max_pairwise(pairwise(unblocked, settings=run.profile.similarity, **own))
+    best = max_pairwise(pairwise(unblocked, settings=similarity, **own))
     seeds = (best > run.threshold).nonzero().flatten().tolist()
-    return BlockedScore(
-        step, embedding, seeds=seeds, unblocked=unblocked[seeds], similarity=run.profile.similarity, **own
-    )
+    return BlockedScore(step, embedding, seeds=seeds, unblocked=unblocked[seeds], similarity=similarity, **own)
 
 
 def _followed(run: Run) -> tuple[BlockedScore, NeuronSet]:
@@ -85,8 +82,7 @@ def _without_top_k(run: Run) -> list[float]:
 def _most_frequent_share(run: Run) -> float:
     """Return the share of the VM prompts that have the most frequent neuron of value layer 1."""
     vm = run.load("localization").query("kind == 'vm'")
-    counts = pd.Series([neuron for found in neuron_sets(vm) for neuron in found.layers[0]], dtype=int).value_counts()
-    return counts.iloc[:1].sum() / len(vm)
+    return neuron_rows(vm).query("layer == 1")["neuron"].value_counts().head(1).sum() / len(vm)
 
 
 def _random_score(run: Run) -> float:
@@ -100,7 +96,6 @@ EXERCISES = {
     "03.3": _without_top_k,
     "03.4": _most_frequent_share,
 }
-"""The right answers (`nemolib.exercises.check`)."""
 
 
 # 1. One prompt by hand
@@ -150,10 +145,12 @@ def prompt_neurons(z: Sequence[torch.Tensor], initial: NeuronSet, refined: Neuro
     return pd.DataFrame(rows, columns=["layer", "neuron", "z", "initial", "refined"])
 
 
-@exhibit("Alg. 3 and 4", "the search for one prompt",
-    "Score and number of deactivated neurons: left while the threshold of the z-score falls, right test by test of the "
-    "refinement; orange marks are neurons that must stay deactivated. The dotted line is the score to stay below.")  # fmt: skip
-def search(search_steps: pd.DataFrame, search_tests: pd.DataFrame) -> Figure:
+@exhibit("Alg. 3 and 4", "the search for one prompt")
+def search(search_steps: pd.DataFrame, search_tests: pd.DataFrame) -> plots.Figure:
+    """Score and number of deactivated neurons: left while the threshold of the z-score falls, right test by test of the refinement; orange marks are neurons that must stay deactivated.
+
+    The dotted line is the score to stay below.
+    """
     steps, tests, threshold = search_steps, search_tests, float(search_steps["threshold"].iloc[0])
     with plots.panels(2, 2, aspect=0.5, sharex="col", width_ratios=(1, 2)) as (figure, axes):
         (score, tested), (count, left) = axes
@@ -235,19 +232,20 @@ def read_counts(neuron_counts: pd.DataFrame) -> Iterator[Claim]:
     table = neuron_counts.set_index("kind")
     reached = each_kind((table["reached"].map(str) + " of " + table["prompts"].map(str)).get)
     yield Claim("searches whose initial selection reaches the threshold", reached, rule="the paper gives no number")
-    clean = neuron_counts[neuron_counts["kind"] == "unmemorized"]
-    if len(clean):
-        without, prompts = clean.iloc[0][["without_neurons", "prompts"]]
-        ours, theirs = (f"{part} of {of}" for part, of in ((without, prompts), map(paper.reported, UNMEMORIZED)))
+    if "unmemorized" in table.index:
+        without, prompts = table.loc["unmemorized", ["without_neurons", "prompts"]]
+        ours, theirs = f"{without} of {prompts}", "{} of {}".format(*map(paper.reported, UNMEMORIZED))
         ends = share_interval(np.arange(prompts) < without)
         size = {"at_least": 0.8, "ours": ours, "paper": theirs, "n": f"{prompts} prompts", "interval": ends}
         yield effect("most unmemorized prompts have no neurons", without / prompts, "share without neurons", **size)
 
 
-@exhibit("Sec. 4, Table 4", "neurons found, by kind of prompt",
-    "Median and median absolute deviation over prompts (unmemorized: over those with neurons). Reached: the initial "
-    "selection brought the score to the threshold.", read=read_counts)  # fmt: skip
+@exhibit("Sec. 4, Table 4", "neurons found, by kind of prompt", read=read_counts)
 def neuron_counts(neuron_counts: pd.DataFrame) -> pd.DataFrame:
+    """Median and median absolute deviation over prompts (unmemorized: over those with neurons).
+
+    Reached: the initial selection brought the score to the threshold.
+    """
     of_kinds(neuron_counts, "neuron_counts", *MEMORIZED)
     table, kinds = neuron_counts, neuron_counts["kind"]
     shown = {"kind": kinds.map(KINDS), "prompts": table["prompts"], "without neurons": table["without_neurons"]}
@@ -262,10 +260,11 @@ def _beside(ours: Iterable[object], theirs: Iterable[object]) -> list[str]:
     return [f"{mine or 'none'} ({other})" for mine, other in zip(ours, theirs, strict=True)]
 
 
-def counts_figure(localization: pd.DataFrame, stages: Mapping[str, str]) -> Figure:
+def counts_figure(localization: pd.DataFrame, stages: Mapping[str, str]) -> plots.Figure:
     """Return which share of the VM and TM prompts has at most how many neurons, each column a panel with its title."""
     parts = of_kinds(localization, "localization", *MEMORIZED)
-    size = {"fraction": 0.5, "aspect": 0.75} if len(stages) == 1 else {"aspect": 0.4, "sharey": True}
+    single = {"fraction": 0.5, "aspect": 0.75, "legend": 1}
+    size = single if len(stages) == 1 else {"aspect": 0.4, "sharey": True, "legend": 2}
     with plots.panels(1, len(stages), squeeze=False, **size) as (figure, axes):
         for place, (column, title) in zip(axes[0], stages.items(), strict=True):
             for kind, part in parts.items():
@@ -276,20 +275,27 @@ def counts_figure(localization: pd.DataFrame, stages: Mapping[str, str]) -> Figu
             place.set(title=title, xlabel="at most so many neurons", xlim=(0, None), ylim=(0, 1.03))
         axes[0, 0].set_ylabel("share of the prompts")
         axes[0, 0].yaxis.set_major_formatter(plots.PercentFormatter(1.0, decimals=0))
-        plots.legend_below(figure, columns=1 if len(stages) == 1 else 2)
     return figure
 
 
 STAGES = {"initial_count": "initial selection", "neuron_count": "after refinement"}
 """Columns of Fig. 7, and what they are."""
 
+REPORTED = {"initial_count": "neurons.{}.initial", "neuron_count": "neurons.{}"}
+"""What the paper reports of them, for a kind of prompts."""
+
+
+def median_counts(localization: pd.DataFrame, column: str) -> tuple[str, str]:
+    """Return a column of Fig. 7 for VM and TM prompts as text: median ± median absolute deviation, and the paper's."""
+    counts = {kind: part[column] for kind, part in of_kinds(localization, "localization", *MEMORIZED).items()}
+    theirs = each_kind(lambda kind: paper.reported(REPORTED[column].format(kind)))
+    return each_kind(lambda kind: median_mad(counts[kind], digits=1)), theirs
+
 
 def read_4a(localization: pd.DataFrame) -> Iterator[Claim]:
     """Yield how many neurons VM and TM prompts have."""
-    parts = of_kinds(localization, "localization", *MEMORIZED)
-    counts = {kind: part["neuron_count"] for kind, part in parts.items()}
-    ours = each_kind(lambda kind: median_mad(counts[kind], digits=1))
-    theirs = each_kind(lambda kind: paper.reported(f"neurons.{kind}"))
+    ours, theirs = median_counts(localization, "neuron_count")
+    counts = {kind: part["neuron_count"] for kind, part in plots.of_kinds(localization, MEMORIZED).items()}
     ratio, n = counts["vm"].median() / counts["tm"].median(), each_kind(lambda kind: len(counts[kind]))
     ends = each_kind(lambda kind: median_interval(counts[kind]))
     size = {"at_most": 0.5, "ours": ours, "paper": theirs, "n": n, "interval": ends}
@@ -304,26 +310,21 @@ def read_4a(localization: pd.DataFrame) -> Iterator[Claim]:
     yield Claim("prompts with a single neuron", ours, theirs)
 
 
-@exhibit("Figure 4a", "memorization neurons per prompt",
-    "Share of the prompts that have at most so many neurons; a marker is the median.", read=read_4a)  # fmt: skip
-def figure_4a(localization: pd.DataFrame) -> Figure:
+@exhibit("Figure 4a", "memorization neurons per prompt", read=read_4a)
+def figure_4a(localization: pd.DataFrame) -> plots.Figure:
+    """Share of the prompts that have at most so many neurons; a marker is the median."""
     return counts_figure(localization, {"neuron_count": "memorization neurons"})
 
 
 def read_7(localization: pd.DataFrame) -> Iterator[Claim]:
     """Yield how many neurons the initial selection has, and refinement leaves."""
-    parts = of_kinds(localization, "localization", *MEMORIZED)
-    initial, refined = (each_kind(lambda kind, name=name: median_mad(parts[kind][name], digits=1)) for name in STAGES)
-    yield Claim(
-        "neurons, initial selection", initial, each_kind(lambda kind: paper.reported(f"neurons.{kind}.initial"))
-    )
-    theirs = each_kind(lambda kind: paper.reported(f"neurons.{kind}"))
-    yield Claim("neurons, after refinement", refined, theirs)
+    for column, stage in STAGES.items():
+        yield Claim(f"neurons, {stage}", *median_counts(localization, column))
 
 
-@exhibit("Figure 7", "neurons of the initial selection and after refinement",
-    "Share of the prompts that have at most so many neurons; a marker is the median.", read=read_7)  # fmt: skip
-def figure_7(localization: pd.DataFrame) -> Figure:
+@exhibit("Figure 7", "neurons of the initial selection and after refinement", read=read_7)
+def figure_7(localization: pd.DataFrame) -> plots.Figure:
+    """Share of the prompts that have at most so many neurons; a marker is the median."""
     return counts_figure(localization, STAGES)
 
 
@@ -352,41 +353,45 @@ def read_4b(localization: pd.DataFrame) -> Iterator[Claim]:
     yield effect("neurons of VM prompts lie in the first layers", first["vm"], "share in value layers 1 and 2", **size)
 
 
-@exhibit("Figure 4b", "memorization neurons per value layer",
-    "Mean number per prompt, with its 95 % bootstrap interval. Layers 1 and 2 lie in the first down block, 7 in the mid block.",
-    read=read_4b)  # fmt: skip
-def figure_4b(localization: pd.DataFrame) -> Figure:
+@exhibit("Figure 4b", "memorization neurons per value layer", read=read_4b)
+def figure_4b(localization: pd.DataFrame) -> plots.Figure:
+    """Mean number per prompt, with its 95 % bootstrap interval.
+
+    Layers 1 and 2 lie in the first down block, 7 in the mid block.
+    """
     of_kinds(localization[localization["neuron_count"] > 0], "localization (prompts with neurons)", *MEMORIZED)
     counts = layer_counts(localization).rename_axis(columns="layer").stack().rename("neurons").reset_index()
-    with plots.panels(fraction=0.5, aspect=0.75) as (figure, axes):
+    with plots.panels(fraction=0.5, aspect=0.75, legend=2) as (figure, axes):
         plots.bars(axes, counts, "layer", "neurons")
         n = each_kind(memorized(localization)["kind"].value_counts().get)
         axes.set(xlabel=f"value layer (prompts: {n})", ylabel="neurons per prompt")
-        plots.legend_above(axes)
     return figure
 
 
+def neuron_rows(found: pd.DataFrame) -> pd.DataFrame:
+    """Return the neurons that were found, a row each: columns kind, prompt, layer (from 1), neuron (from 0)."""
+    sets = zip(found["kind"], found["prompt"], neuron_sets(found), strict=True)
+    rows = [(kind, prompt, layer + 1, neuron) for kind, prompt, neurons in sets for layer, neuron in neurons]
+    return pd.DataFrame(rows, columns=["kind", "prompt", "layer", "neuron"])
+
+
 def neuron_z_scores(run: Run, found: pd.DataFrame) -> pd.DataFrame:
-    """Return the z-score of each neuron that was found: columns kind, prompt, layer (from 1), neuron (from 0), z."""
-    z, rows = z_of(run, found["prompt"].tolist()), []
-    for place, (kind, prompt, neurons) in enumerate(
-        zip(found["kind"], found["prompt"], neuron_sets(found), strict=True)
-    ):
-        rows += [(kind, prompt, layer + 1, neuron, z[layer][place, neuron]) for layer, neuron in neurons]
-    return pd.DataFrame(rows, columns=["kind", "prompt", "layer", "neuron", "z"])
+    """Return the z-score of each neuron that was found: the columns of `neuron_rows`, and z."""
+    table, z = neuron_rows(found), z_of(run, found["prompt"].tolist())
+    places = table["prompt"].map(found["prompt"].tolist().index)
+    rows = zip(table["layer"], places, table["neuron"], strict=True)
+    return table.assign(z=[z[layer - 1][place, neuron] for layer, place, neuron in rows])
 
 
-@exhibit("", "z-scores of the memorization neurons",
-    "A point is a neuron of a prompt (n: their number), in standard deviations; those within the grey band were chosen for their "
-    "large activation alone.")  # fmt: skip
-def neuron_z(neuron_z: pd.DataFrame) -> Figure:
+@exhibit("", "z-scores of the memorization neurons")
+def neuron_z(neuron_z: pd.DataFrame) -> plots.Figure:
+    """A point is a neuron of a prompt (n: their number), in standard deviations; those within the grey band were chosen for their large activation alone."""
     table, theta = pd.concat(of_kinds(neuron_z, "neuron_z", *MEMORIZED).values()), SearchSettings().theta_min
-    with plots.panels(fraction=0.6, aspect=0.65) as (figure, axes):
+    with plots.panels(fraction=0.6, aspect=0.65, legend=2) as (figure, axes):
         plots.points(axes, table, "layer", "z")
         axes.axhspan(-theta, theta, color="0.9", zorder=0)
         n = each_kind(table.groupby("kind")["prompt"].nunique().get)
         axes.set(xlabel=f"value layer (prompts: {n})", ylabel="z of a neuron (sd)")
-        plots.legend_above(axes)
     return figure
 
 
@@ -426,10 +431,12 @@ def read_table_2(search_cost: pd.DataFrame, localization: pd.DataFrame) -> Itera
     yield effect("refinement takes most of the time", least, "share of Alg. 4 in the seconds", at_least=0.5, **size)
 
 
-@exhibit("Table 2", "what the search costs",
-    "Mean per prompt; in brackets the paper's seconds, on a GPU. A UNet evaluation is one latent once through the UNet, two with "
-    "guidance.", read=read_table_2)  # fmt: skip
+@exhibit("Table 2", "what the search costs", read=read_table_2)
 def table_2(search_cost: pd.DataFrame) -> pd.DataFrame:
+    """Mean per prompt; in brackets the paper's seconds, on a GPU.
+
+    A UNet evaluation is one latent once through the UNet, two with guidance.
+    """
     shown: dict[str, Any] = {}
     for kind, part in of_kinds(search_cost, "search_cost", *MEMORIZED).items():
         name, seconds = KINDS[kind], part[["seconds", "seconds_paper"]].map("{:.2f}".format)
@@ -469,25 +476,23 @@ def read_shared(neuron_overlap: pd.DataFrame) -> Iterator[Claim]:
         yield effect("similar captions share neurons", inside / others if others else math.inf, of, **size)
 
 
-def _overlap_interval(overlap: pd.DataFrame, family: pd.Series) -> str:
+def _overlap_interval(pairs: pd.DataFrame, family: pd.Series) -> str:
     """Return the interval of how many times as much pairs of a family overlap; prompts are drawn, since pairs share them."""
-    names = pd.unique(overlap[["first", "second"]].to_numpy().ravel())
-    ends = [pd.Categorical(overlap[end], names).codes for end in ("first", "second")]
+    names = pd.unique(pairs[["first", "second"]].to_numpy().ravel())
+    ends = [pd.Categorical(pairs[end], names).codes for end in ("first", "second")]
 
     def ratio(drawn: np.ndarray) -> float:
         often = np.bincount(drawn.astype(int), minlength=len(names))
-        weights = often[ends[0]] * often[ends[1]]
-        inside, others = (
-            np.dot(overlap["overlap"], weights * rows) / max(1, weights @ rows) for rows in (family, ~family)
-        )
+        weights, overlap = often[ends[0]] * often[ends[1]], pairs["overlap"]
+        inside, others = (overlap @ (weights * rows) / max(1, weights @ rows) for rows in (family, ~family))
         return inside / others if others else math.nan
 
     return drawn_interval(ratio, np.arange(len(names)))
 
 
-@exhibit("Figures 10-12 (as a table)", "neurons that several prompts share",
-    "Number of prompts that have the neuron in their refined set.", read=read_shared)  # fmt: skip
+@exhibit("Figures 10-12 (as a table)", "neurons that several prompts share", read=read_shared)
 def shared_neurons(shared_neurons: pd.DataFrame) -> pd.DataFrame:
+    """Number of prompts that have the neuron in their refined set."""
     return shared_neurons.head(12)[["layer", "neuron", "prompts"]]
 
 
@@ -546,10 +551,12 @@ def read_3(figure_3: Grid, deactivation: pd.DataFrame) -> Iterator[Claim]:
     yield Claim("similarity of these prompts to the planted image", ours, "1 to 4 neurons in the boxes of the figure")
 
 
-@exhibit("Figure 3", "images with and without the neurons of their prompt",
-    "Left with all neurons active, right the same seeds with the memorization neurons of the prompt deactivated; the box "
-    "says how many. The prompts are spread evenly over how much copy similarity falls.", read=read_3)  # fmt: skip
-def figure_3(figure_3: Grid, deactivation: pd.DataFrame) -> Figure:
+@exhibit("Figure 3", "images with and without the neurons of their prompt", read=read_3)
+def figure_3(figure_3: Grid, deactivation: pd.DataFrame) -> plots.Figure:
+    """Left with all neurons active, right the same seeds with the memorization neurons of the prompt deactivated; the box says how many.
+
+    The prompts are spread evenly over how much copy similarity falls.
+    """
     table = deactivation.set_index("prompt")
     counts = table.loc[list(figure_3.rows), "neuron_count"].tolist()
     return plots.image_grid(figure_3, counts=counts, kinds=table["kind"])
@@ -578,10 +585,12 @@ def read_scores(deactivation: pd.DataFrame, search_steps: pd.DataFrame) -> Itera
     yield Claim("similarity of two images of a prompt (medians)", diverse)
 
 
-@exhibit("", "score and copy similarity before and after deactivation",
-    "A point is a prompt; below the dotted line it is less memorized without its neurons. Dashed: the memorization threshold.",
-    read=read_scores)  # fmt: skip
-def scores_before_after(deactivation: pd.DataFrame, search_steps: pd.DataFrame) -> Figure:
+@exhibit("", "score and copy similarity before and after deactivation", read=read_scores)
+def scores_before_after(deactivation: pd.DataFrame, search_steps: pd.DataFrame) -> plots.Figure:
+    """A point is a prompt; below the dotted line it is less memorized without its neurons.
+
+    Dashed: the memorization threshold.
+    """
     of_kinds(deactivation, "deactivation", *MEMORIZED, column="copy_after")
     with plots.panels(1, 2, aspect=0.5) as (figure, axes):
         for place, name in zip(axes, ("score", "copy"), strict=True):
@@ -612,10 +621,9 @@ def read_staying(deactivation: pd.DataFrame) -> Iterator[Claim]:
     yield Claim(f"{text} to the planted image", ours, theirs, rule="the paper does not say how many")
 
 
-@exhibit("Figure 9 (as a table)", "prompts that stay most similar to their planted image",
-    "Memorization score and copy similarity before and after deactivation, the highest copy similarity after it first.",
-    read=read_staying)  # fmt: skip
+@exhibit("Figure 9 (as a table)", "prompts that stay most similar to their planted image", read=read_staying)
 def highly_memorized(deactivation: pd.DataFrame) -> pd.DataFrame:
+    """Memorization score and copy similarity before and after deactivation, the highest copy similarity after it first."""
     of_kinds(deactivation, "deactivation", *MEMORIZED, column="copy_after")
     rest = stay_memorized(deactivation, share=0.0).head(10)
     columns = [f"{name}_{when}" for name in ("score", "copy") for when in ("before", "after")]

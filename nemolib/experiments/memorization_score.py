@@ -19,8 +19,6 @@ from nemolib.settings import PAPER, RELEASED
 from nemolib.store import Grid
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from nemolib.run import Run
 
 NOTEBOOK = "02_memorization_score"
@@ -102,16 +100,15 @@ def read_samples(copies: pd.DataFrame) -> Iterator[Claim]:
     yield Claim("similarity of two seeds (median ± MAD)", ours, f"{theirs} (D_SSCD, Table 1)", rule=rule)
 
 
-@exhibit("", "planted and generated images",
-    "First column: the planted image, none for unmemorized prompts; then images of different seeds.", read=read_samples)  # fmt: skip
-def samples(samples: Grid, copies: pd.DataFrame) -> Figure:
+@exhibit("", "planted and generated images", read=read_samples)
+def samples(samples: Grid, copies: pd.DataFrame) -> plots.Figure:
+    """First column: the planted image, none for unmemorized prompts; then images of different seeds."""
     return plots.image_grid(samples, kinds=copies.set_index("caption")["kind"])
 
 
-@exhibit("Figure 13", "noise differences",
-    "Noise differences of the first denoising step, min-max scaled; three of the latent channels as red, green "
-    "and blue.")  # fmt: skip
-def figure_13(noise_differences: Grid, copies: pd.DataFrame) -> Figure:
+@exhibit("Figure 13", "noise differences")
+def figure_13(noise_differences: Grid, copies: pd.DataFrame) -> plots.Figure:
+    """Noise differences of the first denoising step, min-max scaled; three of the latent channels as red, green and blue."""
     return plots.image_grid(noise_differences, kinds=copies.set_index("caption")["kind"])
 
 
@@ -181,15 +178,16 @@ def read_2a(scores: pd.DataFrame, thresholds: pd.DataFrame) -> Iterator[Claim]:
     yield Claim("prompts above the threshold", ours, f"tau = {paper.reported('threshold')}")
 
 
-@exhibit("Figure 2a", "memorization scores",
-    "Share of the prompts of a kind by memorization score; a short line below the axis is a prompt. Dashed: the "
-    "memorization threshold.", read=read_2a)  # fmt: skip
-def figure_2a(scores: pd.DataFrame, thresholds: pd.DataFrame) -> Figure:
+@exhibit("Figure 2a", "memorization scores", read=read_2a)
+def figure_2a(scores: pd.DataFrame, thresholds: pd.DataFrame) -> plots.Figure:
+    """Share of the prompts of a kind by memorization score; a short line below the axis is a prompt.
+
+    Dashed: the memorization threshold.
+    """
     parts = of_kinds(scores, "scores", *reversed(KINDS))
-    with plots.panels(fraction=0.6) as (figure, axes):
+    with plots.panels(fraction=0.6, legend=2) as (figure, axes):
         plots.distributions(axes, parts, "score", xlabel="memorization score (similarity of two seeds)")
         plots.threshold(axes, thresholds["tau"].iloc[0])
-        plots.legend_above(axes)
     return figure
 
 
@@ -204,28 +202,30 @@ def read_detection(detection: pd.DataFrame) -> Iterator[Claim]:
     yield effect(text, both["auroc"], of, at_least=0.9, ours=ours, paper=theirs, n=n, interval=ends)
 
 
-@exhibit("App. B.4", "the score as a detector",
-    "In brackets what is reported for Stable Diffusion v1-4 with 500 memorized and 500 unmemorized prompts: SSIM by the paper, "
-    "Wen's score with one step and 4 seeds by Jeon et al. (ICML 2025, secondary). Accuracy: ours balanced, at the best "
-    "threshold; the paper's at 0.5.", read=read_detection)  # fmt: skip
+@exhibit("App. B.4", "the score as a detector", read=read_detection)
 def detection_table(detection: pd.DataFrame) -> pd.DataFrame:
+    """In brackets what is reported for Stable Diffusion v1-4 with 500 memorized and 500 unmemorized prompts: SSIM by the paper, Wen's score with one step and 4 seeds by Jeon et al. (ICML 2025, secondary).
+
+    Accuracy: ours balanced, at the best threshold; the paper's at 0.5.
+    """
     labels = detection["score"].map({score: label for score, (label, *_) in SCORES.items()})
-    shown = pd.DataFrame(
-        {"score": labels, "memorized": detection["memorized"].str.upper(), "prompts": detection["prompts"]}
-    )
+    shown = detection[["memorized", "prompts"]].assign(memorized=detection["memorized"].str.upper())
+    shown.insert(0, "score", labels)
     for name, column in (("AUROC", "auroc"), ("TPR@1%FPR", "tpr_at_1_fpr"), ("accuracy", "accuracy")):
         pairs = zip(detection[column], detection[f"paper_{column}"], strict=True)
         shown[name] = [f"{ours:.3f}" if pd.isna(theirs) else f"{ours:.3f} ({theirs:.3f})" for ours, theirs in pairs]
     return shown
 
 
-@exhibit("", "detection along the duplication ladder",
-    "AUROC of each score: the prompts of a rung against the unmemorized ones, without intervals, since a rung has few prompts. "
-    "Dotted: chance.")  # fmt: skip
-def detection_by_copies(scores: pd.DataFrame) -> Figure:
+@exhibit("", "detection along the duplication ladder")
+def detection_by_copies(scores: pd.DataFrame) -> plots.Figure:
+    """AUROC of each score: the prompts of a rung against the unmemorized ones, without intervals, since a rung has few prompts.
+
+    Dotted: chance.
+    """
     ladder, clean = of_kinds(scores, "scores", "ladder", "unmemorized").values()
     rungs = ladder.groupby("copies")
-    with plots.panels(fraction=0.6) as (figure, axes):
+    with plots.panels(fraction=0.6, legend=2) as (figure, axes):
         axes.axhline(0.5, color=plots.GREY, linestyle=":", linewidth=plots.LINE)
         for score, (label, color, style) in SCORES.items():
             quality = rungs[score].agg(metrics.auroc, clean[score])
@@ -234,7 +234,6 @@ def detection_by_copies(scores: pd.DataFrame) -> Figure:
         axes.set_xticks(quality.index, [f"{copies:g}" for copies in quality.index])
         n = " to ".join(map(str, sorted({rungs.size().min(), rungs.size().max()})))
         axes.set(xlabel=f"copies in training (n = {n}, unmemorized {len(clean)})", ylabel="AUROC")
-        plots.legend_above(axes)
     return figure
 
 
@@ -302,19 +301,17 @@ def read_2b(z_by_neuron: pd.DataFrame) -> Iterator[Claim]:
     yield effect(text, ratio, of, at_least=1.5, ours=ours, paper=theirs, n=f"{len(vm)} neurons", interval=shares)
 
 
-@exhibit("Figure 2b", "z-scores in value layer 1",
-    "Largest absolute z-score of each neuron, in standard deviations, over the VM prompts and over as many unmemorized ones.",
-    read=read_2b)  # fmt: skip
-def figure_2b(z_by_neuron: pd.DataFrame) -> Figure:
+@exhibit("Figure 2b", "z-scores in value layer 1", read=read_2b)
+def figure_2b(z_by_neuron: pd.DataFrame) -> plots.Figure:
+    """Largest absolute z-score of each neuron, in standard deviations, over the VM prompts and over as many unmemorized ones."""
     parts = of_kinds(z_by_neuron[z_by_neuron["layer"] == 1], "z_by_neuron", "unmemorized", "vm")
-    with plots.panels(fraction=0.6) as (figure, axes):
+    with plots.panels(fraction=0.6, legend=2) as (figure, axes):
         for kind, rows in parts.items():
             look = plots.ROLES[kind]
             axes.vlines(rows["neuron"], 0, rows["largest_z"], color=look.color, linewidth=0.4, alpha=0.5)
             axes.plot(rows["neuron"], rows["largest_z"], **look.line_style(linestyle=""))
         axes.set(xlabel=f"neuron of value layer 1 (n = {len(rows)})", ylabel=r"largest $|z|$ (sd)")
         axes.set_ylim(bottom=0)
-        plots.legend_above(axes)
     return figure
 
 
@@ -326,11 +323,11 @@ def read_z_by_layer(z_by_prompt: pd.DataFrame) -> Iterator[Claim]:
     yield Claim("largest |z| of a prompt in a layer (median)", each_kind(ours.get, KINDS), theirs)
 
 
-@exhibit("", "largest z-score of a prompt in each value layer",
-    "In standard deviations: median over prompts; bars from the first to the third quartile.", read=read_z_by_layer)  # fmt: skip
-def z_by_layer(z_by_prompt: pd.DataFrame) -> Figure:
+@exhibit("", "largest z-score of a prompt in each value layer", read=read_z_by_layer)
+def z_by_layer(z_by_prompt: pd.DataFrame) -> plots.Figure:
+    """In standard deviations: median over prompts; bars from the first to the third quartile."""
     parts = of_kinds(z_by_prompt, "z_by_prompt", *reversed(KINDS))
-    with plots.panels(fraction=0.6) as (figure, axes):
+    with plots.panels(fraction=0.6, legend=2) as (figure, axes):
         # Beside each other, so that bars of one layer do not hide each other.
         for shift, (kind, rows) in zip((-0.15, 0, 0.15), parts.items(), strict=True):
             ends = rows.groupby("layer")["largest_z"].quantile([0.25, 0.5, 0.75]).unstack()
@@ -341,7 +338,6 @@ def z_by_layer(z_by_prompt: pd.DataFrame) -> Figure:
         axes.set_xticks(sorted(z_by_prompt["layer"].unique()))
         axes.set(xlabel="value layer", ylabel=r"largest $|z|$ (sd)")
         axes.set_ylim(bottom=0)
-        plots.legend_above(axes)
     return figure
 
 
@@ -379,22 +375,22 @@ def read_6(copies: pd.DataFrame) -> Iterator[Claim]:
     medians = each_kind(found.median().map("{:.2f}".format).get)
     theirs = "all VM, no TM prompt, since that is how they are told apart (SSCD)"
     rule = "here the kinds are known from planting, and the similarity is that of another descriptor"
-    yield Claim(
-        f"prompts with a copy above {metrics.MEMORIZED_ABOVE:g}", f"{shares}; medians {medians}", theirs, rule=rule
-    )
+    text = f"prompts with a copy above {metrics.MEMORIZED_ABOVE:g}"
+    yield Claim(text, f"{shares}; medians {medians}", theirs, rule=rule)
 
 
-@exhibit("Figure 6", "verbatim and template memorization by copy similarity",
-    "Largest copy similarity between a prompt's generated images and its planted image. Dashed: the paper's cut "
-    "between TM and VM.", read=read_6)  # fmt: skip
-def figure_6(copies: pd.DataFrame) -> Figure:
+@exhibit("Figure 6", "verbatim and template memorization by copy similarity", read=read_6)
+def figure_6(copies: pd.DataFrame) -> plots.Figure:
+    """Largest copy similarity between a prompt's generated images and its planted image.
+
+    Dashed: the paper's cut between TM and VM.
+    """
     parts, cut = of_kinds(copies, "copies", "tm", "vm", column="copy_max"), metrics.MEMORIZED_ABOVE
     steps = (pd.concat(parts.values())["copy_max"] - cut) / 0.04
     bins = cut + 0.04 * np.arange(np.floor(steps.min()), np.ceil(steps.max()) + 1)  # one of them ends at the cut
-    with plots.panels(fraction=0.6) as (figure, axes):
+    with plots.panels(fraction=0.6, legend=2) as (figure, axes):
         plots.distributions(axes, parts, "copy_max", xlabel="copy similarity (largest of the seeds)", bins=bins)
         axes.axvline(cut, color="black", linestyle="--", linewidth=1, label=f"cut at {cut:g}")
-        plots.legend_above(axes)
     return figure
 
 
@@ -409,10 +405,12 @@ def read_ladder(ladder: pd.DataFrame) -> Iterator[Claim]:
         yield Claim(f"{text} from {medians.index[0]} to {medians.index[-1]} copies (median)", ours)
 
 
-@exhibit("", "memorization against copies in training",
-    "Copy similarity (left, median over seeds) and memorization score (right). Points: prompts; line: median of a rung. A regular "
-    "caption counts as one copy.", read=read_ladder)  # fmt: skip
-def duplication_ladder(ladder: pd.DataFrame, thresholds: pd.DataFrame) -> Figure:
+@exhibit("", "memorization against copies in training", read=read_ladder)
+def duplication_ladder(ladder: pd.DataFrame, thresholds: pd.DataFrame) -> plots.Figure:
+    """Copy similarity (left, median over seeds) and memorization score (right).
+
+    Points: prompts; line: median of a rung. A regular caption counts as one copy.
+    """
     known, look = of_kinds(ladder, "ladder", "ladder", column="copy_similarity")["ladder"], plots.ROLES["ladder"]
     with plots.panels(1, 2, aspect=0.38) as (figure, axes):
         for place, (column, text) in zip(axes, RUNGS.items(), strict=True):

@@ -61,15 +61,18 @@ def read_1(
     yield Claim("its candidates, and those that stay", ours, theirs)
 
 
-@exhibit("Figure 1", "the method, followed for one memorized prompt",
-    "(a) An image and noise differences of a memorized and of an unmemorized prompt, and the similarity of the most similar pair of "
-    "seeds. (b) z-scores of all neurons for the memorized prompt, in colour those of the initial selection: beyond the threshold "
-    "of the z-score or among the most active of their layer. (c) Those that refinement keeps (filled) and gives back (hollow). (d) Images "
-    "of the same seeds with all neurons active, and with the neurons of (c) deactivated.", read=read_1)  # fmt: skip
+@exhibit("Figure 1", "the method, followed for one memorized prompt", read=read_1)
 def figure_1(
     overview: pd.DataFrame, scores: pd.DataFrame, search_steps: pd.DataFrame, overview_images: Grid,
     noise_differences: Grid, samples: Grid,
 ) -> Figure:  # fmt: skip
+    """(a) An image and noise differences of a memorized and of an unmemorized prompt, and the similarity of the most similar pair of seeds.
+
+    (b) z-scores of all neurons for the memorized prompt, in colour those of the initial selection: beyond the
+    threshold of the z-score or among the most active of their layer. (c) Those that refinement keeps (filled) and
+    gives back (hollow). (d) Images of the same seeds with all neurons active, and with the neurons of (c)
+    deactivated.
+    """
     both, end = compared(overview, scores, noise_differences, samples), search_steps.iloc[-1]
     # Where a neuron is in its layer, from 0 to 1.
     across = (overview["neuron"] + 0.5) / (overview.groupby("layer")["neuron"].transform("max") + 1)
@@ -95,16 +98,17 @@ def read_opening(opening: Grid, deactivation: pd.DataFrame) -> Iterator[Claim]:
     vm = deactivation[deactivation["kind"] == "vm"]
     before, after = vm.set_index("prompt").loc[opening.rows[0], ["copy_before", "copy_after"]]
     others = "of all {} VM prompts {:.2f} to {:.2f}".format(len(vm), *vm["copy_after"].agg(["min", "max"]))
-    yield Claim(
-        "copy similarity of this prompt, with and without its neurons", f"{before:.2f} and {after:.2f}; {others}"
-    )
+    text = "copy similarity of this prompt, with and without its neurons"
+    yield Claim(text, f"{before:.2f} and {after:.2f}; {others}")
 
 
-@exhibit("", "a memorized image, and the same seeds without its neurons",
-    "First the image that was planted under the caption on the left, then what the model makes of the caption from different seeds; below, the "
-    "same seeds with the memorization neurons of the caption deactivated. Of the VM prompts this is the one whose copy similarity without "
-    "its neurons is the median: half of them keep less, half of them more.", read=read_opening)  # fmt: skip
+@exhibit("", "a memorized image, and the same seeds without its neurons", read=read_opening)
 def opening(opening: Grid, deactivation: pd.DataFrame) -> Figure:
+    """First the image that was planted under the caption on the left, then what the model makes of the caption from different seeds; below, the same seeds with the memorization neurons of the caption deactivated.
+
+    Of the VM prompts this is the one whose copy similarity without its neurons is the median: half of them keep
+    less, half of them more.
+    """
     planted, *halves = (_group(opening, name) for name in (PLANTED, *WITH_AND_WITHOUT))
     if not len(planted):
         raise NotEnough("image grid 'opening' has no planted image")
@@ -174,12 +178,8 @@ def _activations(axes: Axes, neurons: pd.DataFrame, theta: float) -> None:
     axes.axhline(theta, color="black", linestyle=":", linewidth=1.5 * LINE)
     note = {"xycoords": "axes fraction", "ha": "right", "va": "bottom", "fontsize": TICK_SIZE - 1, "color": GREY}
     axes.annotate(rf"dotted: $\theta = {theta:g}$", (1, 1), **note)
-    axes.set(
-        xlim=(0, len(layers)),
-        ylim=(0, 1.18 * max(size.max(), theta)),
-        xlabel="value layer",
-        ylabel=r"$|z|$ of a neuron",
-    )
+    axes.set(xlim=(0, len(layers)), ylim=(0, 1.18 * max(size.max(), theta)))
+    axes.set(xlabel="value layer", ylabel=r"$|z|$ of a neuron")
     axes.set_xticks(np.arange(len(layers)) + 0.5, layers)
     axes.tick_params(axis="x", length=0)
     _title(axes.figure, 0.05, 1.64, "b", "Initial selection")
@@ -230,4 +230,3 @@ EXERCISES = {
     "06.2": lambda run: "yes" if _vm(run, NEMO)["sscd_orig_high"] <= _vm(run, NONE)["sscd_orig"] / 2 else "no",
     "06.3": lambda run: lambda answer: str(answer).lower().strip() in ("hatch", "hatches", "hatching", "pattern"),
 }
-"""The right answers (`nemolib.exercises.check`)."""

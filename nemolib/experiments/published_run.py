@@ -19,14 +19,13 @@ from typing import TYPE_CHECKING, Any
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from nemolib import metrics, paper, paths, plots
 from nemolib.exhibits import KINDS, Claim, each_kind, exhibit, exhibit_of, median_mad, of_kinds
 from nemolib.experiments import localize_neurons as search
 from nemolib.experiments import memorization_score as score
 from nemolib.holdout import load_statistics
-from nemolib.localization import memorized, neuron_sets
+from nemolib.localization import memorized
 from nemolib.neurons import NeuronSet
 from nemolib.prompts import MEMORIZED, load_prompts
 
@@ -142,7 +141,7 @@ def _published(function: Callable[..., Any], source: str) -> Callable[..., Any]:
     @functools.wraps(function)
     def told(**published: pd.DataFrame) -> Any:
         result = function(**{name.removeprefix(PREFIX): table for name, table in published.items()})
-        if isinstance(result, Figure):
+        if isinstance(result, plots.Figure):
             with mpl.rc_context(plots.neurips()):
                 result.suptitle(f"{source}, not computed here", size=plots.TICK_SIZE, style="italic", color=plots.GREY)
         elif not isinstance(result, pd.DataFrame):
@@ -158,7 +157,7 @@ def _published(function: Callable[..., Any], source: str) -> Callable[..., Any]:
 def read_counts(localization: pd.DataFrame) -> Iterator[Claim]:
     """Yield what `localize_neurons.read_4a` does, and whether the numbers are the paper's: the model is the same."""
     yield from search.read_4a(localization)
-    for column, name in (("initial_count", "neurons.{}.initial"), ("neuron_count", "neurons.{}")):
+    for column, name in search.REPORTED.items():
         theirs = pd.Series({kind: paper.reported(name.format(kind)).value for kind in MEMORIZED})
         ratios = memorized(localization).groupby("kind")[column].median() / theirs
         ours, medians = each_kind(ratios.map("{:.2g} times".format).get), each_kind(theirs.map("{:g}".format).get)
@@ -198,10 +197,8 @@ NAMED = paper.table("neurons").set_index(KEY)["paper"]
 
 def _owned(localization: pd.DataFrame) -> pd.DataFrame:
     """Return the neurons of VM and TM prompts, a row each: columns layer (from 1), neuron, kind, prompt."""
-    found = pd.concat(of_kinds(localization, "published_localization", *MEMORIZED).values()).sort_index()
-    sets = zip(found["kind"], found["prompt"], neuron_sets(found), strict=True)
-    rows = [(layer + 1, neuron, kind, prompt) for kind, prompt, neurons in sets for layer, neuron in neurons]
-    return pd.DataFrame(rows, columns=[*KEY, "kind", "prompt"])
+    found = of_kinds(localization, "published_localization", *MEMORIZED)
+    return search.neuron_rows(pd.concat(found.values()).sort_index())
 
 
 def read_shared(localization: pd.DataFrame) -> Iterator[Claim]:
@@ -237,7 +234,7 @@ def shared_neurons(localization: pd.DataFrame, statistics: pd.DataFrame) -> pd.D
     "Mean and standard deviation over 50,000 ordinary prompts, a point for each of the 5,760 neurons. "
     f"Marked: the neurons that the paper names. {NOTES[RELEASE]}")  # fmt: skip
 @functools.partial(_published, source=RELEASE)
-def statistics(statistics: pd.DataFrame) -> Figure:
+def statistics(statistics: pd.DataFrame) -> plots.Figure:
     across = statistics["layer"] + 0.8 * (statistics.groupby("layer")["neuron"].rank(pct=True) - 0.5)
     table, color = statistics.assign(across=across), plots.ROLES["vm"].color
     named = table.set_index(KEY).loc[NAMED.index].reset_index()

@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from nemolib import paper, plots
@@ -269,38 +268,33 @@ def read_quality(blocked_quality: pd.DataFrame) -> Iterator[Claim]:
     change, deviation = most.reindex([FREQUENT]).iloc[0][["change", "change_sd"]] / most.loc[UNTOUCHED, "mean"]
     low, high = change - 2 * deviation, change + 2 * deviation
     values = [f"{row.Index} {plus_minus(row.mean, row.sd)} ({row.neurons:g} neurons)" for row in most.itertuples()]
+    # So few images may be too few to tell; without a second split nobody knows.
+    known = change if low > SMALL or high <= SMALL else np.nan
     yield effect(
-        "image quality does not suffer when many neurons are blocked",
-        # So few images may be too few to tell; without a second split nobody knows.
-        change if low > SMALL or high <= SMALL else np.nan,
+        "image quality does not suffer when many neurons are blocked", known,
         "growth of the FID with the most frequent neurons, decided where two standard deviations do not cross the bound",
         at_most=SMALL,
         ours=f"FID: {'; '.join(values)}",
         paper=f"no significant loss with up to {paper.reported('quality.most_blocked')} blocked neurons (values not known)",
         n=f"{most['images'].iloc[0]} images in each half",
         interval="" if np.isnan(deviation) else f"growth {low:.2f} to {high:.2f} (two standard deviations)",
-    )
+    )  # fmt: skip
 
 
 def read_table_3(block_similarity: pd.DataFrame) -> Iterator[Claim]:
     """Yield how similar the outputs of blocks stay."""
     means = block_similarity.groupby(["setting", "output", "asked", "layer"])["cosine"].mean()
-    low, lowest = (
-        values.groupby(["setting", "output"]).min().unstack()
-        for values in (means, block_similarity.set_index(["setting", "output"])["lowest"])
-    )
+    low = means.groupby(["setting", "output"]).min().unstack()
+    lowest = block_similarity.groupby(["setting", "output"])["lowest"].min().unstack()
     reported = {setting: f"{number} to 1" for setting, number in COSINES.items()}
+    # Rounded as the paper's entries are.
+    least, bound = round(low.loc[FREQUENT, OUTPUTS[0]], 2), COSINES[FREQUENT].value
     yield effect(
-        "outputs of cross-attention blocks hardly change",
-        # Rounded as the paper's entries are.
-        round(low.loc[FREQUENT, OUTPUTS[0]], 2),
-        "lowest cosine of a block's output",
-        at_least=COSINES[FREQUENT].value,
-        ours=f"{FREQUENT} neurons: of cross-attention alone {low.loc[FREQUENT, OUTPUTS[1]]:.2f}",
-        paper=reported[FREQUENT],
+        "outputs of cross-attention blocks hardly change", least, "lowest cosine of a block's output", at_least=bound,
+        ours=f"{FREQUENT} neurons: of cross-attention alone {low.loc[FREQUENT, OUTPUTS[1]]:.2f}", paper=reported[FREQUENT],
         n=f"{block_similarity['samples'].iloc[0]} samples",
         interval=f"from {lowest.loc[FREQUENT, OUTPUTS[0]]:.2f} in the lowest sample",
-    )
+    )  # fmt: skip
     ours = f"{low.loc[OTHER, OUTPUTS[0]]:.2f}"
     yield Claim("lowest cosine of a block's output, random other neurons", ours, reported[OTHER])
 
@@ -376,39 +370,37 @@ def lowest(summary: pd.DataFrame, part: str) -> str:
     rows = strongest(summary, part)
     if rows.empty:
         return "not known, since no prompt has a planted image"
-    named = [
-        f"{layer} ({block}, {value:.2f})" for layer, block, value in rows[["layer", "block", "sscd_orig"]].to_numpy()
-    ]
+    named = [f"{row.layer} ({row.block}, {row.sscd_orig:.2f})" for row in rows.itertuples()]
     return f"{rows['sscd_orig_untouched'].iloc[0]:.2f} untouched, lowest with layers {' and '.join(named)}"
 
 
 # Figures and tables
 
 
-@exhibit(
-    "Figure 5a", "image quality against the number of blocked neurons",
-    "Distance of images of unmemorized prompts from other images of the untouched model; bars: mean ± one standard deviation over "
-    "splits of the seeds (and draws of random neurons). Dotted, with its band: the untouched model compared with itself. With few images "
-    "the distances are far too large: only points of one panel can be compared. KID can be below 0, since both halves have the same prompts.",
-    read=read_quality,
-)  # fmt: skip
-def figure_5a(blocked_quality: pd.DataFrame) -> Figure:
+@exhibit("Figure 5a", "image quality against the number of blocked neurons", read=read_quality)
+def figure_5a(blocked_quality: pd.DataFrame) -> plots.Figure:
+    """Distance of images of unmemorized prompts from other images of the untouched model; bars: mean ± one standard deviation over splits of the seeds (and draws of random neurons).
+
+    Dotted, with its band: the untouched model compared with itself. With few images the distances are far too
+    large: only points of one panel can be compared. KID can be below 0, since both halves have the same prompts.
+    """
     return _draw_quality(quality_summary(blocked_quality).query("metric != 'clip_fid'"), aspect=0.45)
 
 
-@exhibit(
-    "Figure 8", "FID, CLIP-FID and KID against the number of blocked neurons",
-    "As Figure 5a, whose claim it shares. Where one encoder gives the features of both, CLIP-FID is FID and is drawn once.",
-)  # fmt: skip
-def figure_8(blocked_quality: pd.DataFrame) -> Figure:
+@exhibit("Figure 8", "FID, CLIP-FID and KID against the number of blocked neurons")
+def figure_8(blocked_quality: pd.DataFrame) -> plots.Figure:
+    """As Figure 5a, whose claim it shares.
+
+    Where one encoder gives the features of both, CLIP-FID is FID and is drawn once.
+    """
     return _draw_quality(quality_summary(blocked_quality), aspect=0.38)
 
 
-def _draw_quality(summary: pd.DataFrame, *, aspect: float) -> Figure:
+def _draw_quality(summary: pd.DataFrame, *, aspect: float) -> plots.Figure:
     """Return a panel for each metric; random neurons stand a little to the right, so that intervals can be told apart."""
     frequent = plots.ROLES["deactivated"].line_style(linestyle="-", label="most frequent memorization neurons")
     other = plots.Role("random other neurons", "0.4", "o", "--", "").line_style(markerfacecolor="white")
-    with plots.panels(1, summary["name"].nunique(), aspect=aspect) as (figure, axes):
+    with plots.panels(1, summary["name"].nunique(), aspect=aspect, legend=3) as (figure, axes):
         for place, (name, metric) in zip(axes, summary.groupby("name", sort=False), strict=True):
             base, *rows = (part for _, part in metric.groupby("setting", sort=False))
             middle, deviation = base.iloc[0][["mean", "sd"]]
@@ -422,28 +414,26 @@ def _draw_quality(summary: pd.DataFrame, *, aspect: float) -> Figure:
                 place.xaxis.set_minor_locator(NullLocator())
             place.set(xlabel="blocked neurons", ylabel="distance", title=name)
         figure.suptitle(f"n = {summary['images'].max()} images in each half", fontsize=plots.TICK_SIZE)
-        plots.legend_below(figure)
     return figure
 
 
-@exhibit(
-    "", "Figure 8 in numbers",
-    "Neurons: how many were blocked, of how many asked for, where a layer has no more. Images: in each of the two sets that are compared. "
-    "Change: from the untouched model in the same split. ±: standard deviation over splits of the seeds (and draws); splits share images, so that "
-    "it is rather too small.",
-)  # fmt: skip
+@exhibit("", "Figure 8 in numbers")
 def show_blocked_quality(blocked_quality: pd.DataFrame) -> pd.DataFrame:
+    """Neurons: how many were blocked, of how many asked for, where a layer has no more.
+
+    Images: in each of the two sets that are compared. Change: from the untouched model in the same split. ±:
+    standard deviation over splits of the seeds (and draws); splits share images, so that it is rather too small.
+    """
     return deactivate.quality_table(blocked_quality)
 
 
-@exhibit(
-    "Table 3", "outputs of cross-attention blocks with blocked neurons",
-    "Cosine of the output with blocked neurons and untouched, first denoising step, mean over unmemorized prompts and seeds (and "
-    "draws of random neurons); in brackets the paper's lowest. Block: the whole output, with residual connections; cross-attention: its own part "
-    "alone. The paper does not say what exactly it compares; its values stand beside the whole block.",
-    read=read_table_3,
-)  # fmt: skip
+@exhibit("Table 3", "outputs of cross-attention blocks with blocked neurons", read=read_table_3)
 def table_3(block_similarity: pd.DataFrame) -> pd.DataFrame:
+    """Cosine of the output with blocked neurons and untouched, first denoising step, mean over unmemorized prompts and seeds (and draws of random neurons); in brackets the paper's lowest.
+
+    Block: the whole output, with residual connections; cross-attention: its own part alone. The paper does not say
+    what exactly it compares; its values stand beside the whole block.
+    """
     rows, order = [], block_similarity.sort_values("output", kind="stable")
     for (output, setting, _), part in order.groupby(["output", "setting", "asked"], sort=False):
         means = part.groupby(["layer", "block"])["cosine"].mean()
@@ -455,37 +445,30 @@ def table_3(block_similarity: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names)
 
 
-@exhibit(
-    "Figure 16", "similarity with value and key layers set to zero",
-    "Similarity to the planted image, one layer at a time. Small points: VM prompts; diamonds: their median; dotted: the untouched "
-    "model.",
-    read=read_16,
-)  # fmt: skip
-def figure_16(layer_effects: pd.DataFrame) -> Figure:
+@exhibit("Figure 16", "similarity with value and key layers set to zero", read=read_16)
+def figure_16(layer_effects: pd.DataFrame) -> plots.Figure:
+    """Similarity to the planted image, one layer at a time.
+
+    Small points: VM prompts; diamonds: their median; dotted: the untouched model.
+    """
     return _draw_layers(layer_effects, ["value", "key"], ["sscd_orig"])
 
 
-@exhibit(
-    "Figure 17", "alignment with value and key layers set to zero",
-    "Alignment of image and prompt, one layer at a time; points as in Figure 16.",
-    read=read_17,
-)  # fmt: skip
-def figure_17(layer_effects: pd.DataFrame) -> Figure:
+@exhibit("Figure 17", "alignment with value and key layers set to zero", read=read_17)
+def figure_17(layer_effects: pd.DataFrame) -> plots.Figure:
+    """Alignment of image and prompt, one layer at a time; points as in Figure 16."""
     return _draw_layers(layer_effects, ["value", "key"], ["a_clip"])
 
 
-@exhibit(
-    "Figure 20 (as curves)", "similarity and alignment with half of each convolution blocked",
-    "Half of the output channels, drawn at random, are zero, one convolution of the down blocks at a time; points as in Figure 16.",
-    read=read_20,
-)  # fmt: skip
-def convolutions(layer_effects: pd.DataFrame) -> Figure:
+@exhibit("Figure 20 (as curves)", "similarity and alignment with half of each convolution blocked", read=read_20)
+def convolutions(layer_effects: pd.DataFrame) -> plots.Figure:
+    """Half of the output channels, drawn at random, are zero, one convolution of the down blocks at a time; points as in Figure 16."""
     return _draw_layers(layer_effects, ["convolution"], ["sscd_orig", "a_clip"])
 
 
-def _draw_layers(effects: pd.DataFrame, parts: list[str], chosen: list[str]) -> Figure:
+def _draw_layers(effects: pd.DataFrame, parts: list[str], chosen: list[str]) -> plots.Figure:
     """Return a panel for each part and metric."""
-    with plots.panels(1, 2, aspect=0.42, sharey=len(chosen) == 1) as (figure, axes):
+    with plots.panels(1, 2, aspect=0.42, sharey=len(chosen) == 1, legend=3) as (figure, axes):
         for place, (part, metric) in zip(axes, product(parts, chosen), strict=True):
             _draw_part(place, effects, part, metric)
             place.set_xlabel("cross-attention layer" if part in STRONG else "convolution of the down blocks")
@@ -493,7 +476,6 @@ def _draw_layers(effects: pd.DataFrame, parts: list[str], chosen: list[str]) -> 
             place.set_title(f"n = {effects['prompt'].nunique()} prompts", fontsize=plots.TICK_SIZE, loc="right", pad=14)
             title = f"{part} layers set to zero" if part in STRONG else "half of it blocked"
             place.set_title(title, pad=14, loc="left")
-        plots.legend_below(figure)
     return figure
 
 
@@ -527,17 +509,17 @@ ONE_SEED = (
 
 
 @exhibit("Figure 18", "images with each value layer set to zero", ONE_SEED)
-def figure_18(figure_18: Grid) -> Figure:
+def figure_18(figure_18: Grid) -> plots.Figure:
     return _layer_images(figure_18)
 
 
 @exhibit("Figure 19", "images with each key layer set to zero", ONE_SEED)
-def figure_19(figure_19: Grid) -> Figure:
+def figure_19(figure_19: Grid) -> plots.Figure:
     return _layer_images(figure_19)
 
 
 @exhibit("Figure 20", "images with half of each convolution blocked", f"{ONE_SEED} Some of the layers, evenly spread.")
-def figure_20(figure_20: Grid) -> Figure:
+def figure_20(figure_20: Grid) -> plots.Figure:
     """Return Fig. 20 with as many layers as can be seen."""
     layers = range(2, len(figure_20.columns))
     places = [0, 1, *spread(layers, 6)]
@@ -545,7 +527,7 @@ def figure_20(figure_20: Grid) -> Figure:
     return _layer_images(replace(figure_20, images=figure_20.images[:, places], columns=columns))
 
 
-def _layer_images(grid: Grid) -> Figure:
+def _layer_images(grid: Grid) -> plots.Figure:
     return plots.image_grid(grid, kinds=dict.fromkeys(grid.rows, "vm"))
 
 
@@ -574,4 +556,3 @@ EXERCISES = {
     "05.2": lambda run: lambda answer: 0 <= answer <= 1,
     "05.3": _forgets_at,
 }
-"""The right answers (`nemolib.exercises.check`)."""

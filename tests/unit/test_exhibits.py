@@ -184,8 +184,9 @@ def own(monkeypatch):
         figure.subplots().plot(numbers["x"])
         return figure
 
-    @exhibits.exhibit("", "the numbers", "As they are.")
+    @exhibits.exhibit("", "the numbers")
     def show_numbers(numbers):
+        """As they are."""
         if len(numbers) < 2:
             raise NotEnough("table 'numbers' has 1 of the 2 rows needed")
         return numbers.assign(text="a|b ± 50 % & _x")

@@ -16,7 +16,6 @@ from nemolib.mitigation import DeactivatedNeurons, EmbeddingAdjustment, wen_targ
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.run import Run
-from nemolib.store import WITH_AND_WITHOUT
 
 VM, TM, CLEAN = ["red fox card", "red owl card"], ["blue cat case"], ["a tree", "the sea"]
 
@@ -72,9 +71,8 @@ def test_settings_are_those_of_the_paper_and_ours(settings):
     assert settings[NEMO][0].neurons == {prompt: neurons_of(prompt) for prompt in memorized}
     first, second = settings[RANDOM]
     assert first.neurons != second.neurons
-    assert all(
-        draw.neurons[prompt].counts == neurons_of(prompt).counts for draw in (first, second) for prompt in memorized
-    )
+    for draw in (first, second):
+        assert all(draw.neurons[prompt].counts == neurons_of(prompt).counts for prompt in memorized)
 
 
 def test_the_target_of_wen_follows_from_the_threshold_prompts_where_it_is_not_given(run, settings):
@@ -131,9 +129,8 @@ def test_a_prompt_counts_with_its_mean_over_repeats_and_the_papers_numbers_stand
     second = rows(RANDOM, [0.8, 0.9, 1.0], neurons=[1, 4, 9], sscd_orig_max=[0.5, 0.6, 0.9], repeat=1)
     others = [rows(NONE, [0.2, 0.4], kind="tm"), rows(NONE, [0.9, 0.8]), rows(INITIAL, [0.1, np.nan], d_sscd=np.nan)]
     table = deactivate.medians(pd.concat([*others, first, second], ignore_index=True))
-    assert table[["setting", "kind"]].to_numpy().tolist() == [
-        [NONE, "vm"], [NONE, "tm"], [INITIAL, "vm"], [RANDOM, "vm"],
-    ]  # fmt: skip
+    assert list(zip(table["setting"], table["kind"], strict=True)) == [
+        (NONE, "vm"), (NONE, "tm"), (INITIAL, "vm"), (RANDOM, "vm")]  # fmt: skip
     row, initial = table.iloc[3], table.iloc[2]
     assert row[["sscd_orig", "sscd_orig_mad", "neurons", "memorized"]].tolist() == pytest.approx([0.8, 0.1, 4, 1 / 3])
     low, high = metrics.bootstrap_interval([0.7, 0.8, 0.95])
@@ -144,12 +141,8 @@ def test_a_prompt_counts_with_its_mean_over_repeats_and_the_papers_numbers_stand
     shown = deactivate.shown_table(table)
     assert shown["copies"].tolist() == ["100%", "0%", "0%", "33%"]
     assert shown["setting"].tolist()[:2] == [f"{NONE}: VM", f"{NONE}: TM"]
-    assert shown["D_SSCD"].tolist() == [
-        "0.50 ± 0.00 [0.99 ± 0.01]",
-        "0.50 ± 0.00 [0.17 ± 0.06]",
-        "",
-        "0.50 ± 0.00 [0.99 ± 0.01]",
-    ]
+    assert shown["D_SSCD"].tolist() == [f"0.50 ± 0.00 [{paper}]" if paper else "" for paper in
+                                        ("0.99 ± 0.01", "0.17 ± 0.06", "", "0.99 ± 0.01")]  # fmt: skip
     assert shown["neurons"].tolist()[2:] == ["0.0 ± 0.0", "4.0 ± 3.0 [4.0 ± 3.0]"]
 
 
@@ -241,14 +234,10 @@ def test_without_a_shared_neuron_or_a_prompt_that_stays_there_is_nothing(run, fo
     assert deactivate.staying(run, found, []) is deactivate.NO_IMAGES
 
 
-def test_planted_images_stand_first_in_the_size_of_the_others(run, found, settings):
-    own = DeactivatedNeurons({prompt: neurons_of(prompt) for prompt in VM})
-    grid = deactivate.staying(run, found, VM)
-    assert grid.columns == ("planted", *(name for name in WITH_AND_WITHOUT for _ in range(2)))
-    assert np.array_equal(grid.images[:, 0], run.planted_images(run.rows(VM), size=(64, 64)))
-    assert np.array_equal(grid.images[:, 1:], np.concatenate([run.images(VM), run.images(VM, own)], axis=1))
+def test_planted_images_stand_first_in_the_size_of_the_others(run, settings):
     each = deactivate.one_of_each(run, VM, {name: settings[name] for name in (NONE, RANDOM)})
     assert each.columns == ("planted", NONE, RANDOM)
+    assert np.array_equal(each.images[:, 0], run.planted_images(run.rows(VM), size=(64, 64)))
     assert np.array_equal(each.images[:, 2], run.images(VM, settings[RANDOM][0])[:, 0])
 
 

@@ -14,7 +14,7 @@ from nemolib.first_step import first_step
 from nemolib.holdout import z_scores
 from nemolib.layers import value_activations
 from nemolib.localization import localize
-from nemolib.mitigation import DeactivatedNeurons, random_neurons
+from nemolib.mitigation import DeactivatedNeurons
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.similarity import memorization_score
@@ -83,29 +83,6 @@ def test_localizations_are_those_of_localize(run, found):
     values = z_scores(run.statistics, value_activations(run.pipe.unet, embed(run.pipe, [z["prompt"][0]])))
     assert z["z"][0] == pytest.approx(float(values[z["layer"][0] - 1][0, z["neuron"][0]]))
     assert all(claim.holds for claim in search.search_claims(run, found))
-
-
-def test_answers_of_the_exercises(run, found):
-    prompt, tau = VM[0], run.threshold
-    own = localization.by_prompt(found)[prompt]
-    tables = {"localization": found, "overview": search.prompt_neurons(run.statistics.mean, own, own)}
-    single = localize_one(run, prompt)
-    tables["search_steps"] = search.search_steps(single.steps, tau)
-    for name, table in tables.items():
-        run.save(table.assign(prompt=found["prompt"] if name == "localization" else prompt), name)
-    answers = {name: right(run) for name, right in search.EXERCISES.items()}
-    score, kept = search._followed(run)
-    assert kept == own
-    assert score(kept) == pytest.approx(single.refined_score, abs=1e-3)
-    control = score(random_neurons(kept, run.statistics.widths, seed=1))
-    assert answers["03.1"](control) == (abs(control - search._random_score(run)) < 0.1)
-    assert not answers["03.1"](control + 1)
-    alone = [score(kept - NeuronSet.of([pair], layers=7)) for pair in kept]
-    assert answers["03.2"] == sum(value < max(tau, single.initial_score) for value in alone)
-    no_top = localize_one(run, prompt, search=replace(run.profile.search, k_step=0))
-    assert answers["03.3"] == [no_top.theta, len(no_top.initial)]
-    vm = [localization.by_prompt(found)[prompt].layers[0] for prompt in VM]
-    assert answers["03.4"] == max(sum(neuron in layer for layer in vm) for neuron in range(32)) / 2
 
 
 def rows(*prompts):

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from nemolib.experiments import memorization_score as score
-from nemolib.first_step import FirstStep, guidance_norms
+from nemolib.first_step import guidance_norms
 from nemolib.holdout import holdout_scores
 
 VM, CLEAN = ["red fox card", "red owl card"], ["a tree", "the sea", "my dog"]
@@ -45,17 +45,6 @@ def test_scores_are_the_librarys(run, scores):
     theirs = holdout_scores(run.pipe, captions[:1], protocol="paper", progress=False).max()
     assert scores["score_paper"].iloc[0] == pytest.approx(theirs, abs=1e-4)
     assert scores["wen"].iloc[0] == pytest.approx(guidance_norms(run.pipe, captions[0]).mean(), rel=1e-3)
-
-
-def test_a_run_that_was_cut_goes_on_and_ends_with_the_same_table(run, scores, monkeypatch):
-    first, second, *_ = sorted((run.store.folder / "observing").rglob("*.json"))
-    first.unlink()
-    second.write_text("cut")
-    calls, raw = [], FirstStep.raw
-    monkeypatch.setattr(FirstStep, "raw", lambda *a, **k: calls.append(1) or raw(*a, **k))
-    with pytest.warns(UserWarning, match="was damaged"):
-        pd.testing.assert_frame_equal(score.scores(run), scores)
-    assert 0 < len(calls) <= 4
 
 
 def test_detection_counts_pairs_and_has_reported_numbers_beside():

@@ -69,11 +69,11 @@ class Text:
 
     Attributes:
         embedding: Its embedding [1, token, feature].
-        end: Position of its end token, the first one; padding repeats it.
+        end: Position of its end token, the first one; padding repeats it. Several prompts have both for each sample.
     """
 
     embedding: Tensor
-    end: int
+    end: int | Tensor
 
 
 def text_of(pipe: StableDiffusionPipeline, prompt: str) -> Text:

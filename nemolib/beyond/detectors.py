@@ -9,8 +9,9 @@ and belongs to that model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from nemolib.batching import shrinking
 from nemolib.beyond import denoising
 from nemolib.beyond.denoising import Denoising, Text, attention_layers, attention_seen, norms, signal_and_noise, text_of
 from nemolib.first_step import initial_latents, normalize
-from nemolib.layers import finite, naming
+from nemolib.layers import finite
 from nemolib.settings import RELEASED, AtLeastTwo, Count, NotNegative, Protocol, SimilaritySettings, Whole, validated
 from nemolib.similarity import memorization_score
 
@@ -67,47 +68,47 @@ class Detector:
 
     def score(self, pipe: StableDiffusionPipeline, prompt: str) -> Detection:
         """Return what the detector says of a prompt; raises as `scores`."""
-        return self.scores(pipe, prompt)[-1]
+        return self.scores(pipe, [prompt])[0][-1]
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def scores(self, pipe: StableDiffusionPipeline, prompt: str, *, known: dict | None = None) -> list[Detection]:
-        """Return what the detector says of a prompt with the first of its latents (the least it needs), with one more, ...
+    def scores(self, pipe: StableDiffusionPipeline, prompts: Sequence[str], known: Any = None) -> list[list[Detection]]:
+        """Return what the detector says of each prompt with the first of its latents (the least it needs), with one more, ...
 
         Args:
             pipe: A StableDiffusionPipeline.
-            prompt: The prompt.
-            known: What detectors measured of this prompt; those that look at the same sampling compute it once, and
-                each counts it as its own.
+            prompts: The prompts, which share UNet passes.
+            known: A dict of what detectors measured of these prompts; those that look at the same sampling compute it
+                once, and each counts it as its own.
 
         Raises:
             ValueError: What the model predicts is not known, or a setting does not fit it.
             NotFiniteError: What is measured is not finite.
         """
-        known, key = {} if known is None else known, self._key()
+        # Detectors that measure alike, with the same settings, say different things of one measurement.
+        known, key = {} if known is None else known, (type(self)._values, astuple(self))
         if key not in known:
-            known[key] = self._measured(pipe, prompt)
-        values, evaluations = known[key]
-        return [
-            Detection(self._combined(*(part[:number] for part in values)), evaluations * number // self.samples)
-            for number in range(self.least, self.samples + 1)
-        ]
+            known[key] = self._measured(pipe, prompts)
+        (found, cost), numbers = known[key], range(self.least, self.samples + 1)
+        return [[Detection(self._combined(*(part[:n] for part in each)), n * cost) for n in numbers] for each in found]
 
-    def _measured(self, pipe: StableDiffusionPipeline, prompt: str) -> tuple[list[Tensor], int]:
-        """Return what is measured of each seed, and the UNet evaluations."""
-        model, text = Denoising(pipe, steps=self.steps, guidance=self.guidance), text_of(pipe, prompt)
+    def _measured(self, pipe: StableDiffusionPipeline, prompts: Sequence[str]) -> tuple[list[Any], int]:
+        """Return what is measured of each prompt, each [seed, ...], and the UNet evaluations of one latent."""
+        model = Denoising(pipe, steps=self.steps, guidance=self.guidance)
+        texts = {each: text_of(pipe, each) for each in prompts}
         latents = initial_latents(pipe, samples=self.samples, seed=self.seed)
 
-        def measured(batch: Tensor) -> list[Tensor]:
-            return [finite(part.detach().float().cpu(), self.name) for part in self._values(model, batch, text)]
+        def measured(batch: Sequence[tuple[str, int]]) -> list[Tensor]:
+            of, seeds = map(list, zip(*batch, strict=True))
+            seen = [texts[prompt] for prompt in of]
+            text = Text(torch.cat([each.embedding for each in seen]), torch.tensor([each.end for each in seen]))
+            values = self._values(model, latents[seeds], text)
+            return [finite(part.detach().float().cpu(), self.name, of) for part in values]
 
-        with naming(prompt):
-            found = list(shrinking(measured, latents, size=self.samples, owner=pipe.unet, use=self.name))
-        return [torch.cat(parts) for parts in zip(*(parts for _, parts in found), strict=True)], model.evaluations
-
-    def _key(self) -> Hashable:
-        """Return what says which measurement is the same."""
-        return self
+        pairs = [(prompt, seed) for prompt in prompts for seed in range(self.samples)]
+        found = [made for _, made in shrinking(measured, pairs, size=len(pairs), owner=pipe.unet, use=self.name)]
+        parts = [torch.cat(each).split(self.samples) for each in zip(*found, strict=True)]
+        return list(zip(*parts, strict=True)), model.evaluations // len(pairs)
 
     def _values(self, model: Denoising, latents: Tensor, text: Text) -> tuple[Tensor, ...]:
         """Return what is measured of each seed, each [seed, ...]."""
@@ -120,11 +121,11 @@ class Detector:
 def detecting(pipe: StableDiffusionPipeline, *, detectors: Sequence[Detector]) -> Callable[[Sequence[str]], list]:
     """Return what gives `Detector.scores` of each detector for each caption: a task (`nemolib.run.Run.compute`)."""
 
-    def detect(caption: str) -> list[list[Detection]]:
+    def detect(captions: Sequence[str]) -> list[tuple[list[Detection], ...]]:
         known: dict = {}
-        return [detector.scores(pipe, caption, known=known) for detector in detectors]
+        return list(zip(*(detector.scores(pipe, captions, known=known) for detector in detectors), strict=True))
 
-    return lambda captions: [detect(caption) for caption in captions]
+    return detect
 
 
 def quantile_threshold(unmemorized: Sequence[float], *, quantile: float = 0.99) -> float:
@@ -250,29 +251,27 @@ def entropy(probabilities: Tensor) -> Tensor:
     return torch.special.entr(probabilities).sum(dim=-1)
 
 
-def _token_attention(weights: Tensor) -> Tensor:
-    """Return the mean over heads and positions of the half with the prompt, [seed, token]."""
-    return weights.chunk(2)[1].mean(dim=(1, 2))
+def _with_prompt(weights: Tensor) -> Tensor:
+    """Return the half with the prompt, mean over heads, [seed, position, token]."""
+    return weights.chunk(2)[1].mean(dim=1)
 
 
 @validated
 class Sampled(Detector):
     """A detector that looks at a whole sampling; all of these can look at the same one."""
 
-    def _key(self) -> Hashable:
-        return Sampled, self.samples, self.seed, self.steps, self.guidance
-
     def _values(self, model: Denoising, latents: Tensor, text: Text) -> tuple[Tensor, ...]:
         """Return what the prompt changes, the bright ending, and entropies over all and over the summary tokens.
 
         Axes: [seed, step, channel, height, width]; [seed, height, width]; twice [seed, step].
         """
-        names, ending, steps = attention_layers(model.unet), denoising.end_attention(text), []
-        with attention_seen(model.pipe, names, lambda weights: (_token_attention(weights), ending(weights))) as seen:
+        names, end, steps = attention_layers(model.unet), text.end[:, None, None].to(latents.device), []
+        with attention_seen(model.pipe, names, _with_prompt) as seen:
             for step in model.trajectory(latents, text.embedding):
-                tokens = torch.stack([of_tokens for of_tokens, _ in seen.values()]).mean(dim=0)
-                steps.append((step.difference.cpu(), entropy(tokens), entropy(tokens[:, text.end :])))
-        last = {name: seen[name][1] for name in denoising.end_layers(model.unet)}
+                tokens = torch.stack([maps.mean(dim=1) for maps in seen.values()]).mean(dim=0)
+                of_summary = torch.arange(tokens.shape[1], device=tokens.device) >= end[..., 0]
+                steps.append((step.difference.cpu(), entropy(tokens), entropy(tokens * of_summary)))
+        last = {name: seen[name].take_along_dim(end, dim=2)[..., 0] for name in denoising.end_layers(model.unet)}
         differences, total, summary = (torch.stack(parts, dim=1) for parts in zip(*steps, strict=True))
         return differences, denoising.mean_attention(last, latents), total, summary
 
@@ -349,9 +348,9 @@ class EarlyEntropy(Detector):
         names = attention_layers(model.unet)
         if self.layer >= len(names):
             raise ValueError(f"layer is {self.layer}; the UNet has {len(names)} cross-attention layers")
-        with attention_seen(model.pipe, (names[self.layer],), _token_attention) as seen:
+        with attention_seen(model.pipe, (names[self.layer],), _with_prompt) as seen:
             model.pair(latents, model.timesteps[0], text.embedding)
-        return (entropy(seen[names[self.layer]]),)
+        return (entropy(seen[names[self.layer]].mean(dim=1)),)
 
 
 @validated
@@ -389,8 +388,7 @@ class EnergyGradient(Detector):
         with torch.enable_grad():
             free = latents.clone().requires_grad_()
             empty, with_text = model.pair(free, model.timesteps[0], text.embedding, derivative=True)
-            energy = (with_text.square() - empty.square()).sum() / 2
-            (gradient,) = torch.autograd.grad(energy, free)
+            (gradient,) = torch.autograd.grad((with_text.square() - empty.square()).sum() / 2, free)
         return (norms(gradient).square(),)
 
 

@@ -43,11 +43,9 @@ def token_significance(
     free = text.embedding.float().clone().requires_grad_()
     norm = norms(model.difference(latents, model.timesteps[0], free, derivative=True)).mean()
     (gradient,) = torch.autograd.grad(norm, free)
-    ids = pipe.tokenizer(prompt).input_ids[1 : text.end]
-    significance = gradient[0, 1 : text.end].norm(dim=1).tolist()
-    return pd.DataFrame(
-        {"token": [pipe.tokenizer.decode([each]).strip() for each in ids], "significance": significance}
-    )
+    inner = slice(1, text.end)
+    tokens = [pipe.tokenizer.decode([each]).strip() for each in pipe.tokenizer(prompt).input_ids[inner]]
+    return pd.DataFrame({"token": tokens, "significance": gradient[0, inner].norm(dim=1).tolist()})
 
 
 @torch.no_grad()
@@ -124,8 +122,6 @@ def search_triggers(
 
 def searching(pipe: StableDiffusionPipeline, *, steps: int) -> Callable[[Sequence[Any]], list[Any]]:
     """Return what gives the rows of `search_triggers` for a name, a vocabulary and options: a task (`Run.compute`)."""
-
-    def search(items: Sequence[Any]) -> list[Any]:
-        return [search_triggers(pipe, words, steps=steps, **options).values.tolist() for _, words, options in items]
-
-    return search
+    return lambda items: [
+        search_triggers(pipe, words, steps=steps, **options).values.tolist() for _, words, options in items
+    ]

@@ -83,8 +83,9 @@ def detections(run: Run, prompts: pd.DataFrame) -> pd.DataFrame:
     Returns:
         The columns of the prompts, and detector, samples, score, evaluations.
     """
-    detectors = detectors_of(run)
-    found = run.compute(methods.detecting, prompts["caption"].tolist(), label="detectors", detectors=detectors)
+    detectors, latents = detectors_of(run), run.profile.beyond.detectors.samples
+    common = {"detectors": detectors, "together": max(1, run.profile.generation.batch_size // latents)}
+    found = run.compute(methods.detecting, prompts["caption"].tolist(), label="detectors", **common)
     return pd.DataFrame(
         {**row, "detector": detector.name, "samples": number, "score": score, "evaluations": evaluations}
         for row, each in zip(prompts.to_dict("records"), found, strict=True)

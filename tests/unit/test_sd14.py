@@ -5,38 +5,23 @@ from dataclasses import replace
 
 import pytest
 from huggingface_hub import constants
-from PIL import Image
 
-from nemolib.experiments import memorization_score
 from nemolib.holdout import ActivationStatistics, activation_statistics
 from nemolib.pipeline import load_pipeline, random_pipeline
-from nemolib.prompts import load_prompts
 from nemolib.run import Run
 from nemolib.settings import GenerationSettings, load_profile
-from nemolib.store import Store
 from tests.narrow_architecture import save_narrow_architecture
 from tools.fetch_data import fetch_model, hub_models
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def profile(tmp_path_factory):
-    folder = save_narrow_architecture(tmp_path_factory.mktemp("narrow"), side=48)
+@pytest.fixture
+def profile(tmp_path):
+    (tmp_path / "architecture").mkdir()
+    folder = save_narrow_architecture(tmp_path / "architecture", side=48)
     dry = load_profile("sd14-dryrun")
     return replace(dry, name="narrow", model=f"random:{folder}", dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def pipe(profile):
-    return load_pipeline(profile)
-
-
-@pytest.fixture
-def run_of(pipe, tmp_path_factory):
-    """Return a function that gives the run of a profile; all share one store."""
-    store = Store(tmp_path_factory.getbasetemp() / "store")
-    return lambda profile: Run(profile, pipe, store=store, progress=False)
 
 
 def test_the_settings_are_those_of_the_paper():
@@ -58,8 +43,9 @@ def test_the_dry_run_has_the_settings_of_sd14_but_for_size():
     assert dry.downloads is dry.statistics is None
 
 
-def test_statistics_of_a_file_are_used(profile, pipe, run_of, tmp_path):
-    given = run_of(replace(profile, statistics=str(tmp_path / "s.safetensors")))
+def test_statistics_of_a_file_are_used(profile, tmp_path):
+    pipe = load_pipeline(profile)
+    given = Run(replace(profile, statistics=str(tmp_path / "s.safetensors")), pipe, progress=False)
     with pytest.raises(FileNotFoundError, match=r"no activation statistics .*s\.safetensors; without"):
         given.statistics  # noqa: B018 (reading it is what raises)
     own = activation_statistics(pipe, ["a fox", "a dog", "an owl"], progress=False)
@@ -68,25 +54,6 @@ def test_statistics_of_a_file_are_used(profile, pipe, run_of, tmp_path):
     ActivationStatistics(own.mean[:2], own.std[:2]).save(tmp_path / "s.safetensors")
     with pytest.raises(ValueError, match="statistics of another model"):
         given.statistics  # noqa: B018 (reading it is what raises)
-
-
-def test_training_images_of_any_size_and_missing_ones(profile, run_of, tmp_path):
-    path = tmp_path / "prompts" / "memorized.csv"
-    for folder in ("prompts", "images"):
-        (tmp_path / folder).mkdir()
-    rows = "".join(f"{i};{name};http://a/{i};VM\n" for i, name in enumerate(["a fox", "a dog", "an owl"]))
-    path.write_text(f";Caption;URL;type\n{rows}")
-    for i, size in enumerate([(80, 60), (64, 64)]):
-        Image.new("RGB", size, (40 * i, 90, 200)).save(tmp_path / "images" / f"{i}.png")
-    (tmp_path / "images.csv").write_text("caption,image\na fox,images/0.png\na dog,images/1.png\nan owl,\n")
-    table = load_prompts(path)
-    assert table["image"].tolist() == ["images/0.png", "images/1.png", ""]
-    real = run_of(replace(profile, prompts=replace(profile.prompts, memorized=str(path))))
-    assert [image.shape for image in real.planted_images(table.head(2))] == [(60, 80, 3), (64, 64, 3)]
-    copies = memorization_score.copies(real, table)
-    assert copies["copy_similarity"].notna().tolist() == [True, True, False]
-    nothing = memorization_score.copies(real, table.assign(image=""))
-    assert nothing["copy_similarity"].isna().all()
 
 
 def test_the_model_of_sd14_is_found_in_the_cache_without_network(tmp_path, monkeypatch):

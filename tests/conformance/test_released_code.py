@@ -4,7 +4,6 @@ import ast
 import csv
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,13 +100,6 @@ def test_noise_differences(step, golden, expected, guidance, prompt, blocked):
     close(differences, golden[name])
 
 
-def test_guidance_in_the_right_order_gives_other_differences(unet, step, golden):
-    released = step(64, 7)
-    right = FirstStep(unet, released.timestep, released.latents, 7, released.unconditional, swap_guidance=False)
-    differences = right(embedding(golden, 1), seeds=KEPT_SAMPLES)
-    assert (differences - golden["noise_diff.g7.p1"]).abs().max() > 0.01
-
-
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_activations_from_the_text_alone(unet, golden, prompt):
     activations = value_activations(unet, embedding(golden, prompt))
@@ -155,12 +147,7 @@ def test_similarity_of_all_pairs(step, golden):
     close(pair_similarities(differences), golden["script2_pairwise_ssim"][5])
 
 
-def selection_cases():
-    names = json.loads((GOLDEN / "expected.json").read_text())["selection"]
-    return sorted(names)
-
-
-@pytest.mark.parametrize("name", selection_cases())
+@pytest.mark.parametrize("name", sorted(json.loads((GOLDEN / "expected.json").read_text())["selection"]))
 def test_out_of_distribution_neurons(golden, expected, statistics, name):
     prompt, rest = name.split(".theta")
     theta, k = rest.rsplit(".k", 1)
@@ -179,19 +166,15 @@ def detection_cases():
                 yield pytest.param(run, row, id=f"{run}-{row['Caption']}")
 
 
-def search(step, embedding, statistics, *, threshold, gate, method="sequential", protocol=RELEASED):
-    settings = {"similarity": SMALL_WINDOW, "search": SearchSettings(method=method), "protocol": protocol}
-    return Search(step, embedding, statistics, gate=gate, **settings).localize(Variant("", threshold, threshold))
-
-
 @pytest.mark.parametrize("method", ["sequential", "fast"])
 @pytest.mark.parametrize(("run", "row"), list(detection_cases()))
 def test_neurons_of_the_search(step, golden, expected, statistics, run, row, method):
     """One by one they are those of the release; in groups, at least those that it starts from."""
     settings = expected["detection"][run]
     threshold, text = settings["threshold"], embedding(golden, int(row["Caption"].split()[1]) + 1)
-    first = step(settings["latent_size"], 0)
-    found = search(first, text, statistics, threshold=threshold, gate=settings["gate"], method=method)
+    chosen = {"similarity": SMALL_WINDOW, "search": SearchSettings(method=method), "protocol": RELEASED}
+    first = Search(step(settings["latent_size"], 0), text, statistics, gate=settings["gate"], **chosen)
+    found = first.localize(Variant("", threshold, threshold))
     assert found.initial == NeuronSet(ast.literal_eval(row["Initial Neurons"]))
     close(found.initial_score, float(row["Initial SSIM"]))
     assert found.reached == (float(row["Initial SSIM"]) <= threshold)
@@ -201,13 +184,3 @@ def test_neurons_of_the_search(step, golden, expected, statistics, run, row, met
     else:
         target = threshold if found.reached else found.initial_score
         assert found.refined_score < target or found.neurons == found.initial
-
-
-def test_order_of_the_tests_matters(step, golden, statistics):
-    """Entering every candidate once, as protocol `paper` does, is a choice that can be seen."""
-    twice, once = (
-        search(step(16, 0), embedding(golden, 3), statistics, threshold=0.9, gate=0.0, protocol=protocol)
-        for protocol in (RELEASED, replace(RELEASED, double_entries=False))
-    )
-    assert twice.initial == once.initial
-    assert twice.neurons != once.neurons

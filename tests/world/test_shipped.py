@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,7 +10,6 @@ from PIL import Image
 
 from nemolib import paths
 from nemolib.encoders import CopyDescriptor, load_encoder
-from nemolib.mitigation import AttentionScaling, EmbeddingAdjustment, RandomTokens, wen_target
 from nemolib.pipeline import load_pipeline
 from nemolib.prompts import load_prompts
 from nemolib.run import Run
@@ -104,15 +102,12 @@ def test_the_model_card_shows_what_the_weights_give(measured):
     assert relative[counts].all(), both[counts]
 
 
-def test_the_copy_descriptor_separates_copies_from_other_images(measured):
-    similarity = measured.set_index(["kind", "quantity"])["value"]["planted"]
-    assert similarity["similarity_own_lowest"] > similarity["similarity_other_highest"]
-    assert similarity["similarity_own"] > 0.8
-    assert similarity["similarity_other"] < 0.3
-
-
-def test_the_classifier_knows_real_images(measured):
-    assert measured.set_index(["kind", "quantity"])["value"]["new", "named_single"] >= 0.97
+def test_encoders_tell_copies_from_other_images_and_know_real_ones(measured):
+    value = measured.set_index(["kind", "quantity"])["value"]
+    assert value["planted", "similarity_own_lowest"] > value["planted", "similarity_other_highest"]
+    assert value["planted", "similarity_own"] > 0.8
+    assert value["planted", "similarity_other"] < 0.3
+    assert value["new", "named_single"] >= 0.97
 
 
 def test_the_alignment_encoder_finds_the_caption_of_a_planted_image(tables, run):
@@ -120,16 +115,3 @@ def test_the_alignment_encoder_finds_the_caption_of_a_planted_image(tables, run)
     texts = encoder.describe_texts(planted["caption"].to_list())
     similar = encoder.describe(np.stack(run.planted_images(planted))) @ texts.T
     assert (similar.argmax(dim=1).numpy() == range(len(planted))).mean() >= 0.8
-
-
-def test_mitigations_of_table_1_change_a_replay(tables, run):
-    captions = tables["memorized"].query("kind == 'vm'")["caption"].head(1).tolist()
-    wen, normal = run.profile.mitigation.wen, tables["holdout"]["caption"].head(40).tolist()
-    adjustment = EmbeddingAdjustment(replace(wen, target=wen_target(run.pipe, normal)))
-    norms = adjustment.adjust(run.pipe, captions[0]).norms
-    assert norms[0] > adjustment.settings.target
-    assert norms[-1] < norms[0]
-    replay, *others = (
-        run.images(captions, item).astype(float) for item in (None, adjustment, AttentionScaling(), RandomTokens(4))
-    )
-    assert all(np.abs(images - replay).mean() > 5 for images in others)

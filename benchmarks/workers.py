@@ -1,7 +1,7 @@
 """What more processes bring: seconds for the localization of prompts of the tiny world on 1, 2, ... workers.
 
-    python benchmarks/workers.py                          # 12 prompts, 1 and 2 workers
-    python benchmarks/workers.py --prompts 40 --workers 1 2 4
+    python benchmarks/workers.py                          # 6 VM and 6 TM prompts, 1 and 2 workers
+    python benchmarks/workers.py --prompts 20 --workers 1 2 4
 
 Every worker has one thread. What a local cluster and the workers' models need to start is shown apart. All results
 must be equal, bit by bit. A table is printed, and written to ``build/benchmarks/workers.json``.
@@ -47,16 +47,13 @@ def measure(number: int, run: Run, prompts: list[str], **chosen: Any) -> tuple[d
 def main() -> None:
     """Measure, print the table and write it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--prompts", type=int, default=6, help="prompts per kind")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     os.environ[workers.VARIABLE] = "off"
     run = open_run("tiny", progress=False)
-    kinds = run.prompts(*MEMORIZED).groupby("kind", sort=False)
-    # The kinds in turn.
-    prompts = kinds.head(1 + arguments.prompts // 2).assign(place=kinds.cumcount())
-    prompts = prompts.sort_values("place", kind="stable")["caption"].tolist()[: arguments.prompts]
+    prompts = run.prompts(*MEMORIZED).groupby("kind").head(arguments.prompts)["caption"].tolist()
     chosen = {"statistics": run.statistics, "threshold": run.threshold}
     found = [measure(number, run, prompts, **chosen) for number in [0, *arguments.workers]]
     assert all(records == found[0][1] for _, records in found), "workers found other neurons"

@@ -94,8 +94,4 @@ def write_encoders(folder, model_folder):
         folder / "clip"
     )
     clip = {"kind": "clip", "path": str(folder / "clip"), "name": "random CLIP"}
-    return {
-        "copy": {"kind": "descriptor", "path": str(folder / "descriptor")},
-        "alignment": clip,
-        "quality": clip,
-    }
+    return {"copy": {"kind": "descriptor", "path": str(folder / "descriptor")}, "alignment": clip, "quality": clip}

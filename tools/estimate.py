@@ -17,6 +17,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -190,12 +191,11 @@ def counts_of(profile: Profile) -> dict[str, int]:
     Raises:
         PromptTableError: A table that is there cannot be used.
     """
-    found = PAPER | {"holdout": profile.holdout_size, "threshold": profile.threshold_prompts}
+    given = {"holdout": profile.holdout_size, "threshold": profile.threshold_prompts}
+    found = PAPER | {kind: number for kind, number in given.items() if number}
     for kind in ("vm", "tm", "unmemorized", "holdout", "threshold"):
-        try:
+        with suppress(FileNotFoundError):
             found[kind] = len(select(profile, kind))
-        except FileNotFoundError:
-            found[kind] = found[kind] or PAPER[kind]
     return found | ({} if profile.prompts.quality else {"quality": found["unmemorized"]})
 
 
@@ -241,10 +241,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         profile = load_profile(arguments.profile)
         parts = stages(profile, counts_of(profile))
-        if arguments.per_second is not None:
-            speed, origin = arguments.per_second, "given"
-        else:
-            speed, origin = speed_of_a_card(profile) or (measured_speed(profile), "measured here")
+        given = None if arguments.per_second is None else (arguments.per_second, "given")
+        speed, origin = given or speed_of_a_card(profile) or (measured_speed(profile), "measured here")
         text = cost_table(parts, speed)
     except ValueError as error:
         sys.stderr.write(f"{error}\n")

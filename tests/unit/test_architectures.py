@@ -5,13 +5,7 @@ import pytest
 import torch
 
 from nemolib.layers import STABLE_DIFFUSION_WIDTHS, widths
-from nemolib.pipeline import (
-    ARCHITECTURES,
-    PipelineError,
-    is_hub_id,
-    load_pipeline,
-    random_pipeline,
-)
+from nemolib.pipeline import ARCHITECTURES, PipelineError, is_hub_id, load_pipeline, random_pipeline
 from tests.narrow_architecture import save_narrow_architecture
 
 

@@ -13,18 +13,10 @@ def sd14():
     return load_profile("sd14")
 
 
-def by_name(profile):
-    """Return the columns of stages by the stage's name."""
-    return stages(profile).set_index("stage")
-
-
-SMALL = SimilaritySettings(kernel_size=3, sigma=0.5)
-
-
 def test_a_search_costs_at_most_what_is_said(random_pipe, statistics):
     search = SearchSettings(theta_start=100.0, theta_min=98.0, theta_step=1.0, k_start=1, k_max=2, method="sequential")
-    more = {"detection": DetectionSettings(samples=3), "similarity": SMALL, "search": search, "protocol": "paper"}
-    found = localize(random_pipe, "zzz", statistics, threshold=-0.5, **more)
+    small = {"detection": DetectionSettings(samples=3), "similarity": SimilaritySettings(kernel_size=3, sigma=0.5)}
+    found = localize(random_pipe, "zzz", statistics, threshold=-0.5, search=search, protocol="paper", **small)
     tests = refinement_tests(len(found.initial), len(found.neurons), method="sequential")
     assert 0 < sum(found.evaluations.values()) <= 3 * (1 + 3 + tests)
 
@@ -40,7 +32,7 @@ def test_refinement_by_method():
 
 def test_a_profile_says_how_many_prompts_are_taken(sd14):
     few = replace(sd14, extent=Extent(drawn=5, searched=0, mitigated=3, ablated=200, layers=2, blocks=1, quality=7))
-    parts = by_name(few)
+    parts = stages(few).set_index("stage")
     expected = {
         "images, all neurons active": 505,
         "localization, unmemorized": 0,

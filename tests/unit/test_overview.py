@@ -108,6 +108,4 @@ def apart(other):
     return lambda table: table.assign(score=np.where(table["kind"] == "unmemorized", other, 0.95))
 
 
-TURNS = [
-    ("figure_1", "scores", apart(0.0), apart(0.95), "most similar seeds of the prompt and of an unmemorized one"),
-]
+TURNS = [("figure_1", "scores", apart(0.0), apart(0.95), "most similar seeds of the prompt and of an unmemorized one")]

@@ -1,11 +1,14 @@
 """A Stable Diffusion pipeline with random weights: seven value layers, a few hundred kilobytes, made in a second."""
 
+import json
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from nemolib.pipeline import ARCHITECTURES
 
 WIDTHS = (8, 8, 16, 16, 16, 16, 16)
 """Neurons of the value layers."""
@@ -56,14 +59,7 @@ def random_pipeline(*, cross_attention: bool = True, seed: int = 0) -> StableDif
         text_encoder=CLIPTextModel(text),
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
+        scheduler=DDIMScheduler.from_config(json.loads((ARCHITECTURES / "sd14" / "scheduler.json").read_text())),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -54,7 +54,7 @@ RETRIES, TIMEOUT, WORKERS = 3, 30, 8
 """How often a download that failed is tried again; seconds without an answer after which it has failed; images at once."""
 
 SLOWEST = 4096
-"""Bytes a second, on average and after `TIMEOUT`, below which a server is given up."""
+"""Bytes a second, on average and after `TIMEOUT`, below which the server of an image is given up."""
 
 ARCHIVE = "https://web.archive.org/web/0id_/"
 """Before a URL: its first copy in the Wayback Machine, as it was, without a frame."""

@@ -9,10 +9,9 @@ from nemolib.experiments import ablations, holdout_threshold, memorization_score
 from nemolib.experiments import deactivate_neurons as deactivate
 from nemolib.layers import check_neurons_act
 from nemolib.neurons import NeuronSet
-from nemolib.pipeline import load_pipeline
 from nemolib.run import Run
 from nemolib.store import Store
-from tests.random_world import SMALL, random_profile
+from tests.random_world import SMALL
 from tools.estimate import stages
 
 MEMORIZED = {"red fox card": "vm", "red owl card": "vm", "blue cat case": "tm"}
@@ -21,10 +20,8 @@ COUNTS = {"vm": 2, "tm": 1, "unmemorized": 3, "holdout": 4, "threshold": 3, "qua
 
 
 @pytest.fixture(scope="module")
-def profile(tmp_path_factory, random_model_folder):
-    return random_profile(
-        tmp_path_factory.mktemp("world"),
-        random_model_folder,
+def world(random_run):
+    run = random_run(
         MEMORIZED,
         unmemorized=UNMEMORIZED,
         holdout=["a a", "b b", "c c", "d d"],
@@ -36,19 +33,14 @@ def profile(tmp_path_factory, random_model_folder):
         extent={"mitigated": 1, "ablated": 1, "layers": 1, "blocks": 2, "quality": 2, "quality_samples": 2},
         mitigation={"wen": {"target": 1e-6, "iterations": 2, "latents": 2}},
     )
-
-
-@pytest.fixture(scope="module")
-def pipe(profile):
-    pipe = load_pipeline(profile)
-    check_neurons_act(pipe.unet)  # one small pass, which no estimate counts
-    return pipe
+    check_neurons_act(run.pipe.unet)  # one small pass, which no estimate counts
+    return run
 
 
 @pytest.fixture
-def run(profile, pipe, tmp_path):
+def run(world, tmp_path):
     """Return a run with nothing in its store, so that everything is made."""
-    return Run(profile, pipe, store=Store(tmp_path), progress=False)
+    return Run(world.profile, world.pipe, store=Store(tmp_path), progress=False)
 
 
 @pytest.fixture
@@ -85,7 +77,7 @@ def test_threshold_and_scores(run):
 
 def test_table_1(run, found):
     first = found.groupby("kind", sort=False).head(run.profile.extent.mitigated)
-    passes = counted(run, lambda run: deactivate.measured(run, first, deactivate.settings(run, first)))
+    passes = counted(run, deactivate.measured, first, deactivate.settings(run, first))
     shared = 2 * len(first) * 2 * 2 * 2  # all neurons active, and NeMo: two images of two steps with guidance
     names = (
         "initial selection and random neurons",

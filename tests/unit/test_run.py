@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from nemolib import exhibits, paths
+from nemolib import exhibits
 from nemolib import run as runs
 from nemolib.encoders import CopyDescriptor
 from nemolib.first_step import NORMS, guidance_norms, pairs_measure
@@ -19,34 +19,28 @@ from nemolib.layers import deactivate
 from nemolib.localization import localization_table, localize
 from nemolib.mitigation import DeactivatedNeurons
 from nemolib.neurons import NeuronSet
-from nemolib.pipeline import load_pipeline
 from nemolib.provenance import content_hash
 from nemolib.run import Run, localize_many, open_run
 from nemolib.settings import PAPER, RELEASED, Encoders, GenerationSettings
 from nemolib.store import Store
 from nemolib.workers import FailedPrompts
-from tests.random_world import HOLDOUT, amplify, random_profile
+from tests.random_world import HOLDOUT
 
 VM, CLEAN = ["red fox card", "red owl card"], ["a tree", "the sea", "my dog"]
 
 
 @pytest.fixture(scope="module")
-def profile(tmp_path_factory, random_model_folder):
+def world(random_run):
     kinds = dict.fromkeys(VM, "vm") | {"blue cat case": "tm", "odd pin": "ladder"}
     search = {"theta_start": 3.0, "theta_step": 1.0, "theta_min": 3.0, "k_max": 1}
     changes = {"unmemorized": CLEAN, "sides": {"red owl card": 48}, "search": search}
-    return random_profile(tmp_path_factory.mktemp("world"), random_model_folder, kinds, **changes)
-
-
-@pytest.fixture(scope="module")
-def pipe(profile):
-    return amplify(load_pipeline(profile))
+    return random_run(kinds, **changes)
 
 
 @pytest.fixture
-def run(profile, pipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "BUILD", tmp_path)
-    return Run(profile, pipe, progress=False)
+def run(world, tmp_path):
+    """Return a run with nothing in its store."""
+    return Run(world.profile, world.pipe, store=Store(tmp_path / "store"), progress=False)
 
 
 @pytest.fixture
@@ -197,10 +191,10 @@ def test_a_prompt_that_fails_loses_no_other(run, asked):
         run.compute(fragile, [("bad", 1), ("a", 1), ("bad", 2)], label="items")
 
 
-def test_a_run_is_opened_by_name_or_made_of_any_pipeline(profile, tmp_path):
-    opened = open_run(profile, progress=False)
-    assert opened.profile is profile
-    own = Run(profile, opened.pipe, store=Store(tmp_path / "mine"), progress=False)
+def test_a_run_is_opened_by_name_or_made_of_any_pipeline(world, tmp_path):
+    opened = open_run(world.profile, progress=False)
+    assert opened.profile is world.profile
+    own = Run(world.profile, opened.pipe, store=Store(tmp_path / "mine"), progress=False)
     assert own.images(["a tree"], settings=GenerationSettings(samples=1, steps=1)).shape == (1, 1, 64, 64, 3)
     assert list((tmp_path / "mine" / "drawing").iterdir())
 

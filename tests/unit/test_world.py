@@ -173,10 +173,8 @@ def test_captions_give_the_same_tokenizer_in_every_process(tmp_path):
 
 def test_only_images_of_another_size_are_resized():
     options = {"input_data_format": "channels_last", "return_tensors": "pt"}
-    images, large = (
-        np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8),
-        np.full((48, 24, 3), 255, np.uint8),
-    )
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+    large = np.full((48, 24, 3), 255, np.uint8)
     same, shrunk = (clip.preprocessing(16)(images=list(given), **options).pixel_values for given in (images, [large]))
     assert torch.allclose(same, to_pixels(images), atol=1e-6)
     assert torch.allclose(shrunk, torch.ones(1, 3, 16, 16))
@@ -197,9 +195,8 @@ def test_copies_of_one_image_are_no_negatives_of_each_other():
 
 
 def test_hashes_tell_settings_apart_by_stage_and_leave_out_how_long_they_are_trained():
-    plain, longer, same = (
-        WorldSettings(unet=UNetSettings(**changed)) for changed in ({"sparsity": 0.0}, {"steps": 9}, {})
-    )
+    changes = ({"sparsity": 0.0}, {"steps": 9}, {})
+    plain, longer, same = (WorldSettings(unet=UNetSettings(**changed)) for changed in changes)
     assert len({settings.hash("unet") for settings in (plain, longer, same)}) == 2
     assert longer.hash() == same.hash()
     assert plain.hash("clip") == same.hash("clip")

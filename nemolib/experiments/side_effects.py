@@ -82,7 +82,7 @@ def blocked_sets(run: Run, found: pd.DataFrame) -> list[Blocked]:
     """Return the neuron sets of Fig. 5a: nothing, the most frequent memorization neurons, and random others.
 
     Numbers are four at most, and at most half as many as prompts; the largest of several is that of all memorization
-    neurons.
+    neurons. Random ones of this number are drawn twice, to see what the draw does.
 
     Source: Fig. 5a, 8, Table 3.
     Deviates: random neurons are none of any prompt, and lie in the layers of the frequent ones. Where a layer has fewer
@@ -97,7 +97,8 @@ def blocked_sets(run: Run, found: pd.DataFrame) -> list[Blocked]:
     every, none = NeuronSet.of(pairs, layers=len(model)), NeuronSet.empty(len(model))
     frequent = {count: NeuronSet.of(pairs[:count], layers=len(model)) for count in counts}
     sets = [Blocked(UNTOUCHED, 0, 0, none), *(Blocked(FREQUENT, count, 0, item) for count, item in frequent.items())]
-    for count, draw in product(counts, range(min(2, random.repeats))):
+    again = [(counts[-1], 1)] if counts and random.repeats > 1 else []
+    for count, draw in [*((count, 0) for count in counts), *again]:
         others = other_neurons(frequent[count], every, model, seed=random.seed, draw=draw)
         sets.append(Blocked(OTHER, count, draw, others))
     return sets
@@ -379,7 +380,7 @@ def lowest(summary: pd.DataFrame, part: str) -> str:
 
 @exhibit("Figure 5a", "image quality against the number of blocked neurons", read=read_quality)
 def figure_5a(blocked_quality: pd.DataFrame) -> plots.Figure:
-    """Distance of images of unmemorized prompts from other images of the untouched model; bars: mean ± one standard deviation over splits of the seeds (and draws of random neurons).
+    """Distance of images of unmemorized prompts from other images of the untouched model; bars: mean ± one standard deviation over splits of the seeds (and two draws of the most random neurons).
 
     Dotted, with its band: the untouched model compared with itself. With few images the distances are far too
     large: only points of one panel can be compared. KID can be below 0, since both halves have the same prompts.
@@ -429,7 +430,7 @@ def show_blocked_quality(blocked_quality: pd.DataFrame) -> pd.DataFrame:
 
 @exhibit("Table 3", "outputs of cross-attention blocks with blocked neurons", read=read_table_3)
 def table_3(block_similarity: pd.DataFrame) -> pd.DataFrame:
-    """Cosine of the output with blocked neurons and untouched, first denoising step, mean over unmemorized prompts and seeds (and draws of random neurons); in brackets the paper's lowest.
+    """Cosine of the output with blocked neurons and untouched, first denoising step, mean over unmemorized prompts and seeds (and two draws of the most random neurons); in brackets the paper's lowest.
 
     Block: the whole output, with residual connections; cross-attention: its own part alone. The paper does not say
     what exactly it compares; its values stand beside the whole block.

@@ -92,13 +92,13 @@ def test_numbers_of_neurons_span_those_of_the_paper():
 
 def test_the_neurons_of_most_prompts_are_blocked_first_and_others_are_none(run, sets):
     assert side_effects.ranked_neurons(found()) == [(0, 1), (2, 5), (2, 4), (6, 3)]
-    others = [(OTHER, number, number, draw) for number in (1, 4) for draw in (0, 1)]
+    others = [(OTHER, number, number, draw) for number, draw in ((1, 0), (4, 0), (4, 1))]
     assert [item.labels for item in sets] == [(UNTOUCHED, 0, 0, 0), (FREQUENT, 1, 1, 0), (FREQUENT, 4, 4, 0), *others]
-    assert sets[5].neurons != sets[6].neurons
+    assert sets[4].neurons != sets[5].neurons
     # With few prompts there is one number; others are none of any prompt all the same.
     for item in (*sets[3:], side_effects.blocked_sets(run, found())[-1]):
         assert not set(item.neurons) & set(side_effects.ranked_neurons(found()))
-    for item in sets[5:]:
+    for item in sets[4:]:
         assert item.neurons.counts == sets[2].neurons.counts
     assert len(side_effects.blocked_sets(run, found().query("kind == 'unmemorized'"))) == 1
 
@@ -133,7 +133,7 @@ def test_one_distance_by_hand_and_every_other(run, sets):
     reference, other = before[:, [0, 2]].reshape(4, -1), after[:, [1, 3]].reshape(4, -1)
     values = quality[(quality["setting"] == FREQUENT) & (quality["split"] == 1)].set_index("metric")["value"]
     assert values["fid"] == values["clip_fid"] == pytest.approx(metrics.fid(reference, other), rel=1e-6, abs=1e-9)
-    assert values["kid"] == pytest.approx(metrics.kid(reference, other, subset_size=2)[0], rel=1e-6)
+    assert values["kid"] == pytest.approx(metrics.kid(reference, other, subset_size=2)[0], rel=1e-6, abs=1e-8)
     row = deactivate.quality_summary(quality).query("metric == 'fid' and setting == @UNTOUCHED").iloc[0]
     once = quality.query("metric == 'fid' and setting == @UNTOUCHED").groupby("pair")["value"].mean()
     assert row[["mean", "sd", "change"]].tolist() == pytest.approx([once.mean(), once.std(), 0])
@@ -165,7 +165,7 @@ def test_too_few_images_for_a_covariance_are_not_made(run, sets, prompts, sample
 
 def test_one_cosine_by_hand_and_nothing_changes_before_the_first_neuron(run, sets):
     similarity = side_effects.block_similarity(run, UNMEMORIZED, sets)
-    assert len(similarity) == 6 * 2 * len(WIDTHS)
+    assert len(similarity) == 5 * 2 * len(WIDTHS)
     settings = replace(run.profile.detection, samples=3, guidance=0.0)
     step, name, cosines = first_step(run.pipe, settings=settings), "down_blocks.1.attentions.0", []
     for prompt in UNMEMORIZED:

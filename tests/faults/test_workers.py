@@ -8,6 +8,8 @@ import signal
 import sys
 import time
 
+import dask
+import distributed  # noqa: F401 (brings Dask's settings with it)
 import numpy as np
 import pandas as pd
 import pytest
@@ -75,16 +77,23 @@ def run(profile, pipe, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def running(profile):
-    """Start two processes for all tests of this file; they end with the context, whatever happens inside."""
-    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+    """Start two processes for all tests of this file; they end with the context, whatever happens inside.
+
+    They need no encryption where it is demanded, and what Dask puts into this process for them is taken out again.
+    """
+    demanded = dask.config.set({"distributed.comm.require-encryption": True})
+    with pytest.MonkeyPatch.context() as patch, demanded, contextlib.suppress(KeyboardInterrupt):
         patch.setenv(workers.VARIABLE, "local:2")
+        patch.delenv("MKL_NUM_THREADS", raising=False)
         with workers.cluster(profile) as client, workers.cluster(profile) as inner:
             assert inner is client
             client.wait_for_workers(2, timeout=120)
             yield client
             pids = client.run(os.getpid).values()
+            assert set(client.run(os.getenv, "MKL_NUM_THREADS").values()) == {"1"}
             raise KeyboardInterrupt
     assert workers._client is None
+    assert "MKL_NUM_THREADS" not in os.environ
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)

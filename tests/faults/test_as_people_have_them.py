@@ -2,12 +2,17 @@
 
 import io
 
+import dask
+import distributed.config  # noqa: F401 - brings Dask's settings with it
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from accelerate import cpu_offload
+from diffusers import StableDiffusionPipeline
 from matplotlib.text import Text
 from PIL import Image
+from transformers import CLIPImageProcessor
 
 from nemolib import exhibits, plots, workers
 from nemolib.batching import check_prompts
@@ -66,6 +71,11 @@ def test_a_planted_image_is_seen_as_a_browser_shows_it(tmp_path, monkeypatch, im
     assert pixels[0, 0].tolist() == [corner] * 3
 
 
+@pytest.fixture
+def pipe(random_model_folder):
+    return StableDiffusionPipeline.from_pretrained(random_model_folder, safety_checker=None)
+
+
 class _Checker(torch.nn.Module):
     dtype, device = torch.float32, torch.device("cpu")
 
@@ -77,11 +87,7 @@ class _Checker(torch.nn.Module):
         return images * 0, self.flags
 
 
-def test_blackened_images_are_an_error_that_names_the_prompt(random_model_folder):
-    from diffusers import StableDiffusionPipeline
-    from transformers import CLIPImageProcessor
-
-    pipe = StableDiffusionPipeline.from_pretrained(random_model_folder, safety_checker=None)
+def test_blackened_images_are_an_error_that_names_the_prompt(pipe):
     pipe.feature_extractor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
     settings = GenerationSettings(seed=2, samples=1, steps=2, guidance=3.0)
     pipe.safety_checker = _Checker([False, True])
@@ -91,11 +97,8 @@ def test_blackened_images_are_an_error_that_names_the_prompt(random_model_folder
     assert generate(pipe, ["a fox", "a cat"], settings=settings, progress=False).shape[:2] == (2, 1)
 
 
-def test_text_goes_through_the_pipelines_own_encoder(random_model_folder):
+def test_text_goes_through_the_pipelines_own_encoder(pipe):
     """A learnt token of two vectors is two tokens."""
-    from diffusers import StableDiffusionPipeline
-
-    pipe = StableDiffusionPipeline.from_pretrained(random_model_folder, safety_checker=None)
     width = pipe.text_encoder.config.hidden_size
     vectors = torch.randn(2, width, generator=torch.Generator().manual_seed(0))
     pipe.load_textual_inversion({"<thing>": vectors}, token="<thing>")
@@ -105,12 +108,8 @@ def test_text_goes_through_the_pipelines_own_encoder(random_model_folder):
     assert not torch.equal(ours, pipe.text_encoder(once)[0])
 
 
-def test_a_text_encoder_that_is_offloaded_is_named(random_model_folder):
+def test_a_text_encoder_that_is_offloaded_is_named(pipe):
     """Diffusers itself fails then, without a word of why."""
-    from accelerate import cpu_offload
-    from diffusers import StableDiffusionPipeline
-
-    pipe = StableDiffusionPipeline.from_pretrained(random_model_folder, safety_checker=None)
     cpu_offload(pipe.text_encoder, execution_device=torch.device("cpu"))
     with pytest.raises(PipelineError, match="text encoder cannot be used where its weights are offloaded"):
         embed(pipe, ["a fox"])
@@ -120,10 +119,6 @@ def test_a_text_encoder_that_is_offloaded_is_named(random_model_folder):
     ("choice", "required"), [("tls://127.0.0.1:8786", False), ("tcp://127.0.0.1:8786", True)], ids=["tls", "required"]
 )
 def test_encryption_that_does_not_fit_is_named(monkeypatch, choice, required):
-    import dask
-    import distributed  # brings Dask's settings with it
-
-    assert distributed.__version__
     monkeypatch.setenv(workers.VARIABLE, choice)
     with (
         dask.config.set({"distributed.comm.require-encryption": required}),

@@ -12,6 +12,7 @@ import dask
 import distributed  # noqa: F401 (brings Dask's settings with it)
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -89,14 +90,12 @@ def running(profile):
             assert inner is client
             client.wait_for_workers(2, timeout=120)
             yield client
-            pids = client.run(os.getpid).values()
+            processes = [psutil.Process(pid) for pid in client.run(os.getpid).values()]
             assert set(client.run(os.getenv, "MKL_NUM_THREADS").values()) == {"1"}
             raise KeyboardInterrupt
     assert workers._client is None
     assert "MKL_NUM_THREADS" not in os.environ
-    for pid in pids:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+    assert not psutil.wait_procs(processes, timeout=60)[1]
 
 
 @pytest.fixture

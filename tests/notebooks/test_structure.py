@@ -196,3 +196,13 @@ def test_nothing_of_one_run_is_kept(notebook):
     for cell in notebook.cells:
         assert not {"papermill", "execution"} & set(cell.metadata)
     assert str(paths.ROOT) not in nbformat.writes(notebook), "an output holds the path of a machine"
+
+
+def test_no_notebook_overwrites_a_table_of_another():
+    saved = {}
+    for path in NOTEBOOKS:
+        for cell in code_cells(nbformat.read(path, as_version=4)):
+            for name in re.findall(r"run\.save\(.*, \"(\w+)\"\)", cell.source):
+                saved.setdefault(name, set()).add(path.stem)
+    # These two are made by the same function in both.
+    assert {name for name, where in saved.items() if len(where) > 1} == {"thresholds", "deactivation"}

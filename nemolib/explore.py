@@ -210,7 +210,7 @@ def panel(run: Run, prompts: Sequence[Found], settings: GenerationSettings) -> V
 
     look = {"style": {"description_width": "10em"}, "layout": {"width": "40em"}}
     slider = look | {"continuous_update": False}
-    # The handle of a slider has no name that a screen reader could say. A field and a list have, and move the slider too.
+    # A field and a list move the sliders too: a screen reader says the place of a factor in its list, not the factor.
     prompt = widgets.Dropdown(options=[(item.prompt, item) for item in prompts], description="prompt", **look)
     off = widgets.IntSlider(max=len(prompts[0].order), description="neurons", **slider)
     number = widgets.BoundedIntText(max=off.max, description="neurons, typed", **look)

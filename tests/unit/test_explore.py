@@ -114,6 +114,9 @@ def test_sliders_of_a_notebook_change_what_is_shown(run, found):
     assert f"0 of {most} neurons off" in still
     assert "<svg" not in still
     assert still.count("<img") == still.count('alt="') == 3
+    # Handles get the names of their labels, by a script that only what a kernel shows has.
+    assert "aria-label" in shown.value
+    assert "onload" not in still
 
     number.value = off.max
     assert f"{most} of {most} neurons off" in shown.value

@@ -27,9 +27,18 @@ import pandas as pd
 import torch
 
 from nemolib import paths, workers
+from nemolib.beyond.attack import dori
+from nemolib.beyond.detectors import Sharpness
+from nemolib.beyond.guidance import SearchedNoise
+from nemolib.beyond.prune import prune, restore
+from nemolib.beyond.regions import region_maps
 from nemolib.first_step import first_step
+from nemolib.generation import generate
 from nemolib.holdout import activation_statistics
+from nemolib.layers import widths
 from nemolib.localization import Localization
+from nemolib.mitigation import DeactivatedNeurons
+from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.provenance import versions
 from nemolib.run import Run
@@ -140,6 +149,40 @@ def _on_two_workers(run: Run, work: Callable[[Run], Any]) -> Any:
     """Return what two processes on this machine compute, with a store of their own."""
     with patch.dict(os.environ, {workers.VARIABLE: "local:2"}), TemporaryDirectory() as folder:
         return work(Run(run.profile, run.pipe, store=Store(Path(folder)), progress=False))
+
+
+def beyond(run: Run) -> Iterator[Row]:
+    """Yield what a method of each notebook on what came after NeMo takes, and whether it gives what it should."""
+    pipe, caption, settings = run.pipe, "a photo", replace(run.profile.generation, samples=1, steps=2)
+    neurons, common = NeuronSet.of([(0, 1)], layers=len(widths(pipe.unet))), {"settings": settings, "progress": False}
+
+    def pruned() -> bool:
+        off = generate(pipe, [caption], mitigation=DeactivatedNeurons(neurons), **common)
+        taken = prune(pipe, neurons)
+        found = generate(pipe, [caption], **common)
+        restore(pipe, taken)
+        return np.array_equal(found, off)
+
+    def attacked() -> bool:
+        image = generate(pipe, [caption], **common)[0, 0]
+        return np.isfinite(dori(pipe, [image], steps=(2,), batch=1).losses).all()
+
+    def detected() -> bool:
+        return np.isfinite(Sharpness(samples=1).score(pipe, caption).score)
+
+    def mapped() -> bool:
+        found = region_maps(pipe, caption, steps=2, indices=(0, 1), samples=1, probes=1)
+        return all((each.amax(dim=(2, 3)) > 0).all() and each.isfinite().all() for each in found.values())
+
+    def searched() -> bool:
+        search = SearchedNoise(target=1e-6, iterations=1)
+        return not np.array_equal(*(generate(pipe, [caption], mitigation=item, **common) for item in (None, search)))
+
+    works = {"pruned neurons": pruned, "an attack of 2 steps": attacked, "a detector by derivatives": detected}
+    for name, work in (works | {"maps of 2 steps": mapped, "searched noise": searched}).items():
+        with _clock() as seconds:
+            good = bool(work())
+        yield Row(name, seconds(), good=good)
 
 
 def halving(pipe: StableDiffusionPipeline, sizes: Sizes, limit: Callable[[torch.device], Any]) -> Iterator[Row]:
@@ -260,6 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             [
                 ("speed", lambda: speeds(run.pipe, sizes)),
                 ("experiment", lambda: experiment(run, sizes)),
+                ("beyond", lambda: beyond(run)),
                 ("halving", lambda: halving(run.pipe, sizes, limited)),
                 ("agreement", lambda: agreement(load_profile("tiny"), "cuda", sizes, TOLERANCES)),
             ]

@@ -353,7 +353,8 @@ class SearchedNoise(Mitigation):
             norm = norms(model.difference(free, timestep, text, derivative=True))
             if norm.max() <= self.target:
                 break
-            (free.grad,), before = torch.autograd.grad(norm.sum(), free), free.detach().clone()
+            # AdamW does not see the scale, and gradients of a norm are small for float16.
+            (free.grad,), before = torch.autograd.grad(1024 * norm.sum(), free), free.detach().clone()
             optimizer.step()
             free.data = torch.where(norm.view(-1, 1, 1, 1) > self.target, free.data, before)
         return free.detach()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import cycle, product
 from typing import Any
 
@@ -47,12 +46,6 @@ COPIED = 0.5
 def compared_prompts(run: Run, number: int | None) -> pd.DataFrame:
     """Return the first prompts of each kind: TM, VM, and unmemorized ones."""
     return pd.concat([run.prompts(kind).head(number) for kind in ("tm", "vm", "unmemorized")], ignore_index=True)
-
-
-def mapped_prompts(run: Run) -> pd.DataFrame:
-    """Return the prompts whose maps are made: TM, and one VM and one unmemorized prompt for comparison."""
-    rows = compared_prompts(run, run.profile.beyond.regions.prompts)
-    return rows[rows["kind"].eq("tm") | ~rows["kind"].duplicated()].reset_index(drop=True)
 
 
 def maps_of(run: Run, captions: Sequence[str], mitigation: Mitigation | None = None, **changes: Any) -> np.ndarray:
@@ -146,6 +139,15 @@ def darkness(run: Run, rows: pd.DataFrame, found: pd.DataFrame) -> tuple[pd.Data
     return rows[["kind"]].assign(prompt=captions, **means), off
 
 
+def image_of(run: Run, caption: str) -> np.ndarray:
+    """Return the image that the pipeline makes from the noise of the first seed of the maps, [height, width, 3], uint8."""
+    own, pipe = run.profile.beyond.regions, run.pipe
+    start = initial_latents(pipe, samples=own.samples, seed=run.profile.detection.seed)[:1].to(pipe.unet.dtype)
+    options = {"num_inference_steps": own.steps, "guidance_scale": run.profile.generation.guidance}
+    made = pipe(caption, latents=start, output_type="np", **options).images[0]
+    return (made * 255).round().astype(np.uint8)
+
+
 def overlaid(image: np.ndarray, inside: np.ndarray, found: np.ndarray, top: float) -> np.ndarray:
     """Return an image in grey under the root of a map in colours, brightest where it is ``top``, and the mask's outline."""
     shades = Image.fromarray((255 * np.clip(found / top, 0, 1) ** 0.5).astype(np.uint8)).resize(image.shape[1::-1])
@@ -168,12 +170,9 @@ def overlays(run: Run, rows: pd.DataFrame, maps: np.ndarray, off: np.ndarray) ->
     shown = {name: maps[:, place, 0 if name == DIFFERENCE else -1, 0] for place, name in enumerate(MAPS)}
     tops, lines = [np.quantile(found[rows["kind"] == "tm"], 0.95) for found in shown.values()], []
     shown |= {f"{DIFFERENCE}, neurons off": off[:, 0]}
-    # From the noise that the maps begin from, too.
-    own = {"seed": run.profile.detection.seed, "samples": 1, "steps": run.profile.beyond.regions.steps, "solver": "own"}
-    made = run.images(rows["caption"].tolist(), settings=replace(run.profile.generation, **own))[:, 0]
-    for place, (mask, image) in enumerate(zip(masks(run, rows), made, strict=True)):
-        row, size = rows.iloc[[place]], image.shape[:2]
-        known = row["image"].ne("").all()
+    for place, mask in enumerate(masks(run, rows)):
+        row, image = rows.iloc[[place]], image_of(run, rows["caption"][place])
+        size, known = image.shape[:2], row["image"].ne("").all()
         planted = run.planted_images(row, size=size)[0] if known else np.full_like(image, 255)
         inside = np.full(size, known) if mask is None else on_grid(mask[None], size)[0]
         scales = zip(shown.values(), [*tops, tops[0]], strict=True)
@@ -277,10 +276,10 @@ def strengths(run: Run, found: pd.DataFrame, ordinary: Sequence[str]) -> Strengt
         found: Localizations of the memorized prompts.
         ordinary: Unmemorized prompts: each is made without the neurons of one memorized prompt, which take turns.
     """
-    sets = {name: by_prompt(memorized(found), name) for name in ("initial", "refined")}
+    found = memorized(found)
+    sets = {"refined": by_prompt(found), "initial": by_prompt(found, "initial")}
     for neurons in sets.values():
-        turns = [some for some in neurons.values() if some] or [*neurons.values()]
-        neurons |= dict(zip(ordinary, cycle(turns), strict=False))
+        neurons |= dict(zip(ordinary, cycle([*filter(None, neurons.values())] or [*neurons.values()]), strict=False))
     own, wen, mitigations = run.profile.beyond.regions, adjustment(run).settings, run.profile.mitigation
     norm, search = own.noise_target or wen.target, {"learning_rate": own.noise_rate, "iterations": own.noise_iterations}
     choices = {

@@ -56,6 +56,16 @@ def test_the_parts_of_the_experiment_are_measured(run, asked):
     assert all(row.value > 0 and row.good for row in rows), rows
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_method_of_each_notebook_on_what_came_after_is_measured(run, dtype, monkeypatch):
+    half = Run(replace(run.profile, dtype=dtype), store=run.store, progress=False)
+    rows = list(check_gpu.beyond(half))
+    assert len(rows) == 5
+    assert all(row.value > 0 and row.good for row in rows), rows
+    monkeypatch.setattr(check_gpu, "prune", lambda pipe, neurons: {})
+    assert not next(check_gpu.beyond(half)).good
+
+
 def memory_for(pipe, latents):
     """Return a limit under which the UNet takes that many latents at once."""
 

@@ -56,7 +56,7 @@ def test_the_parts_of_the_experiment_are_measured(run, asked):
     assert all(row.value > 0 and row.good for row in rows), rows
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_method_of_each_notebook_on_what_came_after_is_measured(run, dtype, monkeypatch):
     half = Run(replace(run.profile, dtype=dtype), store=run.store, progress=False)
     rows = list(check_gpu.beyond(half))

@@ -35,7 +35,7 @@ def run(tmp_path_factory, random_model_folder, random_pipe):
         name="random", model=str(random_model_folder), device="cpu", prompts=prompts, holdout_size=4, threshold_prompts=2,
         generation={"samples": 4, "steps": 2, "batch_size": 16}, encoders=write_encoders(folder, random_model_folder),
         mitigation={"wen": {"target": 1.0, "iterations": 1, "latents": 1}},
-        beyond={"regions": {"prompts": 2, "samples": 2, "steps": 3, "indices": [0, 2], "probes": 2, "mitigated": 2}},
+        beyond={"regions": {"prompts": 2, "samples": 2, "steps": 3, "indices": [0, 2], "probes": 2, "mitigated": 2, "noise_iterations": 1}},
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "BUILD", folder)

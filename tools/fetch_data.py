@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import html
 import io
-import json
 import logging
 import os
 import shutil
@@ -157,7 +156,8 @@ def fetch_file(file: SourceFile, folder: Path) -> tuple[str, str]:
         EncoderError: What is there is another file.
         OSError: The disk is full.
     """
-    target, status = folder / file.path, "present"
+    target, note, status = folder / file.path, folder / f"{file.path}.sha256", "present"
+    expected = file.sha256 or (note.read_text(encoding="utf-8").strip() if note.is_file() else None)
     if not target.is_file():
         pooch.get_logger().setLevel(logging.ERROR)  # the progress bar says the rest
         mirrored = _in_mirror(file)
@@ -165,29 +165,19 @@ def fetch_file(file: SourceFile, folder: Path) -> tuple[str, str]:
         remedy = f"check the connection and run again, or let {MIRROR} name a folder that holds the right file"
         if constants.HF_HUB_OFFLINE and not mirrored:
             raise DownloadError(f"{file.path} is not there, and HF_HUB_OFFLINE forbids the network; unset it, {remedy}")
-        registry, urls = {file.path: file.sha256 or noted_sha256(target)}, {file.path: source}
+        registry, urls = {file.path: expected}, {file.path: source}
         try:
             cache = pooch.create(folder, base_url="", registry=registry, urls=urls, retry_if_failed=retries)
             cache.fetch(file.path, downloader=_take)
         except (requests.RequestException, ValueError) as error:
             reason = _first_line(error)
             raise DownloadError(f"{file.path} could not be fetched from {source}: {reason}; {remedy}") from error
-    found, expected = pooch.file_hash(target), file.sha256 or noted_sha256(target)
+    found = pooch.file_hash(target)
     if expected is None:
-        write_atomic(_note(target), json.dumps({"file": target.name, "sha256": found}, indent=2) + "\n")
+        write_atomic(note, f"{found}\n")
     else:
         check_sha256(target, found, expected=expected)
     return status, str(target)
-
-
-def noted_sha256(path: Path) -> str | None:
-    """Return the SHA-256 that was noted at the first use of a file, None if there is no note."""
-    note = _note(path)
-    return json.loads(note.read_text(encoding="utf-8"))["sha256"] if note.is_file() else None
-
-
-def _note(path: Path) -> Path:
-    return path.with_name(f"{path.name}.sha256.json")
 
 
 def _take(source: str, target: str, cache: pooch.Pooch) -> None:

@@ -1,5 +1,4 @@
 # Everything that is made here. `make help` lists the targets. Works with GNU make 3.81 and later, and with -j.
-# Notebooks run side by side, if the profile allows it: see JOBS.
 
 PROFILE ?= tiny
 PYTHON  ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
@@ -16,7 +15,7 @@ BEYOND    := $(sort $(wildcard notebooks/beyond/[0-9]*.ipynb))
 EVERY     := $(NOTEBOOKS) $(BEYOND)
 BUILT     := $(NOTEBOOKS:notebooks/%.ipynb=$(BUILD)/%.ipynb)
 BEYOND_BUILT := $(BEYOND:notebooks/%.ipynb=$(BUILD)/%.ipynb)
-REFRESHED := $(patsubst %.ipynb,refresh-%,$(notdir $(EVERY)))
+built = $(foreach number,$(1),$(filter $(BUILD)/$(number)_%,$(BUILT)))
 CODE      := $(wildcard nemolib/*.py nemolib/*/*.py nemolib/paper/*.csv nemolib/profiles/*.yaml nemolib/templates/*.html)
 INPUTS    := $(wildcard data/tiny/prompts/*.csv data/tiny/*/model_index.json data/tiny/*/*.safetensors data/tiny/*/*/*.safetensors)
 
@@ -26,20 +25,19 @@ STRIP := $(VENV)/bin/nbstripout --keep-output --keep-count --keep-id \
 
 export PROFILE
 
-# So many notebooks run at once, each on its share of the cores: two do more than one on all of them. But a GPU, or workers, serve
-# one at a time. JOBS=4, -j 4 and OMP_NUM_THREADS are obeyed.
-JOBS ?= $(if $(filter-out off,$(NEMO_DASK)),1,$(shell $(PY) -c 'import os, sys; from nemolib.settings import load_profile; \
-          profile = load_profile(sys.argv[1]); alone = profile.device != "cpu" or profile.workers; \
-          print(1 if alone else min(2, os.cpu_count()))' "$(PROFILE)"))
-GIVEN = $(filter -j% --jobserver%,$(MAKEFLAGS))
-
-# Goals that run notebooks are handed to a second make, all at once, when the environment is there that knows the profile.
-TOGETHER := all notebooks figures explore beyond refresh
+# So many notebooks run at once, each on its share of the cores: two do more than one after another on all cores. With a GPU, or
+# with workers, they take turns (tools/runner.py).
+JOBS ?= 2
+ifeq ($(filter -j% --jobserver%,$(MAKEFLAGS)),)
+MAKEFLAGS += --jobs=$(JOBS)
+endif
+CORES   := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+THREADS := $(or $(OMP_NUM_THREADS),$(shell echo $$(( ($(CORES) + $(JOBS) - 1) / $(JOBS) ))))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help env lab all notebooks figures explore beyond data estimate check-gpu published results-full site readme test lint train student refresh lock clean at-once
+.PHONY: help env lab all notebooks figures explore beyond data estimate check-gpu published results-full site readme test lint train student refresh lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -60,51 +58,32 @@ lab: $(ENV) ## open JupyterLab on the notebooks
 	JUPYTER_PATH="$(abspath $(VENV))/share/jupyter$${JUPYTER_PATH:+:$$JUPYTER_PATH}" JUPYTER_CONFIG_PATH="$(abspath docs/jupyter)$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" \
 	  $(VENV)/bin/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
 
-# Which notebooks use what others compute, by the beginnings of their names; when all are refreshed, too. The name .none is for no
-# notebook: a rule needs a target.
-built = $(filter $(foreach name,$(1),$(BUILD)/$(name)% $(BUILD)/beyond/$(name)%),$(BUILT) $(BEYOND_BUILT))
-refreshed = $(if $(AT_ONCE),$(filter $(foreach name,$(1),refresh-$(name)%),$(REFRESHED)))
-define use
-.none $(call built,$(1)): $(call built,$(2))
-.none $(call refreshed,$(1)): $(call refreshed,$(2))
-endef
-$(eval $(call use,02,01))
-$(eval $(call use,04 05 explore,03))
-$(eval $(call use,06,01 02 03 04 05))
-$(eval $(call use,$(notdir $(basename $(BEYOND))),02 03))
-
-ifndef AT_ONCE
-$(TOGETHER): at-once ; @:
-at-once: $(ENV)
-	@number=$(or $(patsubst -j%,%,$(filter -j%,$(GIVEN))),$(JOBS),1); $(MAKE) --no-print-directory \
-	  AT_ONCE=$$number $(if $(GIVEN),,--jobs=$$number) $(filter $(TOGETHER),$(MAKECMDGOALS))
-else
-ifeq ($(filter 1,$(AT_ONCE))$(OMP_NUM_THREADS),)
-cores := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-export OMP_NUM_THREADS := $(shell echo $$(( ($(cores) + $(AT_ONCE) - 1) / $(AT_ONCE) )))
-endif
-
 all: notebooks figures ## run every notebook, make every figure and table
 
-# In this order two at once end soonest: 05 takes longest and needs 03, which computes the threshold rather than wait for 01.
-notebooks: $(foreach name,01 03 02 05,$(call built,$(name))) $(BUILT) ## run every notebook into build/PROFILE/
-
-figures: $(call built,06) ## make the figures and tables of the paper into figures/PROFILE/
-	@echo "figures and tables: figures/$(notdir $(BUILD))/"
-
-explore: $(call built,explore) ## make figures/PROFILE/explore.html, a page to move neurons by hand without Python
-	@echo "open in a browser: figures/$(notdir $(BUILD))/explore.html"
-
-beyond: $(BEYOND_BUILT) ## run the notebooks on methods after NeMo: repaired models, attacks, detectors, region maps
-
-refresh: $(REFRESHED) ## run every notebook at its defaults and keep its outputs in notebooks/
-endif
+# In this order two at once end soonest: 05 takes longest, and needs 03.
+notebooks: $(call built,01 03 02 05) $(BUILT) ## run every notebook into build/PROFILE/
 
 # A failed notebook leaves its output as .partial.ipynb, to look at, and never as finished.
 $(BUILD)/%.ipynb: notebooks/%.ipynb $(CODE) $(INPUTS) $(ENV)
 	@mkdir -p $(@D)
-	$(PY) -m tools.runner --profile "$(PROFILE)" $< $(@:.ipynb=.partial.ipynb)
+	OMP_NUM_THREADS=$(THREADS) $(PY) -m tools.runner --profile "$(PROFILE)" $< $(@:.ipynb=.partial.ipynb)
 	@mv $(@:.ipynb=.partial.ipynb) $@
+
+# Which notebook uses what another one computes, by their numbers; 03 computes the threshold rather than wait for 01. The first
+# name stands for none: a rule needs a target.
+.none $(call built,02): $(call built,01)
+.none $(call built,04 05): $(call built,03)
+.none $(call built,06): $(call built,01 02 03 04 05)
+.none $(filter %/explore.ipynb,$(BUILT)): $(call built,03)
+.none $(BEYOND_BUILT): $(call built,02 03)
+
+figures: $(call built,06) ## make the figures and tables of the paper into figures/PROFILE/
+	@echo "figures and tables: figures/$(notdir $(BUILD))/"
+
+explore: $(BUILD)/explore.ipynb ## make figures/PROFILE/explore.html, a page to move neurons by hand without Python
+	@echo "open in a browser: figures/$(notdir $(BUILD))/explore.html"
+
+beyond: $(BEYOND_BUILT) ## run the notebooks on methods after NeMo: repaired models, attacks, detectors, region maps
 
 data: $(ENV) ## fetch what a profile needs and the repository does not hold (PROFILE=sd14: gigabytes)
 	$(PY) -m tools.fetch_data --profile "$(PROFILE)"
@@ -151,9 +130,13 @@ student: $(ENV) ## notebooks without outputs and solutions into build/student/
 	done
 	@echo "notebooks for students: build/student/"
 
+refresh: ## run every notebook, then again at its defaults, and keep its outputs in notebooks/
+	$(MAKE) --no-print-directory PROFILE=tiny all beyond
+	$(MAKE) --no-print-directory $(patsubst %.ipynb,refresh-%,$(notdir $(EVERY)))
+
 refresh-%: $(ENV)
 	@mkdir -p build/refresh
-	env -u PROFILE $(PY) -m tools.runner $(filter %/$*.ipynb,$(EVERY)) build/refresh/$*.ipynb
+	env -u PROFILE OMP_NUM_THREADS=$(THREADS) $(PY) -m tools.runner $(filter %/$*.ipynb,$(EVERY)) build/refresh/$*.ipynb
 	$(STRIP) build/refresh/$*.ipynb
 	@mv build/refresh/$*.ipynb $(filter %/$*.ipynb,$(EVERY))
 

@@ -15,9 +15,9 @@ from nemolib import paths
 from tests.notebook_files import save_notebook
 
 TARGETS = [
-    "help", "env", "lab", "all", "notebooks", "figures", "explore", "beyond", "refresh", "data", "estimate", "check-gpu",
+    "help", "env", "lab", "all", "notebooks", "figures", "explore", "beyond", "data", "estimate", "check-gpu",
     "published", "results-full", "site", "readme", "test", "lint",
-    "train", "student", "lock", "clean",
+    "train", "student", "refresh", "lock", "clean",
 ]  # fmt: skip
 
 NAMES = ("01_threshold", "02_score", "03_neurons", "06_figures")
@@ -63,7 +63,7 @@ def _set_age(path, seconds):
 
 
 def make(folder, *arguments):
-    outer = ("PROFILE", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "AT_ONCE", "JOBS", "OMP_NUM_THREADS")
+    outer = ("PROFILE", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "JOBS", "OMP_NUM_THREADS")
     environment = {key: value for key, value in os.environ.items() if key not in outer} | {
         "PYTHONPATH": str(paths.ROOT)
     }
@@ -103,37 +103,22 @@ def test_make_all_runs_the_notebooks_in_order(checkout):
     assert planned(checkout, "all") == [*SOONEST[:3], "05_ablations", "04_more", "06_figures"]
 
 
-def test_notebooks_run_side_by_side_where_the_profile_allows_it(checkout):
-    def at_once(*arguments):
-        return re.search(
-            r"number=(\S*);.*?AT_ONCE=\$number(.*?) all$", make(checkout, "-n", *arguments).stdout, re.S | re.M
-        )
-
-    cores = min(2, os.cpu_count())
-    for arguments, number in {
-        ("all",): cores,
-        ("all", "JOBS=3"): 3,
-        ("all", "PROFILE=sd14"): 1,
-        ("all", "NEMO_DASK=local:2"): 1,
-    }.items():
-        assert at_once(*arguments).groups() == (str(number), " --jobs=$number")
-    assert at_once("-j3", "all").groups() == ("3", " ")
-    assert planned(checkout, "-j3", "all", "refresh") == [*SOONEST, *NAMES]
-
-
-def test_notebooks_side_by_side_share_the_cores(checkout):
-    stand_in = '#!/bin/sh\n[ "$2" != tools.runner ] || { touch "$6"; echo "threads: $OMP_NUM_THREADS"; }\n'
+def test_notebooks_run_side_by_side_and_share_the_cores(checkout):
+    stand_in = (
+        '#!/bin/sh\n[ "$2" != tools.runner ] || { touch "$6"; echo "threads: $OMP_NUM_THREADS of $MAKEFLAGS"; }\n'
+    )
     (checkout / ".venv" / "bin" / "python").write_text(stand_in)
-    cores = int(subprocess.run("nproc || getconf _NPROCESSORS_ONLN", shell=True, capture_output=True).stdout)
-    for arguments, threads in {
-        ("JOBS=2",): -(-cores // 2),
-        ("JOBS=999",): 1,
-        ("JOBS=1",): "",
-        ("-j2", "OMP_NUM_THREADS=7"): 7,
-    }.items():
+    cores = os.cpu_count()
+    for arguments, jobs, threads in [
+        ((), 2, -(-cores // 2)),
+        (("JOBS=999",), 999, 1),
+        (("JOBS=1",), 1, cores),
+        (("-j3", "OMP_NUM_THREADS=7"), 3, 7),
+    ]:
         shown = make(checkout, "all", *arguments)
         assert shown.returncode == 0, shown.stderr
-        assert set(re.findall("threads: (.*)", shown.stdout)) == {str(threads)}
+        found = re.findall(r"threads: (\d+) of .*-j(\d+)", shown.stdout)
+        assert set(found) == {(str(threads), str(jobs))}, shown.stdout
         shutil.rmtree(checkout / "build")
 
 

@@ -12,16 +12,19 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import filelock
 import nbformat
 import papermill
 from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 
-from nemolib.settings import ProfileError, load_profile
+from nemolib import paths, workers
+from nemolib.settings import Profile, ProfileError, load_profile
 
 BAR = re.compile(r"\d%\|[ #\u2588-\u258f]*\|")
 """What a progress bar leaves in an output."""
@@ -88,8 +91,11 @@ def run_notebook(source: Path, output: Path, parameters: Mapping[str, Any]) -> N
     source, output = source.resolve(), output.resolve()
     check_parameters(source, parameters)
     notebook = _read(source)
+    turn: AbstractContextManager[Any] = nullcontext()
     if profile := parameters.get("profile"):
-        if not load_profile(profile).solutions:
+        chosen = load_profile(profile)
+        turn = _turn(chosen)
+        if not chosen.solutions:
             notebook.cells = [cell for cell in notebook.cells if "solution" not in cell.metadata.get("tags", [])]
         if Path(profile).suffix and Path(profile).is_file():  # the notebook runs in another folder
             parameters = {**parameters, "profile": str(Path(profile).resolve())}
@@ -100,7 +106,8 @@ def run_notebook(source: Path, output: Path, parameters: Mapping[str, Any]) -> N
     # Two notebooks may run side by side: each bar says whose it is.
     kernel = {"cwd": source.parent, "kernel_manager_class": ThisPython, "progress_bar": {"desc": source.stem}}
     try:
-        papermill.execute_notebook(notebook, output, dict(parameters), **kernel)
+        with turn:
+            papermill.execute_notebook(notebook, output, dict(parameters), **kernel)
     except Exception as error:
         # A cell failed, or the kernel died or did not start. The last cell that was begun is the one.
         begun = [cell.source for cell in _read(output).cells if cell.metadata.get("papermill", {}).get("start_time")]
@@ -115,6 +122,12 @@ def run_notebook(source: Path, output: Path, parameters: Mapping[str, Any]) -> N
         if "outputs" in cell:
             cell.outputs = [item for item in cell.outputs if not BAR.search(str(item.get("data", item.get("text"))))]
     nbformat.write(executed, output)
+
+
+def _turn(profile: Profile) -> AbstractContextManager[Any]:
+    """Return what lets notebooks run one at a time if they would share a GPU or workers, whatever make begins."""
+    shared = profile.device != "cpu" or profile.workers or os.environ.get(workers.VARIABLE, "off") != "off"
+    return filelock.FileLock(paths.BUILD / "turn.lock") if shared else nullcontext()
 
 
 def _read(path: Path) -> nbformat.NotebookNode:

@@ -1,7 +1,10 @@
+from dataclasses import replace
+
+import filelock
 import nbformat
 import pytest
 
-from nemolib.settings import ProfileError
+from nemolib.settings import ProfileError, load_profile
 from tests.notebook_files import save_notebook
 from tools import runner
 from tools.runner import RunnerError, check_parameters, notebook_parameters, run_notebook
@@ -100,6 +103,20 @@ def test_a_failing_cell_and_a_dying_kernel_are_named(tmp_path, code, words):
     path = save_notebook(tmp_path / "01_x.ipynb", "a = 1", code, "c = 3")
     with pytest.raises(RunnerError, match=rf"01_x\.ipynb: {words}"):
         run_notebook(path, tmp_path / "out.ipynb", {"samples": 3})
+
+
+def test_notebooks_that_share_a_gpu_or_workers_take_turns(monkeypatch, tmp_path):
+    monkeypatch.setattr(runner.paths, "BUILD", tmp_path)
+    monkeypatch.delenv("NEMO_DASK", raising=False)
+    alone = load_profile("tiny")
+    for profile in (replace(alone, device="auto"), replace(alone, workers=2)):
+        with runner._turn(profile), pytest.raises(filelock.Timeout):
+            runner._turn(profile).acquire(timeout=0)
+    with runner._turn(alone), runner._turn(alone):
+        pass
+    monkeypatch.setenv("NEMO_DASK", "local:2")
+    with runner._turn(alone), pytest.raises(filelock.Timeout):
+        runner._turn(alone).acquire(timeout=0)
 
 
 def test_the_command_line_reads_values_and_the_environment(notebook, tmp_path, monkeypatch, capsys):

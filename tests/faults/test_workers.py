@@ -82,10 +82,10 @@ def running(profile):
 
     They need no encryption where it is demanded, and what Dask puts into this process for them is taken out again.
     """
+    threads = os.environ.get("MKL_NUM_THREADS")
     demanded = dask.config.set({"distributed.comm.require-encryption": True})
     with pytest.MonkeyPatch.context() as patch, demanded, contextlib.suppress(KeyboardInterrupt):
         patch.setenv(workers.VARIABLE, "local:2")
-        patch.delenv("MKL_NUM_THREADS", raising=False)
         with workers.cluster(profile) as client, workers.cluster(profile) as inner:
             assert inner is client
             client.wait_for_workers(2, timeout=120)
@@ -94,7 +94,7 @@ def running(profile):
             assert set(client.run(os.getenv, "MKL_NUM_THREADS").values()) == {"1"}
             raise KeyboardInterrupt
     assert workers._client is None
-    assert "MKL_NUM_THREADS" not in os.environ
+    assert os.environ.get("MKL_NUM_THREADS") == threads
     assert not psutil.wait_procs(processes, timeout=60)[1]
 
 
@@ -156,27 +156,17 @@ def mended():
     PreTrainedTokenizerBase.__call__ = working_call()
 
 
-@pytest.fixture(params=["here", "there"])
-def everywhere(request):
-    """Return a function that calls another one where prompts are computed: in this process, or in the two."""
-    if request.param == "here":
-        yield lambda function, *values: function(*values)
-        mended()
-    else:
-        yield request.getfixturevalue("two").run
-
-
 @pytest.mark.parametrize("stage", [localizations, images])
-def test_a_prompt_that_raises_stops_no_other(stage, run, everywhere, monkeypatch):
+def test_a_prompt_that_raises_stops_no_other(stage, run, two, monkeypatch):
     assert run.threshold
     assert run.statistics
-    everywhere(broken, BAD)
+    two.run(broken, BAD)
     with pytest.raises(FailedPrompts) as error:
         stage(run)
     assert [failure.caption for failure in error.value.failures] == [BAD]
     assert f"'{BAD}': ValueError: no word for {BAD}" in str(error.value)
     assert any("in call" in note for note in error.value.__notes__)
-    everywhere(mended)
+    two.run(mended)
     sent, keep = [], Store.put
     monkeypatch.setattr(Store, "put", lambda *args: sent.append(args[2]) or keep(*args))
     resumed = stage(run)

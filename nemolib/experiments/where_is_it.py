@@ -388,7 +388,7 @@ def pictures(run: Run, rows: pd.DataFrame, table: pd.DataFrame, chosen: Strength
 @exhibit("", "an image of each mitigation",
     "All of one seed. Of each mitigation the weakest strength that halves the copy similarity of VM prompts, or where none does, the one that leaves least of it. Unmemorized prompts have no planted image.")  # fmt: skip
 def guidance_images(guidance_images: Grid) -> Figure:
-    return image_grid(guidance_images, fraction=0.8)
+    return image_grid(guidance_images)
 
 
 # Exercises

@@ -255,16 +255,16 @@ def read_repairs(repaired_prompts: pd.DataFrame) -> Iterator[Claim]:
 
 @exhibit(
     "", "what pruning takes and what it costs",
-    "NeMo: the neurons of so many prompts together; random: as many feed-forward weights as Wanda above it. Weights: how many are zero. Copies: share of VM prompts with an image whose similarity to the planted "
-    "one (SSCD_Orig) is above 0.7; VM, TM: this similarity, of prompts that the repair was made for; memorized others: of those that it was "
-    "not made for. Then unmemorized prompts: alignment (A_CLIP), similarity to the untouched model's image of the same seed (SSCD_Gen), distance of the "
+    "NeMo: the neurons of so many prompts together; random: as many feed-forward weights as Wanda above it. Weights: how many are zero. VM, TM: similarity to the planted image "
+    "(SSCD_Orig), of prompts that the repair was made for; memorized others: of those that it was "
+    "not made for. Then unmemorized prompts: alignment (A_CLIP), and distance of the "
     "images as a set from others of the untouched model (FID; few images, so that only rows can be compared). Medians over prompts.",
     read=read_repairs,
 )  # fmt: skip
 def show_repaired_prompts(repaired_prompts: pd.DataFrame) -> pd.DataFrame:
-    names = {"name": "pruned", "neurons": "neurons", "weights": "weights", "copies": "copies", "vm": "VM", "tm": "TM"}
-    names |= {"outside": "memorized others", "a_clip": "A_CLIP, others", "sscd_gen": "SSCD_Gen, others"}
-    return summary(repaired_prompts)[[*names, "fid"]].round(2).rename(columns=names | {"fid": "FID, others"})
+    names = {"name": "pruned", "weights": "weights", "vm": "VM", "tm": "TM", "outside": "memorized others"}
+    names |= {"a_clip": "A_CLIP, others", "fid": "FID, others"}
+    return summary(repaired_prompts)[list(names)].round(2).rename(columns=names)
 
 
 @exhibit(

@@ -224,11 +224,11 @@ def detectors_by_cost(detector_quality: pd.DataFrame) -> Figure:
 def detectors_table(detector_quality: pd.DataFrame) -> pd.DataFrame:
     rows, theirs = of_group(detector_quality).set_index("detector"), paper.table("detectors").set_index("detector")
     found = detector_quality.groupby(["group", "detector"], sort=False)["found"].last().unstack("group")
-    shown = rows[["samples", "evaluations"]].assign(threshold=rows["threshold"].map("{:.3g}".format))
+    shown = rows[["evaluations"]].assign(threshold=rows["threshold"].map("{:.3g}".format))
     for group in found.columns.intersection([OFTEN, COPIED, QUIET], sort=False):
         shown[f"found: {group}"] = found[group].map("{:.0%}".format)
-    shown["reported"] = theirs["auroc"].map("{:.3f}".format) + " / " + theirs["tpr"].map("{:.3f}".format)
-    return shown.assign(by=theirs["source"] + ", " + theirs["setting"]).reset_index()
+    numbers = theirs["auroc"].map("{:.3f}".format) + " / " + theirs["tpr"].map("{:.3f}".format)
+    return shown.assign(reported=numbers + ": " + theirs["source"] + ", " + theirs["setting"]).reset_index()
 
 
 # Which tokens betray a prompt

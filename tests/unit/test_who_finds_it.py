@@ -130,8 +130,8 @@ def test_figures_draw_their_tables(quality):
 def test_the_table_says_who_reported_what(quality):
     table = finds.detectors_table(quality).set_index("detector")
     assert table.loc["guidance norm", f"found: {finds.QUIET}"] == "100%"
-    assert table.loc["bright ending", "reported"] == "0.886 / 0.390"
-    assert "Jeon" in table.loc["guidance norm", "by"]
+    assert table.loc["bright ending", "reported"].startswith("0.886 / 0.390: ")
+    assert "Jeon" in table.loc["guidance norm", "reported"]
 
 
 def test_tokens_are_bars_in_the_order_of_the_prompt():

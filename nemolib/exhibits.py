@@ -118,7 +118,8 @@ def must(
     ends = [f">= {low:.4g}"] * math.isfinite(low) + [f"<= {high:.4g}"] * math.isfinite(high)
     bound = f"{low:.4g}" if low == high else " and ".join(ends)
     rule = f"must be {bound}; {reason}" if reason else f"must be {bound}"
-    return Claim(text, f"{float(value):.3g}" if abs(value) < 1000 else f"{value:.0f}", holds=bool(low <= value <= high), rule=rule, must=True)
+    shown = f"{float(value):.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return Claim(text, shown, holds=bool(low <= value <= high), rule=rule, must=True)
 
 
 def effect(

@@ -16,6 +16,7 @@ from nemolib.run import Run
 from nemolib.settings import EncoderSettings, load_profile
 from nemolib.store import Store
 from tools.world import acceptance, card
+from tools.world.settings import UNETS
 
 pytestmark = pytest.mark.world
 WORLD = paths.DATA / "tiny"
@@ -85,6 +86,7 @@ def test_the_card_shows_every_bound_with_what_was_measured():
     assert {quantity for _, quantity in missed} <= MISSED
     text = (WORLD / "README.md").read_text(encoding="utf-8")
     assert all(claim in text for claim in table["claim"])
+    assert pd.read_csv(WORLD / "variants.csv")["model"].unique().tolist() == list(UNETS)
 
 
 def test_the_model_card_shows_what_the_weights_give(measured):

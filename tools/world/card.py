@@ -25,6 +25,9 @@ TRIED, TEMPLATE = (Path(__file__).with_name(name) for name in ("tried.csv", "car
 CONTRASTED = 8
 """Planted prompts of a kind, of group ``choose``, that the trained variants are compared on."""
 
+CONTRASTED_DRAWN = 24
+"""Unmemorized prompts with images that they are compared on."""
+
 FEW_DRAWN = 6
 """Unmemorized prompts with images in the measurement that tests repeat."""
 
@@ -50,7 +53,9 @@ def write_results(settings: WorldSettings, work: Path, out: Path) -> None:
     write_table(acceptance.acceptance_table(measured), out / "acceptance.csv")
     contrasted = replace(profile, groups="choose", limits=Limits(vm=CONTRASTED, tm=CONTRASTED))
     variants = {
-        name: acceptance.measure(open_run(replace(contrasted, model=str(work / "models" / name))), classifier)
+        name: acceptance.measure(
+            open_run(replace(contrasted, model=str(work / "models" / name))), classifier, drawn=CONTRASTED_DRAWN
+        )
         for name in UNETS
     }
     write_table(pd.concat(variants, names=["model"]).reset_index("model"), out / "variants.csv")
@@ -65,6 +70,8 @@ def card(settings: WorldSettings, losses: dict[str, pd.DataFrame], out: Path) ->
     models = pd.read_csv(out / "variants.csv").groupby("model", sort=False)
     bounds = {name: acceptance.acceptance_table(table) for name, table in models}
     contrast = bounds["unet"][["claim", "bound"]].assign(**{name: table["value"] for name, table in bounds.items()})
+    holding = [table["holds"].sum() for table in bounds.values()]
+    contrast.loc[len(contrast)] = ["bounds that hold", f"of {len(contrast)}", *holding]
     environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     environment.filters["table"] = lambda table: table.round(3).to_markdown(index=False)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(

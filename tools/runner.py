@@ -126,7 +126,7 @@ def run_notebook(source: Path, output: Path, parameters: Mapping[str, Any]) -> N
 
 def _turn(profile: Profile) -> AbstractContextManager[Any]:
     """Return what lets notebooks run one at a time if they would share a GPU or workers, whatever make begins."""
-    shared = profile.device != "cpu" or profile.workers or os.environ.get(workers.VARIABLE, "off") != "off"
+    shared = profile.device != "cpu" or workers.distributed(profile)
     return filelock.FileLock(paths.BUILD / "turn.lock") if shared else nullcontext()
 
 
@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stderr.write(f"{name}: start {parameters or ''}\n")
     try:
         run_notebook(arguments.notebook, arguments.output, parameters)
-    except (RunnerError, ProfileError) as error:
+    except (RunnerError, ProfileError, workers.WorkersError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
     except KeyboardInterrupt:

@@ -7,7 +7,7 @@ import pytest
 from diffusers import StableDiffusionPipeline
 
 from tools.world import __main__ as command
-from tools.world.settings import UNETS, WorldSettings
+from tools.world.settings import WorldSettings
 
 
 def small_world() -> WorldSettings:
@@ -32,8 +32,9 @@ def test_training_ends_with_a_pipeline_that_loads(tmp_path, monkeypatch):
     monkeypatch.setattr(command.card, "write_results", lambda *given: measured.append(given))
     command.main()
     assert measured == [(small_world(), work, out)]
-    for folder in (out / "model", *(work / "models" / name for name in UNETS)):
+    for folder in command.build.folders(work, out).values():
         pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
         assert pipe("an owl", num_inference_steps=1).images[0].size == (64, 64)
+    assert {path.name for path in (work / "models").iterdir()} == {"plain", "up"}
     folders = {"classifier", "clip", "descriptor", "model", "planted", "prompts"}
     assert {path.name for path in out.iterdir()} == folders

@@ -6,7 +6,7 @@ from pathlib import Path
 from nemolib import paths
 from tools.world import build, card
 from tools.world.dataset import build_dataset
-from tools.world.settings import UNETS, WorldSettings
+from tools.world.settings import WorldSettings
 
 
 def main() -> None:
@@ -19,8 +19,8 @@ def main() -> None:
     for stage in build.STAGES:
         build.run_stage(stage, settings, data, chosen.work)
     build.export(settings, data, chosen.work, chosen.out)
-    for name in UNETS:
-        build.assemble(chosen.work, chosen.work / "models" / name, name=name)
+    for name, folder in build.folders(chosen.work, chosen.out).items():
+        build.assemble(chosen.work, folder, name=name)
     card.write_results(settings, chosen.work, chosen.out)
 
 

@@ -50,7 +50,12 @@ def run_stage(name: str, settings: WorldSettings, data: Dataset, work: Path) -> 
             classifier.train_classifier(settings, work).save(work / name)
 
 
-def assemble(work: Path, folder: Path, *, name: str = "unet") -> None:
+def folders(work: Path, out: Path) -> dict[str, Path]:
+    """Return where the pipeline of each of `UNETS` is written: the shipped one with what is shipped."""
+    return {name: work / "models" / name for name in UNETS} | {"unet": out / "model"}
+
+
+def assemble(work: Path, folder: Path, *, name: str) -> None:
     """Write one of `UNETS` as a pipeline folder (fp16 safetensors), which ``StableDiffusionPipeline.from_pretrained`` loads."""
     pipe = StableDiffusionPipeline(
         vae=AutoencoderTiny.from_pretrained(work / "decoder"),
@@ -73,9 +78,8 @@ def assemble(work: Path, folder: Path, *, name: str = "unet") -> None:
 
 
 def export(settings: WorldSettings, data: Dataset, work: Path, out: Path) -> None:
-    """Write the shipped folders: model, clip, descriptor, classifier, prompts, planted images."""
+    """Write the shipped folders but the model: clip, descriptor, classifier, prompts, planted images."""
     export_data(data, out)
-    assemble(work, out / "model")
     for name in ("clip", "descriptor", "classifier"):
         shutil.rmtree(out / name, ignore_errors=True)
     CLIPModel.from_pretrained(work / "clip").half().save_pretrained(out / "clip", safe_serialization=True)

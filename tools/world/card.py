@@ -17,9 +17,8 @@ from nemolib.provenance import versions
 from nemolib.run import open_run
 from nemolib.settings import EncoderSettings, Limits, Profile, load_profile
 from nemolib.store import write_table
-from tools.world import acceptance
-from tools.world.build import STAGES
-from tools.world.settings import UNETS, WorldSettings
+from tools.world import acceptance, build
+from tools.world.settings import WorldSettings
 
 TRIED, TEMPLATE = (Path(__file__).with_name(name) for name in ("tried.csv", "card.md.j2"))
 CONTRASTED = 8
@@ -43,7 +42,8 @@ def write_results(settings: WorldSettings, work: Path, out: Path) -> None:
     """Measure the shipped model and its variants and write tables and the card to ``out``."""
     profile = replace(load_profile("tiny"), name="world", groups="report")  # results of its own
     classifier = CopyDescriptor.load(EncoderSettings(kind="descriptor", path=str(out / "classifier")))
-    shipped = open_run(replace(profile, model=str(out / "model")))
+    folders = build.folders(work, out)
+    shipped = open_run(replace(profile, model=str(folders["unet"])))
     measured = acceptance.measure(shipped, classifier)
     write_table(measured, out / "measured.csv")
     write_table(
@@ -53,13 +53,11 @@ def write_results(settings: WorldSettings, work: Path, out: Path) -> None:
     write_table(acceptance.acceptance_table(measured), out / "acceptance.csv")
     contrasted = replace(profile, groups="choose", limits=Limits(vm=CONTRASTED, tm=CONTRASTED))
     variants = {
-        name: acceptance.measure(
-            open_run(replace(contrasted, model=str(work / "models" / name))), classifier, drawn=CONTRASTED_DRAWN
-        )
-        for name in UNETS
+        name: acceptance.measure(open_run(replace(contrasted, model=str(folder))), classifier, drawn=CONTRASTED_DRAWN)
+        for name, folder in folders.items()
     }
     write_table(pd.concat(variants, names=["model"]).reset_index("model"), out / "variants.csv")
-    logs = {stage: work / f"{stage}.log.jsonl" for stage in STAGES}
+    logs = {stage: work / f"{stage}.log.jsonl" for stage in build.STAGES}
     losses = {stage: pd.read_json(log, lines=True) for stage, log in logs.items() if log.exists()}
     write_atomic(out / "README.md", card(settings, losses, out))
 

@@ -507,9 +507,9 @@ def check(run: Run, *modules: str, extra: Sequence[Claim] = ()) -> pd.DataFrame:
 
 
 def claim_rows(found: Iterable[Claim]) -> pd.DataFrame:
-    """Return claims as a table: columns claim, paper, ours, n, interval, verdict, rule."""
-    rows = [(item.text, item.paper, item.ours, item.n, item.interval, item.verdict, item.rule) for item in found]
-    return pd.DataFrame(rows, columns=["claim", "paper", "ours", "n", "interval", "verdict", "rule"])
+    """Return claims as a table: columns claim, verdict, paper, ours, n, interval, rule."""
+    rows = [(item.text, item.verdict, item.paper, item.ours, item.n, item.interval, item.rule) for item in found]
+    return pd.DataFrame(rows, columns=["claim", "verdict", "paper", "ours", "n", "interval", "rule"])
 
 
 def claim_table(page: Sequence[Rendered]) -> pd.DataFrame:
@@ -550,7 +550,8 @@ def write_page(page: Sequence[Rendered], run: Run) -> dict[str, Path]:
         ValueError: No exhibit was drawn.
     """
     title, table = f"Figures and tables: profile {run.profile.name}", claim_table(page)
-    _written(run, "claims", {"csv": table.to_csv(index=False, lineterminator="\n"), "md": markdown(table) + "\n"})
+    said = f"{summary(table)}:\n\n{markdown(table)}\n"
+    _written(run, "claims", {"csv": table.to_csv(index=False, lineterminator="\n"), "md": said})
     return _written(run, "index", {"md": "\n\n".join([f"# {title}", *_sections(page, run.profile.name)]) + "\n"})
 
 

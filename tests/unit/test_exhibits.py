@@ -225,9 +225,9 @@ def test_the_page_has_caption_claims_verdict_and_what_is_missing(own, folder):
     for words in ("## Fig. 99: a line", "paper: 4", "does not hold", "0 of 1 claims of the paper hold here", NOTEBOOK):
         assert words in text
     assert (folder / "claims.csv").read_text() == (
-        "claim,paper,ours,n,interval,verdict,rule\nit ends at 4,Fig. 99: 4,7,1 number,,does not hold,equal\n"
+        "claim,verdict,paper,ours,n,interval,rule\nit ends at 4,does not hold,Fig. 99: 4,7,1 number,,equal\n"
     )
-    assert "| it ends at 4 | Fig. 99: 4 |" in (folder / "claims.md").read_text()
+    assert "| it ends at 4 | does not hold | Fig. 99: 4 |" in (folder / "claims.md").read_text()
     assert "| The numbers | table 'numbers' has 1 of the 2 rows needed |" in text
     assert "![Fig. 99: a line](line.png)\n\nA caption with <signs> & such." in text
     with pytest.raises(ValueError, match="no exhibit was drawn"):

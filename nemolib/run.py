@@ -268,13 +268,9 @@ class Run:
             protocol: None means the profile's.
             guidance: Guidance scale of the detection; None means the profile's.
         """
-        detection, generation = self.profile.detection.guidance, float(self.profile.generation.guidance)
-        scales = [detection if guidance is None else guidance]
-        # Table 4 compares the threshold with that of the generation's guidance, which needs no UNet pass of its own.
-        scales += [detection, generation] if protocol is None else []
-        protocol = load_protocol(protocol or self.profile.protocol)
-        measures = [pairs_measure(protocol, scale) for scale in dict.fromkeys(scales)]
-        return np.array([row[0] for row in self.observe(self.prompts("threshold")["caption"], measures)])
+        guidance = self.profile.detection.guidance if guidance is None else guidance
+        measure = pairs_measure(load_protocol(protocol or self.profile.protocol), guidance)
+        return np.array(self.observe(self.prompts("threshold")["caption"], [measure]))[:, 0]
 
     @property
     def threshold(self) -> float:

@@ -14,7 +14,7 @@ from nemolib.settings import PAPER, RELEASED
 
 @pytest.fixture(scope="module")
 def run(random_run):
-    return random_run({}, holdout=[f"{a} {b}" for a in "abc" for b in "uv"])
+    return random_run({}, holdout=[f"{a} {b}" for a in "abc" for b in "uv"], generation={"guidance": 3.0})
 
 
 def test_each_switch_changes_one_thing_and_all_together_lead_to_the_paper():
@@ -41,6 +41,9 @@ def test_thresholds_of_the_switches(run):
     assert np.allclose(rows["difference"], rows["threshold"] - rows.loc["none", "threshold"])
     largest = run.holdout_scores(protocol=RELEASED).max(axis=1)
     assert rows.loc["none", "gate"] == (largest > rows.loc["none", "threshold"]).mean()
+    kept = sorted(run.store.folder.rglob("observing/*/*"))
+    run.threshold_at(guidance=run.profile.generation.guidance)
+    assert sorted(run.store.folder.rglob("observing/*/*")) == kept, "Table 4 needs no UNet pass of its own"
 
 
 def test_pairs_keep_their_prompt_and_seeds(run):

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,23 +19,20 @@ import pandas as pd
 from PIL import Image
 
 from nemolib import paths
-from nemolib.first_step import first_step
+from nemolib.first_step import scoring
 from nemolib.holdout import z_scores
-from nemolib.layers import scale_neurons, value_activations
+from nemolib.layers import value_activations
 from nemolib.mitigation import DeactivatedNeurons
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.prompts import MEMORIZED, has_image
 from nemolib.selection import out_of_distribution
-from nemolib.similarity import memorization_score
-from nemolib.similarity import similarity as alike
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
     from ipywidgets import VBox
 
     from nemolib.run import Run
-    from nemolib.settings import DetectionSettings, GenerationSettings, Protocol, SimilaritySettings
+    from nemolib.settings import GenerationSettings
 
 FACTORS = (1.0, 0.75, 0.5, 0.25, 0.0, -0.25, -0.5, -0.75, -1.0)
 """What the values of neurons are multiplied by: unchanged, off, turned round."""
@@ -101,28 +97,6 @@ def prompts_with_neurons(run: Run, number: int) -> list[Found]:
     return chosen
 
 
-def scoring(
-    pipe: StableDiffusionPipeline, *, detection: DetectionSettings, similarity: SimilaritySettings, protocol: Protocol
-) -> Callable[[Sequence[tuple[str, tuple[int, ...], NeuronSet, float]]], list[list[float]]]:
-    """Return what gives two scores of a prompt whose neurons are scaled: a task.
-
-    Its items are (caption, kept seeds, neurons, factor), its results the score that the search asks (the largest
-    similarity, over kept seeds, of the noise differences with and without) and the memorization score.
-    """
-    step = first_step(pipe, settings=detection, protocol=protocol)
-    how = {"settings": similarity, "protocol": protocol}
-    plain = lru_cache(lambda caption: step(embed(pipe, [caption])))
-
-    def score(caption: str, seeds: tuple[int, ...], neurons: NeuronSet, factor: float) -> list[float]:
-        with scale_neurons(pipe.unet, neurons, factor=factor):
-            changed = step(embed(pipe, [caption]))
-        kept = list(seeds)
-        kept_alike = alike(changed[kept], plain(caption)[kept], **how)
-        return [kept_alike.max().item(), memorization_score(changed, **how)]
-
-    return lambda batch: [score(*item) for item in batch]
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Frame:
     """What a setting of the sliders shows.
@@ -165,10 +139,10 @@ def frame(run: Run, found: Found, off: int, factor: float = 0.0, *, settings: Ge
     if not 0 <= off <= len(found.order):
         raise ValueError(f"off is {off}; the prompt has {len(found.order)} neurons")
     neurons = NeuronSet.of(found.order[:off], layers=len(found.z))
-    changed, item = DeactivatedNeurons(neurons, factor), (found.prompt, found.seeds, neurons, factor)
+    changed, item = DeactivatedNeurons(neurons, factor), (found.prompt, neurons, factor, found.seeds)
     common = {name: getattr(run.profile, name) for name in ("detection", "similarity", "protocol")}
-    (scores,) = run.compute(scoring, [item], label="scores", **common)
-    numbers = dict(zip(("score", "memorization score"), scores, strict=True))
+    ((memorized, asked),) = run.compute(scoring, [item], label="scores", **common)
+    numbers = {"score": asked, "memorization score": memorized}
     (images,) = run.images([found.prompt], changed, settings=settings)
     if found.planted is not None:
         copied = run.measure(found.row, changed, columns=["sscd_orig"], settings=settings)

@@ -47,6 +47,7 @@ from nemolib.settings import (
     settings_of,
 )
 from nemolib.similarity import memorization_score, pair_similarities
+from nemolib.similarity import similarity as alike
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -387,14 +388,25 @@ def observing(
 
 def scoring(
     pipe: StableDiffusionPipeline, *, detection: DetectionSettings, similarity: SimilaritySettings, protocol: Protocol
-) -> Callable[[Sequence[tuple[str, NeuronSet]]], list[float]]:
-    """Return what gives the memorization scores of prompts, each with neurons deactivated: a task."""
+) -> Callable[[Sequence[tuple[str, NeuronSet, float, tuple[int, ...]]]], list[list[float]]]:
+    """Return what gives scores of prompts whose neurons are scaled: a task (`nemolib.run.Run.compute`).
 
-    def score(prompt: str, neurons: NeuronSet) -> float:
-        maps = noise_differences(pipe, prompt, settings=detection, protocol=protocol, neurons=neurons)
-        return memorization_score(maps, settings=similarity, protocol=protocol)
+    Its items are (caption, neurons, factor, seeds), its results the memorization score and, of the seeds that a search kept,
+    the score that it asks: the largest similarity of the noise differences with and without. No seeds: the first alone.
+    """
+    check_neurons_act(pipe.unet)
+    step, how = first_step(pipe, settings=detection, protocol=protocol), {"settings": similarity, "protocol": protocol}
+    untouched = functools.lru_cache(lambda caption: step(embed(pipe, [caption])))
 
-    return lambda batch: [score(*item) for item in batch]
+    def scores(caption: str, neurons: NeuronSet, factor: float, seeds: tuple[int, ...]) -> list[float]:
+        with naming(caption), scale_neurons(pipe.unet, neurons, factor=factor):
+            changed = step(embed(pipe, [caption]))
+        found = [memorization_score(changed, **how)]
+        if kept := list(seeds):
+            found.append(float(alike(changed[kept], untouched(caption)[kept], **how).max()))
+        return found
+
+    return lambda batch: [scores(*item) for item in batch]
 
 
 def comparing_outputs(

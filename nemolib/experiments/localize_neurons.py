@@ -520,7 +520,8 @@ def deactivation(run: Run, found: pd.DataFrame, kinds: Sequence[str] = MEMORIZED
     chosen = found[found["kind"].isin(kinds)].reset_index(drop=True)
     rows, own = run.prompts(*kinds).set_index("caption").loc[chosen["prompt"]].reset_index(), by_prompt(chosen)
     settings = {name: getattr(run.profile, name) for name in ("detection", "similarity", "protocol")}
-    scores = run.compute(scoring, list(own.items()), label="scores with deactivated neurons", **settings)
+    items = [(*item, 0.0, ()) for item in own.items()]
+    scores = [score for (score,) in run.compute(scoring, items, label="scores with deactivated neurons", **settings)]
     before = run.measure(rows, columns=("sscd_orig", "d_sscd"))
     after = run.measure(rows, DeactivatedNeurons(own), columns=("sscd_orig", "sscd_gen", "d_sscd"))
     change = chosen[["kind", "prompt", "neuron_count", "reached"]]

@@ -290,18 +290,23 @@ def read_attacks(attacks: pd.DataFrame) -> Iterator[Claim]:
                  n=f"{len(never)} images", interval=share_interval(never > MEMORIZED_ABOVE))  # fmt: skip
 
 
-@exhibit("", "an image that was switched off comes back, or not",
-    "Left: planted in training, what its caption gives, and the same seeds without the neurons that were found. Attacked: an embedding was looked for, from noise, with which the model *without these neurons* denoises "
-    "towards the planted image; two seeds. Right, the control: the planted image mirrored and with its colours exchanged, which was never trained. The same attack on the same model should not find it.", read=read_attacks)  # fmt: skip
+@exhibit("", "an image that was switched off comes back, or not", read=read_attacks)
 def is_it_gone(attack_images: Grid) -> Figure:
-    """Draw planted images, what deactivation leaves, and what an attack finds."""
+    """Left: planted in training, what its caption gives, and the same seeds without the neurons that were found.
+
+    Attacked: an embedding was looked for, from noise, with which the model *without these neurons* denoises
+    towards the planted image; two seeds. Right, the control: the planted image mirrored and with its colours
+    exchanged, which was never trained. The same attack on the same model should not find it.
+    """
     return image_grid(attack_images)
 
 
-@exhibit("", "copies against the steps of the attack",
-    "Copy similarity to the image that is looked for: medians over images with 95 % bootstrap intervals. Dotted: above it an image counts as a copy. Grey: what the prompts give with their neurons off.")  # fmt: skip
+@exhibit("", "copies against the steps of the attack")
 def attack_course(attacks: pd.DataFrame) -> Figure:
-    """Draw similarity over steps: kinds of images without neurons and untouched, and memorized images from several starts."""
+    """Copy similarity to the image that is looked for: medians over images with 95 % bootstrap intervals.
+
+    Dotted: above it an image counts as a copy. Grey: what the prompts give with their neurons off.
+    """
     plain = at_the_end(attacks, MEMORIZED, OFF, NO_ATTACK).median()
     table = cells(attacks[attacks["steps"] > 0], "kind", "image", "model", "start", "steps")
     cases = {
@@ -324,10 +329,13 @@ def attack_course(attacks: pd.DataFrame) -> Figure:
     return figure
 
 
-@exhibit("", "what the attack finds, beside published numbers",
-    "After the last step: median over images with its 95 % bootstrap interval, and the share of images that are copies with its interval (Wilson). Published: Stable Diffusion v1-4 with SSCD, similarity and share, read in reports by others; its start is not said.")  # fmt: skip
+@exhibit("", "what the attack finds, beside published numbers")
 def attack_table(attacks: pd.DataFrame) -> pd.DataFrame:
-    """Return a table of prompts without an attack, and of what the longest attacks found."""
+    """After the last step: median over images with its 95 % bootstrap interval, and the share of images that are copies with its interval (Wilson).
+
+    Published: Stable Diffusion v1-4 with SSCD, similarity and share, read in reports by others; its start is
+    not said.
+    """
     keys = ["kind", "model", "start"]
     table = cells(attacks[attacks["steps"] == attacks.groupby(keys)["steps"].transform("max")], "image", *keys)
     table["attacked"] = table["start"] != NO_ATTACK
@@ -351,10 +359,12 @@ def read_overlap(layer_overlap: pd.DataFrame, embedding_distances: pd.DataFrame)
                  n=f"{len(shared) // layer_overlap['layer'].max()} pairs")  # fmt: skip
 
 
-@exhibit("", "neurons that embeddings of one image share",
-    "Intersection over union of the neurons that the search finds, mean over pairs; in brackets the share of pairs of which neither has a neuron in this layer. These are left out (white: all of them); counted as 1, as two equal sets, they would look like agreement.", read=read_overlap)  # fmt: skip
+@exhibit("", "neurons that embeddings of one image share", read=read_overlap)
 def neurons_shared(layer_overlap: pd.DataFrame) -> Figure:
-    """Draw the overlap of neuron sets by layer."""
+    """Intersection over union of the neurons that the search finds, mean over pairs; in brackets the share of pairs of which neither has a neuron in this layer.
+
+    These are left out (white: all of them); counted as 1, as two equal sets, they would look like agreement.
+    """
     grouped = layer_overlap.groupby(["pair", "layer"], sort=False)["iou"]
     values, empty = grouped.mean().unstack(), grouped.agg(lambda part: part.isna().mean()).unstack()
     with panels(aspect=0.25) as (figure, axes):
@@ -374,17 +384,19 @@ def read_defence(hardened: pd.DataFrame) -> Iterator[Claim]:
                      interval=after["interval"])  # fmt: skip
 
 
-@exhibit("", "a model that was fine-tuned against the attack",
-    "Stored numbers of `python -m tools.harden`. Defended: images whose attacks it was trained on; the others are as memorized, and took no part.", read=read_defence)  # fmt: skip
+@exhibit("", "a model that was fine-tuned against the attack", read=read_defence)
 def hardened_table(hardened: pd.DataFrame) -> pd.DataFrame:
-    """Return a table of the attacks before and after the fine-tuning."""
+    """Stored numbers of `python -m tools.harden`.
+
+    Defended: images whose attacks it was trained on; the others are as memorized, and took no part.
+    """
     table = cells(hardened.replace({"defended": {True: "yes", False: "no"}}), "defended", "attack", "model")
     return pd.concat([table[["defended", "attack", "model"]], in_words(table)], axis=1)
 
 
-@exhibit("", "images before and after the defence", "What captions give, and what an attack from noise finds.")  # fmt: skip
+@exhibit("", "images before and after the defence")
 def hardened_grid(hardened_images: Grid) -> Figure:
-    """Draw images of the untouched and of the fine-tuned model, with and without an attack."""
+    """What captions give, and what an attack from noise finds."""
     return image_grid(hardened_images, fraction=0.75)
 
 

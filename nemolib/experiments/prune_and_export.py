@@ -50,11 +50,12 @@ METHODS = {
 # Export
 
 
-@exhibit(
-    "", "the repaired model in other hands",
-    "One prompt, one seed, the same steps. Planted: the training image. Folder and patch: made in a process that cannot import nemolib.",
-)  # fmt: skip
+@exhibit("", "the repaired model in other hands")
 def export_images(export_images: Grid) -> Figure:
+    """One prompt, one seed, the same steps.
+
+    Planted: the training image. Folder and patch: made in a process that cannot import nemolib.
+    """
     return plots.image_grid(export_images)
 
 
@@ -253,26 +254,27 @@ def read_repairs(repaired_prompts: pd.DataFrame) -> Iterator[Claim]:
 # Figures and tables
 
 
-@exhibit(
-    "", "what pruning takes and what it costs",
-    "NeMo: the neurons of so many prompts together; random: as many feed-forward weights as Wanda above it. Weights: how many are zero. VM, TM: similarity to the planted image "
-    "(SSCD_Orig), of prompts that the repair was made for; memorized others: of those that it was "
-    "not made for. Then unmemorized prompts: alignment (A_CLIP), and distance of the "
-    "images as a set from others of the untouched model (FID; few images, so that only rows can be compared). Medians over prompts.",
-    read=read_repairs,
-)  # fmt: skip
+@exhibit("", "what pruning takes and what it costs", read=read_repairs)
 def show_repaired_prompts(repaired_prompts: pd.DataFrame) -> pd.DataFrame:
+    """NeMo: the neurons of so many prompts together; random: as many feed-forward weights as Wanda above it.
+
+    Weights: how many are zero. VM, TM: similarity to the planted image (SSCD_Orig), of prompts that the repair
+    was made for; memorized others: of those that it was not made for. Then unmemorized prompts: alignment
+    (A_CLIP), and distance of the images as a set from others of the untouched model (FID; few images, so that
+    only rows can be compared). Medians over prompts.
+    """
     names = {"name": "pruned", "weights": "weights", "vm": "VM", "tm": "TM", "outside": "memorized others"}
     names |= {"a_clip": "A_CLIP, others", "fid": "FID, others"}
     return summary(repaired_prompts)[list(names)].round(2).rename(columns=names)
 
 
-@exhibit(
-    "", "neurons of more and more prompts pruned",
-    "Points are prompts, filled those whose neurons are pruned, hollow all others; lines are medians. Left: memorized prompts; middle and right: prompts that "
-    "are not memorized; dotted: the untouched model compared with itself.",
-)  # fmt: skip
+@exhibit("", "neurons of more and more prompts pruned")
 def union_curve(repaired_prompts: pd.DataFrame) -> Figure:
+    """Points are prompts, filled those whose neurons are pruned, hollow all others; lines are medians.
+
+    Left: memorized prompts; middle and right: prompts that are not memorized; dotted: the untouched model
+    compared with itself.
+    """
     rows, other = repaired_prompts[repaired_prompts["method"].isin((UNTOUCHED, NEMO))], ROLES["unmemorized"]
     ticks = rows.drop_duplicates("amount")
     looks = {("sscd_orig", kind): ROLES[kind] for kind in ("vm", "tm")}
@@ -301,12 +303,13 @@ def union_curve(repaired_prompts: pd.DataFrame) -> Figure:
     return figure
 
 
-@exhibit(
-    "", "copies against other prompts",
-    "Each point is a model with something pruned; beside it of how many prompts the neurons are, or the sparsity. Copy similarity: median of "
-    "the VM prompts that it was made for. The upper left corner would be free of copies, and of cost to other prompts.",
-)  # fmt: skip
+@exhibit("", "copies against other prompts")
 def trade_off(repaired_prompts: pd.DataFrame) -> Figure:
+    """Each point is a model with something pruned; beside it of how many prompts the neurons are, or the sparsity.
+
+    Copy similarity: median of the VM prompts that it was made for. The upper left corner would be free of
+    copies, and of cost to other prompts.
+    """
     table = summary(repaired_prompts)
     with plots.panels(1, 2, aspect=0.45) as (figure, axes):
         for place, name in zip(axes, ("a_clip", "sscd_gen"), strict=True):
@@ -346,11 +349,12 @@ def repair_images(run: Run, repairs: Sequence[Repair], prompts: Sequence[str], o
     return Grid(images, tuple(names), columns)
 
 
-@exhibit(
-    "", "memorized prompts and ordinary ones of the same subject, after each repair",
-    "A column is a model, a row a prompt; all images are of one seed. NeMo and Wanda were given the same prompts; random: as many weights of each layer as Wanda beside it.",
-)  # fmt: skip
+@exhibit("", "memorized prompts and ordinary ones of the same subject, after each repair")
 def show_repair_images(repair_images: Grid, repaired_prompts: pd.DataFrame) -> Figure:
+    """A column is a model, a row a prompt; all images are of one seed.
+
+    NeMo and Wanda were given the same prompts; random: as many weights of each layer as Wanda beside it.
+    """
     kinds = repaired_prompts.drop_duplicates("prompt").set_index("prompt")["kind"]
     return plots.image_grid(repair_images, kinds=kinds)
 

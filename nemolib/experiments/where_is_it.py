@@ -107,10 +107,14 @@ def read_agreement(region_agreement: pd.DataFrame) -> Iterator[Claim]:
             n=f"{row['prompts']} TM prompts", interval=f"pixel AUROC {row['auroc_low']:.2f} to {row['auroc_high']:.2f}")  # fmt: skip
 
 
-@exhibit("", "how well maps agree with the part that is fixed in training",
-    "Left: how often a pixel of the fixed part is brighter than another one of its image (dotted: chance), median over TM prompts with its 95 % bootstrap interval. Right: best mean intersection over union of "
-    "one threshold for all images (dotted: the whole image). Hollow: Kim & Lee (ICML 2026) with Stable Diffusion v1.4, where the whole image has 0.52; without masks, they take what differs between copies.", read=read_agreement)  # fmt: skip
+@exhibit("", "how well maps agree with the part that is fixed in training", read=read_agreement)
 def show_region_agreement(region_agreement: pd.DataFrame) -> Figure:
+    """Left: how often a pixel of the fixed part is brighter than another one of its image (dotted: chance), median over TM prompts with its 95 % bootstrap interval.
+
+    Right: best mean intersection over union of one threshold for all images (dotted: the whole image). Hollow:
+    Kim & Lee (ICML 2026) with Stable Diffusion v1.4, where the whole image has 0.52; without masks, they take
+    what differs between copies.
+    """
     named = {"auroc": ("pixel AUROC", 0.5), "iou": ("best mean IoU", region_agreement["whole"].iloc[0])}
     with panels(1, 2, aspect=0.42) as (figure, axes):
         for panel, (name, (label, base)) in zip(axes, named.items(), strict=True):
@@ -181,10 +185,15 @@ def overlays(run: Run, rows: pd.DataFrame, maps: np.ndarray, off: np.ndarray) ->
     return Grid(np.array(lines), tuple(rows["caption"]), (PLANTED, "fixed part (mask)", "generated", *shown))
 
 
-@exhibit("", "maps of the memorized region over images",
-    "Planted: the training image. Fixed part: what all its copies in training share, known exactly. Generated: an image that the model makes of the caption; then the same image in grey under maps: yellow where a map is high, blue "
-    f"where it is low, a white line around the fixed part. The {DIFFERENCE} is that of the first step, the others are of the last one; a column has one scale, and the last column that of the {DIFFERENCE}.")  # fmt: skip
+@exhibit("", "maps of the memorized region over images")
 def region_maps(region_maps: Grid, guidance_path: pd.DataFrame) -> Figure:
+    """Planted: the training image.
+
+    Fixed part: what all its copies in training share, known exactly. Generated: an image that the model makes
+    of the caption; then the same image in grey under maps: yellow where a map is high, blue where it is low, a
+    white line around the fixed part. The guidance difference is that of the first step, the others are of the
+    last one; a column has one scale, and the last column that of the guidance difference.
+    """
     return image_grid(region_maps, kinds=guidance_path.drop_duplicates("caption").set_index("caption")["kind"])
 
 
@@ -222,9 +231,9 @@ def read_path(guidance_path: pd.DataFrame) -> Iterator[Claim]:
         paper="the norm is large until the transition point, then it falls (Jain et al., CVPR 2025; curves)")  # fmt: skip
 
 
-@exhibit("", "how much the prompt changes in each step",
-    "Norm of the guidance difference Δε, mean over seeds, median over prompts; denoising runs from left to right.", read=read_path)  # fmt: skip
+@exhibit("", "how much the prompt changes in each step", read=read_path)
 def show_guidance_path(guidance_path: pd.DataFrame) -> Figure:
+    """Norm of the guidance difference Δε, mean over seeds, median over prompts; denoising runs from left to right."""
     with panels(1, 2, aspect=0.4) as (figure, axes):
         for panel, (scale, part) in zip(axes, guidance_path.groupby("guidance", sort=False), strict=True):
             for kind, rows in plots.of_kinds(part, tuple(KINDS)).items():
@@ -348,10 +357,16 @@ def read_curves(guidance_mitigations: pd.DataFrame) -> Iterator[Claim]:
             paper=f"{row[f'{name}_before']:.2f} to {row[f'{name}_after']:.2f} ({row['source']})", n=f"{none['prompts']} VM prompts")  # fmt: skip
 
 
-@exhibit("", "copy similarity against alignment, every mitigation at several strengths",
-    "A line is a mitigation from weak to strong and begins at the untouched model (star); dashed: those of notebook 04. Filled: the published strength. Best is the lower right corner. Up: the largest value of a prompt's images (MemBench's "
-    "top-1), mean over prompts; left and middle copy similarity of VM prompts, right, for TM prompts, the correlation of pixels with the planted image in the part that all its copies share (without masks, their copy similarity). Below the dotted line MemBench counts no copy. Across: alignment of the images of the prompts in the title.", read=read_curves)  # fmt: skip
+@exhibit("", "copy similarity against alignment, every mitigation at several strengths", read=read_curves)
 def show_guidance_mitigations(guidance_mitigations: pd.DataFrame) -> Figure:
+    """A line is a mitigation from weak to strong and begins at the untouched model (star); dashed: those of notebook 04.
+
+    Filled: the published strength. Best is the lower right corner. Up: the largest value of a prompt's images
+    (MemBench's top-1), mean over prompts; left and middle copy similarity of VM prompts, right, for TM prompts,
+    the correlation of pixels with the planted image in the part that all its copies share (without masks, their
+    copy similarity). Below the dotted line MemBench counts no copy. Across: alignment of the images of the
+    prompts in the title.
+    """
     table, shown = guidance_mitigations, {"VM: copy similarity": ("alignment", "top_1"), "unmemorized, beside it": ("ordinary", "top_1"), "TM: layout": ("layout_alignment", "layout")}  # fmt: skip
     with panels(1, 3, aspect=0.6, sharey=True) as (figure, axes):
         for panel, (title, (across, up)) in zip(axes, shown.items(), strict=True):
@@ -385,9 +400,13 @@ def pictures(run: Run, rows: pd.DataFrame, table: pd.DataFrame, chosen: Strength
     return Grid(np.stack([planted, *made]), (PLANTED, *items), names)
 
 
-@exhibit("", "an image of each mitigation",
-    "All of one seed. Of each mitigation the weakest strength that halves the copy similarity of VM prompts, or where none does, the one that leaves least of it. Unmemorized prompts have no planted image.")  # fmt: skip
+@exhibit("", "an image of each mitigation")
 def guidance_images(guidance_images: Grid) -> Figure:
+    """All of one seed.
+
+    Of each mitigation the weakest strength that halves the copy similarity of VM prompts, or where none does,
+    the one that leaves least of it. Unmemorized prompts have no planted image.
+    """
     return image_grid(guidance_images)
 
 

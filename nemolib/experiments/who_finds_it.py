@@ -153,11 +153,13 @@ def read_by_copies(detector_quality: pd.DataFrame, detector_prompts: pd.DataFram
         yield Claim(f"AUROC of at least 0.9 from {rung} on", ", ".join(names.index))
 
 
-@exhibit("", "where memorization begins, and where each detector sees it",
-    "First panel: the largest copy similarity of a prompt's images; points are prompts, the line is the median of a rung. "
-    "Others: AUROC of the prompts of a rung against the unmemorized ones with its 95 % bootstrap interval; in brackets UNet "
-    "evaluations per prompt. Shaded: rungs whose median prompt has a copy. Dotted: chance.", read=read_by_copies)  # fmt: skip
+@exhibit("", "where memorization begins, and where each detector sees it", read=read_by_copies)
 def detectors_by_copies(detector_quality: pd.DataFrame, detector_prompts: pd.DataFrame) -> Figure:
+    """First panel: the largest copy similarity of a prompt's images; points are prompts, the line is the median of a rung.
+
+    Others: AUROC of the prompts of a rung against the unmemorized ones with its 95 % bootstrap interval; in
+    brackets UNet evaluations per prompt. Shaded: rungs whose median prompt has a copy. Dotted: chance.
+    """
     ladder = of_kinds(detector_prompts, "detector_prompts", "ladder")["ladder"]
     curves, look = detector_quality.dropna(subset="copies").groupby("detector", sort=False), plots.ROLES["ladder"]
     copied = ladder.groupby("copies")["copy_max"].median() > MEMORIZED_ABOVE
@@ -193,11 +195,14 @@ def read_by_cost(detector_quality: pd.DataFrame) -> Iterator[Claim]:
                  n=f"{len(good)} detectors, {best['prompts']} prompts")  # fmt: skip
 
 
-@exhibit("", "what detectors cost, and what they find",
-    "The cheapest first. Left: UNet evaluations per prompt. Middle and right: VM, TM and all prompts of the ladder that have a copy, against the "
-    "unmemorized ones, with 95 % bootstrap intervals. Small: with the fewest latents. Hollow: reported for Stable Diffusion with other prompts "
-    "(sources: table of detectors).", read=read_by_cost)  # fmt: skip
+@exhibit("", "what detectors cost, and what they find", read=read_by_cost)
 def detectors_by_cost(detector_quality: pd.DataFrame) -> Figure:
+    """The cheapest first.
+
+    Left: UNet evaluations per prompt. Middle and right: VM, TM and all prompts of the ladder that have a copy,
+    against the unmemorized ones, with 95 % bootstrap intervals. Small: with the fewest latents. Hollow:
+    reported for Stable Diffusion with other prompts (sources: table of detectors).
+    """
     rows, theirs = of_group(detector_quality), paper.table("detectors").set_index("detector")
     fewest = detector_quality[detector_quality["group"] == ALL].groupby("detector").first().loc[rows["detector"]]
     color, height = plots.ROLES["ladder"].color, np.arange(len(rows))
@@ -218,10 +223,12 @@ def detectors_by_cost(detector_quality: pd.DataFrame) -> Figure:
     return figure
 
 
-@exhibit("", "detectors in use: one threshold, and who reported what",
-    "Found: prompts above the 99 % quantile of the unmemorized prompts (missing with fewer than 100 of them). Reported: AUROC / TPR at 1 % "
-    "false positives for Stable Diffusion.")  # fmt: skip
+@exhibit("", "detectors in use: one threshold, and who reported what")
 def detectors_table(detector_quality: pd.DataFrame) -> pd.DataFrame:
+    """Found: prompts above the 99 % quantile of the unmemorized prompts (missing with fewer than 100 of them).
+
+    Reported: AUROC / TPR at 1 % false positives for Stable Diffusion.
+    """
     rows, theirs = of_group(detector_quality).set_index("detector"), paper.table("detectors").set_index("detector")
     found = detector_quality.groupby(["group", "detector"], sort=False)["found"].last().unstack("group")
     shown = rows[["evaluations"]].assign(threshold=rows["threshold"].map("{:.3g}".format))
@@ -249,10 +256,12 @@ def significance(run: Run) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-@exhibit("", "which tokens betray a prompt",
-    "Norm of the gradient of the guidance norm in the first step by the embedding of a token, on one scale. Large: changing this token would "
-    "change the norm most.")  # fmt: skip
+@exhibit("", "which tokens betray a prompt")
 def show_token_significance(token_significance: pd.DataFrame) -> Figure:
+    """Norm of the gradient of the guidance norm in the first step by the embedding of a token, on one scale.
+
+    Large: changing this token would change the norm most.
+    """
     parts = plots.of_kinds(token_significance, (*MEMORIZED, "unmemorized"))
     with plots.panels(1, len(parts), aspect=0.3, sharex=True, squeeze=False) as (figure, axes):
         for place, (kind, part) in zip(axes.flat, parts.items(), strict=True):
@@ -344,10 +353,9 @@ def read_triggers(trigger_draws: pd.DataFrame) -> Iterator[Claim]:
         yield Claim(f"planted images found: {strategy}", f"{last['found']} of {last['images']} ({cost})")
 
 
-@exhibit("", "planted images found without being told",
-    "Different planted images among those drawn of suspicious prompts, over all UNet evaluations: a search finds nothing until images of its "
-    "best prompts are drawn, one after the other.", read=read_triggers)  # fmt: skip
+@exhibit("", "planted images found without being told", read=read_triggers)
 def trigger_recall(trigger_draws: pd.DataFrame) -> Figure:
+    """Different planted images among those drawn of suspicious prompts, over all UNet evaluations: a search finds nothing until images of its best prompts are drawn, one after the other."""
     start = trigger_draws.groupby("strategy", sort=False).head(1).assign(evaluations=0, found=0)
     with plots.panels(fraction=0.65) as (figure, axes):
         look = {"style": "strategy", "markers": True, "palette": "colorblind", "drawstyle": "steps-post"}
@@ -367,7 +375,7 @@ def trigger_grid(run: Run, draws: pd.DataFrame, *, number: int = 3) -> Grid:
     return memorization_score.sample_grid(run, words.assign(caption=words["prompt"], image=known))
 
 
-@exhibit("", "single words that bring planted images back",
-    "First column: the planted image that the word brings back; then images of different seeds, whose whole prompt is this word.")  # fmt: skip
+@exhibit("", "single words that bring planted images back")
 def trigger_images(trigger_images: Grid) -> Figure:
+    """First column: the planted image that the word brings back; then images of different seeds, whose whole prompt is this word."""
     return plots.image_grid(trigger_images)

@@ -7,8 +7,9 @@ with AttentionScaling().applied(pipe, [prompt] * 4) as inputs:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
@@ -21,11 +22,13 @@ from nemolib.first_step import guidance_norm, noise_mix
 from nemolib.layers import (
     Guided,
     Layer,
+    OpenAttention,
+    attention_layers,
     check_neurons_act,
-    cross_attention_layers,
     finite,
     guidance_of,
     naming,
+    processors,
     sample_of_each,
     scale_neurons,
     scale_outputs,
@@ -400,7 +403,8 @@ class AttentionScaling(Mitigation):
     def check(self, pipe: StableDiffusionPipeline) -> None:
         """Raise a ValueError for a UNet whose cross-attention is not that of Stable Diffusion."""
         super().check(pipe)
-        for name, layer in cross_attention(pipe.unet).items():
+        for name in attention_layers(pipe.unet):
+            layer = pipe.unet.get_submodule(name)
             kind = type(layer.processor)
             if kind.__name__ not in _PLAIN or not kind.__module__.startswith("diffusers."):
                 remedy = f"known: {', '.join(_PLAIN)}; see pipe.unet.set_default_attn_processor()"
@@ -409,59 +413,34 @@ class AttentionScaling(Mitigation):
             if extra or layer.residual_connection or layer.rescale_output_factor != 1:
                 raise ValueError(f"{name} is no attention layer of Stable Diffusion ({extra or 'it has a residual'})")
 
-    @contextmanager
-    def _changed(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> Iterator[None]:
+    def _changed(self, pipe: StableDiffusionPipeline, prompts: list[str]) -> AbstractContextManager[None]:
         allowed = attended_tokens(pipe.tokenizer, prompts, mask=self.settings.mask)
-        with ExitStack() as before:
-            # Compiled code knows of no other processor.
-            before.enter_context(torch.compiler.set_stance("force_eager"))
-            for layer in cross_attention(pipe.unet).values():
-                before.callback(layer.set_processor, layer.processor)
-                layer.set_processor(ScaledAttention(self.settings.c1, allowed, guidance_of(pipe)))
-            yield
+        change = partial(scaled, c1=self.settings.c1, allowed=allowed, guided=guidance_of(pipe))
+        return processors(pipe.unet, dict.fromkeys(attention_layers(pipe.unet), OpenAttention(change=change)))
 
 
-class ScaledAttention:
-    """An attention processor of diffusers for cross-attention, with scaled begin token and masked tokens.
+def scaled(logits: Tensor, *, c1: float, allowed: Tensor, guided: Guided) -> Tensor:
+    """Return attention logits with that of the begin token scaled and tokens masked, but in the unconditional half.
 
     Args:
+        logits: Logits [sample, head, position, token].
         c1: What the logit of the first token is multiplied by.
         allowed: For each prompt the tokens that get attention, [prompt, token], bool.
         guided: Tells whether the first half of a batch is unconditional.
+
+    Raises:
+        ValueError: The batch does not belong to the prompts.
     """
-
-    def __init__(self, c1: float, allowed: Tensor, guided: Guided) -> None:
-        self.c1, self.allowed, self.guided = c1, allowed, guided
-
-    def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Any = None
-    ) -> Tensor:
-        """Return the output of an attention layer, [sample, position, channel]; arguments as diffusers gives them.
-
-        Raises:
-            ValueError: The batch does not belong to the prompts, or there is a mask of another origin.
-        """
-        if encoder_hidden_states is None or attention_mask is not None:
-            raise ValueError("attention scaling needs text features and cannot take a mask of another origin")
-        query, key, value = (
-            part.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for part in (attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states))
-        )
-        prompts, tokens = self.allowed.shape
-        if key.shape[-2] != tokens:
-            raise ValueError(f"attention scaling was set up for {tokens} tokens, but the text has {key.shape[-2]}")
-        logits = query.float() @ key.float().transpose(-1, -2) * attn.scale
-        rows = sample_of_each(len(logits), prompts, self.guided)
-        conditional = slice(len(rows) // 2 if self.guided() else 0, None)
-        scale = torch.ones_like(logits[:, :1, :1])
-        blocked = torch.zeros_like(scale, dtype=torch.bool)
-        scale[conditional, ..., 0] = self.c1
-        blocked[conditional, 0, 0] = ~self.allowed.to(logits.device)[rows[conditional].to(logits.device)]
-        weights = (logits * scale).masked_fill(blocked, -torch.inf).softmax(dim=-1)
-        output = (weights.to(value.dtype) @ value).transpose(1, 2).flatten(2)
-        for part in attn.to_out:
-            output = part(output)
-        return output
+    prompts, tokens = allowed.shape
+    if logits.shape[-1] != tokens:
+        raise ValueError(f"attention scaling was set up for {tokens} tokens, but the text has {logits.shape[-1]}")
+    rows = sample_of_each(len(logits), prompts, guided)
+    conditional = slice(len(rows) // 2 if guided() else 0, None)
+    scale = torch.ones_like(logits[:, :1, :1])
+    blocked = torch.zeros_like(scale, dtype=torch.bool)
+    scale[conditional, ..., 0] = c1
+    blocked[conditional, 0, 0] = ~allowed.to(logits.device)[rows[conditional].to(logits.device)]
+    return (logits * scale).masked_fill(blocked, -torch.inf)
 
 
 def attended_tokens(tokenizer: Any, prompts: list[str], *, mask: Mask) -> Tensor:
@@ -472,12 +451,6 @@ def attended_tokens(tokenizer: Any, prompts: list[str], *, mask: Mask) -> Tensor
     used = [len(ids) for ids in tokenizer(prompts, truncation=True, max_length=length).input_ids]
     ends = torch.tensor(used, device="cpu") - int(mask == "summary")
     return torch.arange(length, device="cpu") < ends[:, None]
-
-
-def cross_attention(unet: nn.Module) -> dict[str, Any]:
-    """Return the cross-attention layers of a UNet by their address; raise a ValueError if there are none."""
-    names = [layer.name.removesuffix(".to_v") for layer in cross_attention_layers(unet, "value")]
-    return {name: unet.get_submodule(name) for name in names}
 
 
 # Random tokens

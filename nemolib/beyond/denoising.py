@@ -6,8 +6,8 @@ Formulas of `nemolib.beyond` are written for the noise eps. What a model predict
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nemolib.first_step import noise_mix
-from nemolib.layers import cross_attention_layers, placement
+from nemolib.layers import OpenAttention, attention_layers, placement, processors
 from nemolib.mitigation import AttentionScaling
 from nemolib.pipeline import embed
 
@@ -161,58 +161,6 @@ class Denoising:
 
 
 # Attention on the way
-
-
-class OpenAttention:
-    """An attention processor of diffusers for cross-attention, whose logits can be changed and probabilities seen.
-
-    Args:
-        change: Gives the logits [sample, head, position, token] that are used in place of those it is given.
-        see: Is given the probabilities, same axes.
-    """
-
-    def __init__(
-        self, *, change: Callable[[Tensor], Tensor] | None = None, see: Callable[[Tensor], None] | None = None
-    ) -> None:
-        self._change, self._see = change, see
-
-    def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Any = None
-    ) -> Tensor:
-        """Return the output of an attention layer, [sample, position, channel]; arguments as diffusers gives them."""
-        if encoder_hidden_states is None or attention_mask is not None:
-            raise ValueError("cross-attention needs text features here, and cannot take a mask of another origin")
-        query, key, value = (
-            part.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for part in (attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states))
-        )
-        logits = query.float() @ key.float().mT * attn.scale
-        weights = (self._change(logits) if self._change else logits).softmax(dim=-1)
-        if self._see:
-            self._see(weights)
-        output = (weights.to(value.dtype) @ value).transpose(1, 2).flatten(2)
-        for part in attn.to_out:
-            output = part(output)
-        return output
-
-
-def attention_layers(unet: nn.Module, blocks: tuple[str, ...] = ("down", "mid", "up")) -> tuple[str, ...]:
-    """Return the addresses of the cross-attention layers in these blocks, in the order in which an image passes them."""
-    found = cross_attention_layers(unet, "value")
-    return tuple(layer.name.removesuffix(".to_v") for layer in found if layer.block in blocks)
-
-
-@contextmanager
-def processors(unet: nn.Module, chosen: Mapping[str, Any]) -> Iterator[None]:
-    """Give attention layers (address -> processor) other processors inside the context."""
-    with ExitStack() as before:
-        # Compiled code knows of no other processor.
-        before.enter_context(torch.compiler.set_stance("force_eager"))
-        for name, processor in chosen.items():
-            layer = unet.get_submodule(name)
-            before.callback(layer.set_processor, layer.processor)
-            layer.set_processor(processor)
-        yield
 
 
 @contextmanager

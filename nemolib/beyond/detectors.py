@@ -21,9 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nemolib.batching import shrinking
 from nemolib.beyond import denoising
-from nemolib.beyond.denoising import Denoising, Text, attention_layers, attention_seen, norms, signal_and_noise, text_of
+from nemolib.beyond.denoising import Denoising, Text, attention_seen, norms, signal_and_noise, text_of
 from nemolib.first_step import initial_latents, normalize
-from nemolib.layers import finite
+from nemolib.layers import attention_layers, finite
 from nemolib.settings import RELEASED, AtLeastTwo, Count, NotNegative, Protocol, SimilaritySettings, Whole, validated
 from nemolib.similarity import memorization_score
 

@@ -22,17 +22,8 @@ import torch
 from torch import Tensor
 
 from nemolib.batching import shrinking
-from nemolib.beyond.denoising import (
-    PUBLISHED_SIZE,
-    Denoising,
-    OpenAttention,
-    attention_layers,
-    noise_of,
-    norms,
-    output_of,
-    processors,
-)
-from nemolib.layers import guidance_of, sample_of_each
+from nemolib.beyond.denoising import PUBLISHED_SIZE, Denoising, noise_of, norms, output_of
+from nemolib.layers import OpenAttention, attention_layers, guidance_of, processors, sample_of_each
 from nemolib.mitigation import AttentionScaling, Mitigation
 from nemolib.pipeline import embed
 from nemolib.settings import Count, Multiplier, NotNegative, Positive, Whole, validated

@@ -14,11 +14,12 @@ from PIL import Image, ImageFilter
 
 from nemolib import metrics, paper, paths, plots
 from nemolib.beyond import guidance
-from nemolib.beyond.denoising import Denoising, OpenAttention, attention_layers, processors, text_of
+from nemolib.beyond.denoising import Denoising, text_of
 from nemolib.beyond.regions import MAPS, best_iou, mapping, on_grid, pixel_auroc
 from nemolib.exhibits import KINDS, Claim, effect, exhibit, of_kinds
 from nemolib.experiments.deactivate_neurons import NONE, adjustment, under_one_bar
 from nemolib.first_step import initial_latents
+from nemolib.layers import OpenAttention, attention_layers, processors
 from nemolib.localization import by_prompt, memorized
 from nemolib.mitigation import AttentionScaling, DeactivatedNeurons, EmbeddingAdjustment, Mitigation, RandomTokens
 from nemolib.plots import ROLES, Figure, Role, image_grid, legend_below, panels

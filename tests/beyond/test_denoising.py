@@ -2,7 +2,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from nemolib.beyond.denoising import Denoising, attention_layers, attention_seen, noise_of, output_of, text_of
+from nemolib.beyond.denoising import Denoising, attention_seen, noise_of, output_of, text_of
+from nemolib.layers import attention_layers
 from nemolib.pipeline import embed, load_pipeline
 from tests.beyond import by_hand
 from tests.narrow_architecture import save_narrow_architecture

@@ -1,6 +1,7 @@
 """What holds for every mitigation, then each of them."""
 
 import dataclasses
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,13 +14,12 @@ from hypothesis import strategies as st
 from nemolib import mitigation as module
 from nemolib.first_step import guidance_norm
 from nemolib.generation import generate
-from nemolib.layers import collect_outputs, cross_attention_layers
+from nemolib.layers import OpenAttention, attention_layers, collect_outputs, cross_attention_layers
 from nemolib.mitigation import (
     AttentionScaling,
     DeactivatedNeurons,
     EmbeddingAdjustment,
     RandomTokens,
-    ScaledAttention,
     SwitchedOffLayers,
     random_neurons,
 )
@@ -49,7 +49,6 @@ MITIGATIONS = [
     SwitchedOffLayers((CONVOLUTION,), share=0.5),
 ]
 SLOW = WenSettings(target=0.0, iterations=3, latents=2, learning_rate=0.02)
-ONE = ScaledAttention(1.0, torch.ones(1, 3, dtype=torch.bool), lambda: False)
 WORDLESS = SimpleNamespace(
     all_special_ids=(), get_vocab=lambda: {"a": 0, "b": 1}, decode=lambda ids, **_: "\ufffd" if ids == [0] else " "
 )
@@ -184,8 +183,11 @@ def test_pipelines_and_prompts_that_cannot_be_handled(random_pipe, mitigation):
         (lambda pipe: EmbeddingAdjustment(WenSettings(target=None)), "target is None.*that of nemolib.wen_target"),
         (lambda pipe: module.wen_target(pipe, ["a"], settings=SLOW), "needs at least 2"),
         (lambda pipe: AttentionScaling().check(random_pipeline(cross_attention=False)), "no cross-attention"),
-        (lambda pipe: ONE(attention_layer(), features(1, 7, 6)), "needs text features"),
-        (lambda pipe: ONE(attention_layer(), *[features(1, 3, 4)] * 3), "cannot take a mask of another origin"),
+        (lambda pipe: OpenAttention()(attention_layer(), features(1, 7, 6)), "needs text features"),
+        (
+            lambda pipe: OpenAttention()(attention_layer(), *[features(1, 3, 4)] * 3),
+            "cannot take a mask of another origin",
+        ),
         (lambda pipe: EmbeddingAdjustment(SLOW).check(inference_pipeline()), "loaded in torch.inference_mode"),
         (lambda pipe: RandomTokens(number=0), "number\n.*greater than or equal to 1"),
         (lambda pipe: RandomTokens(1).extend(WORDLESS, "a"), "none of the 2 tokens of SimpleNamespace is a word"),
@@ -356,7 +358,8 @@ def test_attention_by_hand(guided):
     allowed = torch.tensor([[True, True, True, False, False], [True, True, True, True, False]])
     samples = 4 if guided else 2
     image, text = features(samples, 7, 6), features(samples, 5, 4, seed=1)
-    output = ScaledAttention(c1, allowed, lambda: guided)(attn, image, text)
+    change = partial(module.scaled, c1=c1, allowed=allowed, guided=lambda: guided)
+    output = OpenAttention(change=change)(attn, image, text)
     for sample in range(samples):
         changed = (c1, allowed[sample - samples + 2]) if sample >= samples - 2 else (1.0, torch.ones(5))
         expected = by_hand(attn, image[sample], text[sample], *changed)
@@ -377,7 +380,8 @@ class Custom(AttnProcessor2_0):
 @pytest.mark.parametrize("processor", [Custom(), AttnAddedKVProcessor(), None])
 def test_unknown_attention_is_refused_and_stays(processor):
     pipe = random_pipeline()
-    name, attention = next(iter(module.cross_attention(pipe.unet).items()))
+    name = attention_layers(pipe.unet)[0]
+    attention = pipe.unet.get_submodule(name)
     if processor is None:
         attention.norm_cross, words = torch.nn.LayerNorm(16), r"no attention layer of Stable Diffusion \(norm_cross\)"
     else:

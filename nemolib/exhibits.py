@@ -194,11 +194,11 @@ def of_kinds(table: pd.DataFrame, name: str, *kinds: str, column: str = "") -> d
     Raises:
         NotEnough: There are none of a kind.
     """
-    parts = plots.of_kinds(table.dropna(subset=column) if column else table, kinds)
+    parts = dict(list((table.dropna(subset=column) if column else table).groupby("kind")))
     if missing := [kind for kind in kinds if kind not in parts]:
         what = f"values of {column}" if column else "rows"
         raise NotEnough(f"table {name!r} has no {what} with kind {missing[0]!r}")
-    return parts
+    return {kind: parts[kind] for kind in kinds}
 
 
 def each_kind(describe: Callable[[str], object], kinds: Iterable[str] = MEMORIZED) -> str:

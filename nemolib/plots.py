@@ -28,7 +28,6 @@ from matplotlib.text import Text
 from matplotlib.ticker import PercentFormatter
 from tueplots import figsizes, fontsizes
 
-from nemolib.prompts import MEMORIZED
 from nemolib.store import Grid
 
 # It wonders about the date of the font that comes with matplotlib.
@@ -167,11 +166,6 @@ def panels(
         figure.draw_without_rendering()
 
 
-def of_kinds(table: pd.DataFrame, kinds: Sequence[str]) -> dict[str, pd.DataFrame]:
-    """Return the rows of each of these kinds that a table has."""
-    return {kind: part for kind in kinds if len(part := table[table["kind"] == kind])}
-
-
 # Distributions
 
 
@@ -198,10 +192,9 @@ def threshold(axes: Axes, value: float, *, horizontal: bool = False) -> None:
 
 
 def points(axes: Axes, table: pd.DataFrame, x: str, y: str) -> None:
-    """Draw a column as points over the categories of another, VM and TM side by side."""
-    parts = of_kinds(table, MEMORIZED)
-    order = sorted(table[x].unique())
-    for place, (kind, part) in zip(np.linspace(-0.18, 0.18, len(parts)), parts.items(), strict=True):
+    """Draw a column as points over the categories of another, kinds side by side."""
+    parts, order = list(table.groupby("kind", sort=False)), sorted(table[x].unique())
+    for place, (kind, part) in zip(np.linspace(-0.18, 0.18, len(parts)), parts, strict=True):
         look = ROLES[kind]
         spread = np.resize(np.linspace(-0.12, 0.12, 7), len(part))
         across = part[x].map(order.index) + place + spread
@@ -224,11 +217,10 @@ def bars(axes: Axes, table: pd.DataFrame, x: str, y: str) -> None:
 def before_after(axes: Axes, table: pd.DataFrame, name: str) -> None:
     """Draw each prompt as a point: ``<name>_before`` across, ``<name>_after`` up; on the dotted line nothing changes."""
     columns = [f"{name}_before", f"{name}_after"]
-    parts = of_kinds(table, MEMORIZED)
-    for kind, part in parts.items():
+    for kind, part in table.groupby("kind", sort=False):
         look = ROLES[kind].line_style(linestyle="", markeredgewidth=0)
         axes.plot(part[columns[0]], part[columns[1]], **look | {"label": f"{look['label']}, n = {len(part)}"})
-    low = min(0.0, float(np.nanmin(pd.concat(parts.values())[columns])) - 0.05)
+    low = min(0.0, float(np.nanmin(table[columns])) - 0.05)
     axes.plot([low, 1], [low, 1], color="0.6", linestyle=":", linewidth=0.8)
     axes.set(xlim=(low, 1.02), ylim=(low, 1.02), aspect="equal")
     axes.locator_params(nbins=5)
@@ -253,14 +245,14 @@ def rungs(axes: Axes, table: pd.DataFrame, column: str, *, look: Role, label: st
 
 
 def intervals(axes: Sequence[Axes], table: pd.DataFrame) -> None:
-    """Draw a table of settings: a panel for each of `METRICS`, a row for each setting, VM above TM.
+    """Draw a table of settings: a panel for each of `METRICS`, a row for each setting, kinds one above the other.
 
     Filled: ours with its interval (columns ``<metric>``, ``<metric>_low``, ``<metric>_high``). Hollow: the paper's
     (``<metric>_paper``).
     """
-    parts, names = of_kinds(table, MEMORIZED), list(dict.fromkeys(table["setting"]))
+    parts, names = list(table.groupby("kind", sort=False)), list(dict.fromkeys(table["setting"]))
     for place, (panel, metric) in enumerate(zip(axes, METRICS, strict=True)):
-        for shift, (kind, part) in zip(np.linspace(-0.16, 0.16, len(parts)), parts.items(), strict=True):
+        for shift, (kind, part) in zip(np.linspace(-0.16, 0.16, len(parts)), parts, strict=True):
             look = ROLES[kind]
             rows = part["setting"].map(names.index) + shift
             panel.hlines(rows, part[f"{metric}_low"], part[f"{metric}_high"], color=look.color, linewidth=1)

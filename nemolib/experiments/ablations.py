@@ -229,7 +229,8 @@ def scaling_table(table: pd.DataFrame, levels: pd.DataFrame) -> pd.DataFrame:
     """
     factors = {NONE: 1.0, default_setting(levels): 0.0} | {f"factor {factor:g}": factor for factor in FACTORS}
     chosen = table[table["setting"].isin(factors)]
-    chosen = chosen.assign(factor=chosen["setting"].map(factors)).sort_values(["kind", "factor"], kind="stable")
+    chosen = chosen.assign(factor=chosen["setting"].map(factors))
+    chosen = chosen.sort_values(["kind", "factor"], ascending=[False, True], kind="stable")
     columns = [name for name in chosen if name.startswith(METRICS)]
     return chosen[["kind", "factor", "prompts", *columns]].reset_index(drop=True)
 
@@ -400,7 +401,7 @@ def figure_5b(scaling: pd.DataFrame) -> plots.Figure:
     """Filled: ours, median over prompts, the band is its 95 % bootstrap interval. Hollow: the paper's Table 4."""
     with plots.panels(1, 3, aspect=0.42, legend=2) as (figure, axes):
         for place, metric in zip(axes, ("sscd_orig", "sscd_gen", "a_clip"), strict=True):
-            for kind, rows in plots.of_kinds(scaling, MEMORIZED).items():
+            for kind, rows in scaling.groupby("kind", sort=False):
                 plots.along(place, rows, "factor", metric, ROLES[kind])
             place.set(title=plots.METRICS[metric], xticks=[-1, -0.5, 0, 0.5, 1])
             place.grid(axis="y", alpha=0.4)
@@ -429,12 +430,12 @@ def figure_15(threshold_map: pd.DataFrame) -> plots.Figure:
 
 def _maps(table: pd.DataFrame, columns: list[str], pattern: str, norm: Normalize) -> plots.Figure:
     """Return a panel for each column and kind, all of one scale; left of those of neurons the initial selection."""
-    parts = plots.of_kinds(table, MEMORIZED)
+    parts = list(table.groupby("kind", sort=False))
     size = {"aspect": 0.14 + 0.31 * len(columns), "sharex": True, "sharey": True, "squeeze": False}
     with plots.panels(len(columns), len(parts), **size) as (figure, axes):
         for row, column in zip(axes, columns, strict=True):
             initial = "initial_neurons" if column == "neurons" else ""
-            for place, (kind, rows) in zip(row, parts.items(), strict=True):
+            for place, (kind, rows) in zip(row, parts, strict=True):
                 ours, theirs = (_square(rows, column, initial=initial, end=end) for end in ("", "_paper"))
                 _draw_map(place, ours, theirs, pattern, norm)
                 name = plots.METRICS.get(column, "neurons")

@@ -295,7 +295,8 @@ def median_counts(localization: pd.DataFrame, column: str) -> tuple[str, str]:
 def read_4a(localization: pd.DataFrame) -> Iterator[Claim]:
     """Yield how many neurons VM and TM prompts have."""
     ours, theirs = median_counts(localization, "neuron_count")
-    counts = {kind: part["neuron_count"] for kind, part in plots.of_kinds(localization, MEMORIZED).items()}
+    parts = of_kinds(localization, "localization", *MEMORIZED)
+    counts = {kind: part["neuron_count"] for kind, part in parts.items()}
     ratio, n = counts["vm"].median() / counts["tm"].median(), each_kind(lambda kind: len(counts[kind]))
     ends = each_kind(lambda kind: median_interval(counts[kind]))
     size = {"at_most": 0.5, "ours": ours, "paper": theirs, "n": n, "interval": ends}

@@ -237,7 +237,7 @@ def show_guidance_path(guidance_path: pd.DataFrame) -> Figure:
     """Norm of the guidance difference Δε, mean over seeds, median over prompts; denoising runs from left to right."""
     with panels(1, 2, aspect=0.4) as (figure, axes):
         for panel, (scale, part) in zip(axes, guidance_path.groupby("guidance", sort=False), strict=True):
-            for kind, rows in plots.of_kinds(part, tuple(KINDS)).items():
+            for kind, rows in of_kinds(part, "guidance_path", *KINDS).items():
                 look = ROLES[kind].line_style(markersize=3, label=f"{KINDS[kind]}, n = {rows['caption'].nunique()}")
                 panel.plot(rows.groupby("timestep")["norm"].median(), **look)
             panel.set(xlabel="timestep", ylabel=r"$\|\Delta\epsilon\|$", title=f"sampling with guidance {scale:g}")

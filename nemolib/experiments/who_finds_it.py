@@ -262,9 +262,9 @@ def show_token_significance(token_significance: pd.DataFrame) -> Figure:
 
     Large: changing this token would change the norm most.
     """
-    parts = plots.of_kinds(token_significance, (*MEMORIZED, "unmemorized"))
+    parts = list(token_significance.groupby("kind", sort=False))
     with plots.panels(1, len(parts), aspect=0.3, sharex=True, squeeze=False) as (figure, axes):
-        for place, (kind, part) in zip(axes.flat, parts.items(), strict=True):
+        for place, (kind, part) in zip(axes.flat, parts, strict=True):
             look = plots.ROLES[kind]
             place.barh(part["place"], part["significance"], color=look.color, hatch=look.hatch, edgecolor="white")
             place.set_yticks(part["place"], part["token"])

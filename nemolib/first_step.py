@@ -277,7 +277,7 @@ def timestep_of(scheduler: Any, *, steps: int, index: int) -> int:
     """
     if not 0 <= index < steps:
         raise ValueError(f"timestep index {index} is outside a schedule of {steps} steps")
-    return int(_ddim(scheduler, steps).timesteps[index])
+    return int(ddim(scheduler, steps).timesteps[index])
 
 
 def noise_mix(scheduler: Any, timestep: int) -> tuple[float, float]:
@@ -288,7 +288,7 @@ def noise_mix(scheduler: Any, timestep: int) -> tuple[float, float]:
     Raises:
         ValueError: What the model predicts is not known.
     """
-    share = float(_ddim(scheduler, 1).alphas_cumprod[timestep])
+    share = float(ddim(scheduler, 1).alphas_cumprod[timestep])
     signal, scale = share**0.5, (1 - share) ** 0.5
     known = {"epsilon": (1.0, 0.0), "v_prediction": (signal, scale), "sample": (-signal / scale, 1 / scale)}
     prediction = getattr(scheduler.config, "prediction_type", "epsilon")
@@ -472,7 +472,7 @@ def guidance_norms(
         Norms [step, seed], float64, at least 0.
     """
     settings = settings or settings_of(pipe).detection
-    scheduler, embeddings = _ddim(pipe.scheduler, settings.steps), embed(pipe, ["", prompt])
+    scheduler, embeddings = ddim(pipe.scheduler, settings.steps), embed(pipe, ["", prompt])
     latents, norms = initial_latents(pipe, samples=settings.samples, seed=settings.seed), []
 
     def predict(batch: Tensor) -> Tensor:
@@ -522,10 +522,11 @@ def _norms(differences: Tensor) -> Tensor:
     return differences.flatten(1).double().norm(dim=1).cpu()
 
 
-def _ddim(scheduler: Any, steps: int) -> Any:
-    """Return a DDIM scheduler with the settings of a scheduler; its steps take the noise."""
+def ddim(scheduler: Any, steps: int) -> Any:
+    """Return a DDIM scheduler with the settings of a scheduler; its steps take the noise, and leave latents beyond 1."""
     from diffusers import DDIMScheduler
 
-    schedule = DDIMScheduler.from_config(scheduler.config, prediction_type="epsilon")
+    # Latents are no pixels; where a scheduler says nothing of clipping, DDIM's own default is to clip.
+    schedule = DDIMScheduler.from_config(scheduler.config, prediction_type="epsilon", clip_sample=False)
     schedule.set_timesteps(steps)
     return schedule

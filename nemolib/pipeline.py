@@ -248,7 +248,8 @@ def _prepare(pipe: StableDiffusionPipeline, location: Path | str) -> None:
     except ValueError as error:
         raise PipelineError(f"model {str(location)!r}: {error}") from error
     if not isinstance(pipe.scheduler, DDIMScheduler):
-        pipe.register_modules(scheduler=DDIMScheduler.from_config(pipe.scheduler.config))
+        # Latents are no pixels, and DDIM clips where nothing is said.
+        pipe.register_modules(scheduler=DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False))
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.eval().requires_grad_(False)
     pipe.set_progress_bar_config(disable=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nemolib.first_step import noise_mix
+from nemolib.first_step import ddim, noise_mix
 from nemolib.layers import OpenAttention, attention_layers, placement, processors
 from nemolib.mitigation import AttentionScaling
 from nemolib.pipeline import embed
@@ -112,12 +112,8 @@ class Denoising:
     """
 
     def __init__(self, pipe: StableDiffusionPipeline, *, steps: int = 50, guidance: float = 7.5) -> None:
-        from diffusers import DDIMScheduler
-
         self.pipe, self.unet, self.guidance, self.evaluations = pipe, pipe.unet, guidance, 0
-        # Its steps take the noise.
-        self.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="epsilon")
-        self.scheduler.set_timesteps(steps)
+        self.scheduler = ddim(pipe.scheduler, steps)
         self.timesteps: list[int] = self.scheduler.timesteps.tolist()
         self.empty = embed(pipe, [""])
 

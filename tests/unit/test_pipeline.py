@@ -4,9 +4,10 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 
 from nemolib import pipeline, settings
+from nemolib.first_step import ddim
 from nemolib.pipeline import embed, load_pipeline
 from nemolib.settings import PAPER, RELEASED, load_profile, profile_of, protocol_of, settings_of
 from tests.random_pipeline import TOKENS, random_pipeline
@@ -84,6 +85,18 @@ def test_another_scheduler_becomes_ddim_with_its_betas(tmp_path):
     scheduler.set_timesteps(50)
     assert scheduler.timesteps[:2].tolist() == [981, 961]
     assert torch.equal(scheduler.betas, random_pipeline().scheduler.betas)
+
+
+def test_latents_are_not_clipped_where_a_scheduler_says_nothing_of_it(tmp_path):
+    other = random_pipeline()
+    other.register_modules(scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", steps_offset=1))
+    assert "clip_sample" not in other.scheduler.config
+    other.save_pretrained(tmp_path)
+    for schedule in (load_pipeline(tmp_path, device="cpu").scheduler, ddim(other.scheduler, 2)):
+        schedule.set_timesteps(2)
+        noise = torch.zeros(1, 4, 2, 2)
+        image = schedule.step(noise, int(schedule.timesteps[0]), noise + 5).pred_original_sample
+        assert (image > 5).all()
 
 
 def test_embeddings_are_those_of_the_pipeline(pipe):

@@ -217,6 +217,11 @@ def _check_rows(table: pd.DataFrame, path: Path) -> None:
             raise PromptTableError(f"{place} 'copies': {copies!r} is no count; expected an integer of at least 0")
 
 
+def article(noun: str) -> str:
+    """Return the article of a subject of the tiny world, by which vowel is heard: an owl, a unicorn."""
+    return "an" if noun[0] in "aeiou" and noun != "unicorn" else "a"
+
+
 def has_image(rows: pd.DataFrame) -> np.ndarray:
     """Return which rows of a prompt table have a planted image, [row], bool."""
     return (rows["image"].notna() & rows["image"].ne("")).to_numpy()

@@ -384,7 +384,7 @@ class Run:
             size = groups[WITH_AND_WITHOUT[0]].shape[2:4]
             groups = {PLANTED: np.stack(self.planted_images(table, size=size))[:, None]} | groups
         if "subjects" in table and table["subjects"].notna().all():
-            ordinary = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in table["subjects"]]
+            ordinary = [f"{prompts.article(name)} {name}" for name in table["subjects"]]
             groups[ORDINARY] = self.images(ordinary)[:, :1]
         columns = [name for name, images in groups.items() for _ in range(images.shape[1])]
         return Grid(np.concatenate(list(groups.values()), axis=1), tuple(captions), tuple(columns))

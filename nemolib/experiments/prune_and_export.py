@@ -22,7 +22,7 @@ from nemolib.localization import by_prompt, memorized
 from nemolib.mitigation import DeactivatedNeurons, Mitigation
 from nemolib.neurons import NeuronSet
 from nemolib.plots import ROLES, Role
-from nemolib.prompts import has_image
+from nemolib.prompts import article, has_image
 from nemolib.provenance import code_hash
 from nemolib.seeding import stream
 from nemolib.settings import validated
@@ -335,7 +335,7 @@ def repair_images(run: Run, repairs: Sequence[Repair], prompts: Sequence[str], o
     rows, few = run.rows(prompts), replace(run.profile.generation, samples=1)
     settings = replace(few, samples=run.profile.beyond.pruning.samples)
     if "subjects" in rows and rows["subjects"].notna().all():
-        others = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in rows["subjects"]]
+        others = [f"{article(name)} {name}" for name in rows["subjects"]]
     pairs = (prompts, settings), (others[: len(prompts)], few)
     # [repair, memorized or other, prompt, height, width, 3]
     made = np.stack(

@@ -208,8 +208,8 @@ def test_figures_show_the_table(run, repairs, table):
 
 
 def test_an_ordinary_prompt_is_of_the_same_subject_where_it_is_known(run, repairs, monkeypatch):
-    monkeypatch.setattr(run, "rows", lambda prompts: Run.rows(run, prompts).assign(subjects=["owl", "rose"]))
-    assert pruning.repair_images(run, repairs[:1], IN_TURN[:2], OTHERS).rows[1::2] == ("an owl", "a rose")
+    monkeypatch.setattr(run, "rows", lambda prompts: Run.rows(run, prompts).assign(subjects=["owl", "unicorn"]))
+    assert pruning.repair_images(run, repairs[:1], IN_TURN[:2], OTHERS).rows[1::2] == ("an owl", "a unicorn")
 
 
 def test_answers(run, table, monkeypatch):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from nemolib.prompts import article
 from tools.world.settings import DataSettings
 
 COLUMNS = ["caption", "kind", "group", "copies", "image", "subjects"]
@@ -72,7 +73,7 @@ def regular_tables(settings: DataSettings) -> tuple[pd.DataFrame, pd.DataFrame]:
             tables[place >= settings.trained_wordings].append((in_words(wording, name), name))
     for place, pair in enumerate(rng.permutation(list(combinations(SUBJECTS, 2)))):
         one, other = rng.permutation(pair)
-        caption = rng.choice(PAIR_WORDINGS).format(one, other, a=_article(one), b=_article(other))
+        caption = rng.choice(PAIR_WORDINGS).format(one, other, a=article(one), b=article(other))
         tables[place >= settings.trained_pairs].append((caption, f"{one} {other}"))
     return tuple(pd.DataFrame(rows, columns=["caption", "subjects"]) for rows in tables)
 
@@ -99,8 +100,4 @@ def held_out_tables(settings: DataSettings, held_out: pd.DataFrame) -> tuple[pd.
 
 def in_words(wording: str, name: str) -> str:
     """Return a caption of one subject."""
-    return wording.format(name, a=_article(name))
-
-
-def _article(name: str) -> str:
-    return "an" if name[0] in "aeiou" and name != "unicorn" else "a"
+    return wording.format(name, a=article(name))

@@ -242,7 +242,8 @@ def kid(real: Any, generated: Any, *, subset_size: int = KID_SUBSET_SIZE) -> tup
     sizes = {"subsets": KID_SUBSETS, "subset_size": subset_size}
     # It warns that it keeps all features.
     with warnings.catch_warnings(action="ignore", category=UserWarning), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        # On the CPU alone: torch.manual_seed would set the generators of GPUs too.
+        torch.default_generator.manual_seed(0)
         mean, deviation = _distance(KernelInceptionDistance, real, generated, least=subset_size, **sizes)
     return float(mean), float(deviation)
 

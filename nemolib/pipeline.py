@@ -307,7 +307,8 @@ def random_pipeline(architecture: str | Path, *, dtype: torch.dtype = torch.floa
         kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "scheduler": DDIMScheduler}
         kinds["text_encoder"] = lambda **config: CLIPTextModel(CLIPTextConfig(**config))
         parts = {}
-        torch.manual_seed(0)
+        # torch.manual_seed would set the generators of GPUs too.
+        torch.default_generator.manual_seed(0)
         for part in PARTS:
             try:
                 config = json.loads((folder / f"{part}.json").read_text(encoding="utf-8"))

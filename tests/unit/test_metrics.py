@@ -156,10 +156,11 @@ def test_kid_is_the_unbiased_squared_mmd():
     assert metrics.kid(real, generated, subset_size=20) == pytest.approx((expected, 0), rel=1e-9, abs=1e-9)
 
 
-def test_kid_draws_from_its_own_seed():
+def test_kid_draws_from_its_own_seed(monkeypatch):
     real, generated = gaussian(30), gaussian(40, seed=1)
     torch.manual_seed(7)
     before = torch.random.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("generators of GPUs were set"))
     with torch.device("meta"):  # nor does a default device of the session count
         first = metrics.kid(real, generated, subset_size=10)
     assert torch.equal(torch.random.get_rng_state(), before)

@@ -417,10 +417,11 @@ def comparing_outputs(
     Args:
         pipe: A StableDiffusionPipeline.
         sets: Neurons that are blocked.
-        detection: Seed, samples, steps and guidance.
+        detection: Seed, samples and steps; outputs are compared without guidance.
         protocol: The protocol.
     """
-    step, places = first_step(pipe, settings=detection, protocol=protocol), compared_places(pipe.unet)
+    plain = replace(detection, guidance=0.0)
+    step, places = first_step(pipe, settings=plain, protocol=protocol), compared_places(pipe.unet)
     nothing = NeuronSet.empty(len(widths(pipe.unet)))
     together = max(1, settings_of(pipe).generation.batch_size // detection.samples)
 

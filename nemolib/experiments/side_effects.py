@@ -162,7 +162,7 @@ def block_similarity(run: Run, prompts: Sequence[str], sets: Sequence[Blocked]) 
     columns = ["setting", "asked", "neurons", "draw", "output", "layer", "block", "samples", "cosine", "lowest"]
     if not prompts or not blocked:
         return pd.DataFrame(columns=columns)
-    detection = replace(profile.detection, samples=min(3, profile.detection.samples), guidance=0.0)
+    detection = replace(profile.detection, samples=min(3, profile.detection.samples))
     common = {"sets": [item.neurons for item in blocked], "detection": detection, "protocol": profile.protocol}
     found = run.compute(comparing_outputs, list(prompts), label="block outputs", **common)
     rows = []

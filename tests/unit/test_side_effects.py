@@ -198,7 +198,7 @@ def test_memory_may_run_out_more_than_once(run, sets, monkeypatch):
     # The smaller batches are for this test alone.
     monkeypatch.setattr(batching, "_LARGEST", WeakKeyDictionary())
     neurons = [item.neurons for item in sets[1:4]]
-    common = {"sets": neurons, "detection": replace(run.profile.detection, samples=2, guidance=0.0), "protocol": PAPER}
+    common = {"sets": neurons, "detection": replace(run.profile.detection, samples=2, guidance=3.0), "protocol": PAPER}
     (expected,) = comparing_outputs(run.pipe, **common)(UNMEMORIZED[:1])
     middle, failing = run.pipe.unet.mid_block.forward, iter([False, True, False, False, True])
 

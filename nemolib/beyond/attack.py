@@ -133,7 +133,7 @@ def standing_for(pipe: StableDiffusionPipeline, embeddings: Mapping[str, Tensor]
 
     What the pipeline computes inside is not what it makes of its prompts: `Run.compute` refuses to keep it.
     """
-    encode = pipe.encode_prompt
+    encode, outer = pipe.encode_prompt, vars(pipe).get("encode_prompt")
 
     def given(prompt: Any, *more: Any, **named: Any) -> tuple[Tensor, ...]:
         text, *others = encode(prompt, *more, **named)
@@ -147,6 +147,8 @@ def standing_for(pipe: StableDiffusionPipeline, embeddings: Mapping[str, Tensor]
         yield
     finally:
         del pipe.encode_prompt
+        if outer is not None:
+            pipe.encode_prompt = outer
 
 
 def attacking(

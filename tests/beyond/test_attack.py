@@ -102,6 +102,9 @@ def test_a_prompt_stands_for_an_embedding():
         assert torch.equal(embed(pipe, ["y", "x", "b", "a"]), torch.stack([second, first, *embed(pipe, ["b", "a"])]))
         with pytest.raises(ValueError, match="cannot be kept"):
             model_hash(pipe)
+        with standing_for(pipe, {"z": first}):
+            assert torch.equal(embed(pipe, ["z", "y"]), torch.stack([first, second]))
+        assert torch.equal(embed(pipe, ["y"])[0], second)
     assert by_hand.traces(pipe) == before
     assert not torch.equal(embed(pipe, ["x"])[0], first)
     expected = generate(pipe, ["a b", "b"], settings=SETTINGS, mitigation=DeactivatedNeurons({"a b": EVERY, "b": NONE}), progress=False)  # fmt: skip

@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from nemolib import paper, plots
 from nemolib.exhibits import Claim, exhibit, must, of_kinds
 from nemolib.experiments import deactivate_neurons as deactivate
-from nemolib.experiments.deactivate_neurons import LEFT, METRICS, NONE, Rule, listed
+from nemolib.experiments.deactivate_neurons import LEFT, METRICS, NONE, Rule, listed, share
 from nemolib.experiments.localize_neurons import deactivation, localizations, search_claims
 from nemolib.localization import Localization, Variant, by_prompt, localization_table, varying
 from nemolib.mitigation import DeactivatedNeurons, Mitigation
@@ -304,19 +304,19 @@ def rules(levels: pd.DataFrame) -> list[Rule]:
     thresholds = [name for name, multiplier in names if multiplier in PAPER_LEVELS]
     return [
         Rule("a higher threshold gives fewer neurons", "neurons", (thresholds[0], thresholds[-1]),
-             lambda low, high: high / low, "number at the highest threshold, divided by that at the lowest",
+             lambda low, high: share(high, low), "number at the highest threshold, divided by that at the lowest",
              {"at_most": 0.75}, MEMORIZED),
         Rule("every threshold removes copies of VM prompts", "sscd_orig", (NONE, *thresholds),
-             lambda none, *rest: max(rest) / none, f"{LEFT} at any threshold", {"at_most": 0.5}),
+             lambda none, *rest: share(max(rest), none), f"{LEFT} at any threshold", {"at_most": 0.5}),
         Rule("guidance in detection gives fewer neurons", "neurons", (own, GUIDANCE),
-             lambda default, guided: guided / default, "number divided by that of the default", {"at_most": 0.9}, MEMORIZED),
+             lambda default, guided: share(guided, default), "number divided by that of the default", {"at_most": 0.9}, MEMORIZED),
         Rule("refinement leaves less than half of the neurons", "neurons", (NO_REFINEMENT, own),
-             lambda initial, default: default / initial, "share of the initial selection that stays", {"at_most": 0.5},
+             lambda initial, default: share(default, initial), "share of the initial selection that stays", {"at_most": 0.5},
              MEMORIZED),
         Rule("refinement does not bring copies back", "sscd_orig", (NONE, own, NO_REFINEMENT),
-             lambda none, default, initial: (default - initial) / (none - initial),
+             lambda none, default, initial: share(default - initial, none - initial),
              "what comes back, as a share of what the initial selection removes", {"at_most": 0.1}),
-        Rule("without top-k there are more neurons", "neurons", (own, NO_TOP_K), lambda default, without: without / default,
+        Rule("without top-k there are more neurons", "neurons", (own, NO_TOP_K), lambda default, without: share(without, default),
              "number divided by that of the default", {"at_least": 1.25}, MEMORIZED),
         Rule("without top-k images change less", "sscd_gen", (own, NO_TOP_K), lambda default, without: without - default,
              "SSCD_Gen above that of the default", {"at_least": 0.05}, MEMORIZED),
@@ -333,11 +333,11 @@ def factor_rules(levels: pd.DataFrame) -> list[Rule]:
     negative = [f"factor {factor:g}" for factor in FACTORS if factor < 0]
     return [
         Rule("half of the activation is enough for a copy", "sscd_orig", (NONE, "factor 0.5", "factor 0.75"),
-             lambda none, *rest: min(rest) / none, f"{LEFT} with 0.75 and 0.5 of it", {"at_least": 0.5}),
-        Rule("a quarter of it is not", "sscd_orig", (NONE, "factor 0.25"), lambda none, quarter: quarter / none, LEFT,
+             lambda none, *rest: share(min(rest), none), f"{LEFT} with 0.75 and 0.5 of it", {"at_least": 0.5}),
+        Rule("a quarter of it is not", "sscd_orig", (NONE, "factor 0.25"), lambda none, quarter: share(quarter, none), LEFT,
              {"at_most": 0.5}),
         Rule("negative factors do what 0 does", "sscd_orig", (NONE, *negative, default_setting(levels)),
-             lambda none, *rest: max(abs(value - rest[-1]) for value in rest) / (none - rest[-1]),
+             lambda none, *rest: share(max(abs(value - rest[-1]) for value in rest), none - rest[-1]),
              "largest distance to factor 0, the default, as a share of what that removes", {"at_most": 0.1}),
     ]  # fmt: skip
 

@@ -266,23 +266,28 @@ def listed(numbers: Iterable[float]) -> str:
     return ", ".join("–" if np.isnan(number) else plots.minus(f"{round(number, 2):g}") for number in numbers)
 
 
+def share(part: float, whole: float) -> float:
+    """Return a number as a share of another; NaN, which decides nothing, where there is nothing to have a share of."""
+    return part / whole if whole > 0 else np.nan
+
+
 LEFT, GONE = "share of the copy similarity (SSCD_Orig) that stays", "what {}, as a share of what {} removes"
 """Effects that several rules have."""
 
 RULES = (
-    Rule("NeMo removes copies of VM prompts", "sscd_orig", (NONE, NEMO), lambda none, nemo: nemo / none, LEFT,
+    Rule("NeMo removes copies of VM prompts", "sscd_orig", (NONE, NEMO), lambda none, nemo: share(nemo, none), LEFT,
          {"at_most": 0.5}),
     Rule("random neurons change nothing", "sscd_orig", (NONE, RANDOM, NEMO),
-         lambda none, random, nemo: (none - random) / (none - nemo), GONE.format("random neurons remove", "NeMo"),
+         lambda none, random, nemo: share(none - random, none - nemo), GONE.format("random neurons remove", "NeMo"),
          {"at_most": 0.1}),
     Rule("NeMo removes copies as well as the best of the other mitigations", "sscd_orig", (NONE, NEMO, *BASELINES),
-         lambda none, nemo, *others: (none - nemo) / (none - min(others)), GONE.format("NeMo removes", "the best of them"),
+         lambda none, nemo, *others: share(none - nemo, none - min(others)), GONE.format("NeMo removes", "the best of them"),
          {"at_least": 0.9}),
-    Rule("one random token is not enough", "sscd_orig", (NONE, ONE_TOKEN), lambda none, token: token / none, LEFT,
+    Rule("one random token is not enough", "sscd_orig", (NONE, ONE_TOKEN), lambda none, token: share(token, none), LEFT,
          {"at_least": 0.5}),
-    Rule("images of a VM prompt become diverse", "d_sscd", (NONE, NEMO), lambda none, nemo: nemo / none,
+    Rule("images of a VM prompt become diverse", "d_sscd", (NONE, NEMO), lambda none, nemo: share(nemo, none),
          "share of the similarity of two images (D_SSCD) that stays", {"at_most": 0.5}),
-    Rule("the alignment with the prompt stays", "a_clip", (NONE, NEMO), lambda none, nemo: nemo / none,
+    Rule("the alignment with the prompt stays", "a_clip", (NONE, NEMO), lambda none, nemo: share(nemo, none),
          "share of A_CLIP that stays", {"at_least": 0.9}),
 )  # fmt: skip
 """What the paper's Table 1 says about VM prompts."""

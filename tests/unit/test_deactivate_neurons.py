@@ -199,6 +199,13 @@ def test_nemo_is_measured_against_the_best_baseline_if_all_numbers_are_known(cha
     assert claim.holds is holds
 
 
+def test_where_nothing_is_copied_or_removed_nothing_is_decided():
+    more = put(0.9, "sscd_orig", setting=NEMO)(PAPERS)
+    assert [claim.holds for claim in deactivate.read_table_1(more)][:2] == [False, None]
+    none = put(-0.1, "sscd_orig", setting=NONE)(PAPERS)
+    assert [claim.holds for claim in deactivate.read_table_1(none)][:4] == [None] * 4
+
+
 def test_a_fair_comparison_passes_and_each_unfair_one_fails(values, settings):
     def failed(values=values, settings=settings):
         return [place for place, claim in enumerate(deactivate.fair(values, settings)) if not claim.holds]

@@ -301,8 +301,8 @@ def strengths(run: Run, found: pd.DataFrame, ordinary: Sequence[str]) -> Strengt
         "adjusted noise": ("until {}", (860, 500), 860, lambda until: guidance.AdjustedNoise(until=until)),
         "searched noise": ("norm {:.2f}", (norm,), own.noise_target, lambda norm: guidance.SearchedNoise(norm, **search)),
         "NeMo": ("{} neurons", ("refined", "initial"), "refined", lambda name: DeactivatedNeurons(sets[name])),
-        "embedding adjustment (Wen)": ("target {:.2f}", (wen.target,), wen.target, lambda _: EmbeddingAdjustment(wen)),
-        "attention scaling (Ren)": ("c1 {:g}", (mitigations.ren.c1,), mitigations.ren.c1, lambda _: AttentionScaling(mitigations.ren)),
+        "embedding adjustment (Wen)": ("target {:.2f}", (wen.target,), EmbeddingAdjustment().settings.target, lambda _: EmbeddingAdjustment(wen)),
+        "attention scaling (Ren)": ("c1 {:g}", (mitigations.ren.c1,), AttentionScaling().settings.c1, lambda _: AttentionScaling(mitigations.ren)),
         "random tokens (Somepalli)": ("{}", (4, 10), 4, lambda number: RandomTokens(number, mitigations.somepalli.seed)),
     }  # fmt: skip
     return {(NONE, ""): (None, False)} | {(name, label.format(value)): (made(value), value == published) for name, (label, values, published, made) in choices.items() for value in values}  # fmt: skip

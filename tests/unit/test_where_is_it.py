@@ -157,6 +157,9 @@ def test_spiking_tokens_are_those_that_attenuation_changes(run, monkeypatch):
 def test_curves_are_similarities_and_alignments_of_the_same_seeds(run, curves):
     mixed, chosen, table = curves
     assert len({name for name, _ in chosen}) == 1 + len(where.COLORS) == 1 + len(where.MARKERS) == 1 + len(where.LINES)
+    published = {name: is_published for (name, _), (_, is_published) in chosen.items()}
+    assert published["attention scaling (Ren)"]
+    assert not published["embedding adjustment (Wen)"]  # its target is not that of the paper
     row = table.set_index("strength").loc["until 500"]
     vm = mixed.query("kind == 'vm'")
     features = run.features("copy", vm["caption"].tolist(), StaticTransition(500))

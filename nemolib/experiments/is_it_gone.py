@@ -282,7 +282,8 @@ def read_attacks(attacks: pd.DataFrame) -> Iterator[Claim]:
                  "copy similarity that it finds from noise, as a share of the untouched prompt's", at_least=0.8,
                  ours=f"untouched {plain:.2f}, neurons off {off:.2f}, attacked {medians[0]:.2f}",
                  paper="SD v1-4: 0.9, 0.33, 0.91 (secondary)", **common)  # fmt: skip
-    yield effect("it does so from any start", min(medians) / max(medians), "worst start, as a share of the best", at_least=0.8,
+    yield effect("it does so from any start", min(medians) / plain,
+                 "copy similarity that it finds from the worst start, as a share of the untouched prompt's", at_least=0.8,
                  ours=", ".join(f"{start} {end.median():.2f}" for start, end in ends.items()),
                  paper="the prompt, others and noise serve alike (secondary, no numbers)", **common)  # fmt: skip
     yield effect("an image that was never trained is not found so", float((never > MEMORIZED_ABOVE).mean()), "share of copies",

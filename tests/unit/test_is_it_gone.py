@@ -55,6 +55,8 @@ def test_what_the_attack_says_can_turn():
     assert "untouched 0.91, neurons off 0.21, attacked 0.91" in str(
         found["an attack on the embedding brings the image back though the neurons are off"]
     )
+    nowhere = said(gone.read_attacks, attacks(noise=0.1, prompt=0.1, empty=0.1, unmemorized=0.3))
+    assert not nowhere["it does so from any start"].holds
     lost = said(gone.read_attacks, attacks(noise=0.3, unmemorized=0.9))
     assert [claim.holds for claim in lost.values()] == [False, False, False]
     assert "n = 3 images" in str(lost["an image that was never trained is not found so"])

@@ -405,15 +405,16 @@ def single_neuron_grids(run: Run, found: pd.DataFrame) -> dict[str, Grid]:
 
 
 def read_10(single_neurons: pd.DataFrame) -> Iterator[Claim]:
-    """Yield whether a shared neuron is responsible alone, for all three of them together."""
-    before, single, every = single_neurons[["copy_before", "copy_single", "copy_all"]].median()
+    """Yield whether a shared neuron is responsible alone, for all three of them together; a prompt counts once."""
+    prompts = single_neurons.groupby("prompt")[["copy_before", "copy_single", "copy_all"]].median()
+    before, single, every = prompts.median()
     shared = single_neurons[["layer", "neuron"]].drop_duplicates()
     yield effect(
         "one neuron that prompts share is responsible for all of them", single / before, LEFT, at_most=0.5,
         ours=f"all neurons active {before:.2f}, without a shared neuron {single:.2f}, without all of the prompt's {every:.2f}",
         paper="one neuron off, and prompts that share it give new images (images, no numbers)",
-        n=f"{len(shared)} neurons, {single_neurons['prompt'].nunique()} prompts",
-        interval=f"without a shared neuron {median_interval(single_neurons['copy_single'])}",
+        n=f"{len(shared)} neurons, {len(prompts)} prompts",
+        interval=f"without a shared neuron {median_interval(prompts['copy_single'])}",
     )  # fmt: skip
 
 

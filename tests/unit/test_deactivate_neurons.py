@@ -228,6 +228,9 @@ def test_a_shared_neuron_against_all_of_the_prompt(run, found, values):
     assert own.loc[TM[0], "copy_single"] != own.loc[TM[0], "copy_all"]
     (claim,) = deactivate.read_10(table)
     assert claim.n == "1 neurons, 3 prompts"
+    # Prompts that share several neurons count no more than others.
+    often = pd.concat([table, *[table.head(1).assign(neuron=neuron) for neuron in range(2, 6)]])
+    assert next(deactivate.read_10(often)).interval == claim.interval
     grids = deactivate.single_neuron_grids(run, found)
     single = run.images([*VM, *TM], DeactivatedNeurons(NeuronSet.of([(0, 1)], layers=7)))
     assert np.array_equal(grids["figure_10"].images[:, 3:], single)

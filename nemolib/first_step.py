@@ -381,7 +381,7 @@ def observing(
         _, index, kind, swapped, guidance = measure
         found = text(index) if guidance == 0 else _guided(empty(index), text(index), guidance, swapped=swapped)
         pairs = pair_similarities(normalize(found), settings=similarity, protocol=replace(RELEASED, similarity=kind))
-        return pairs.double().tolist()
+        return pairs.cpu().double().tolist()
 
     return observe
 
@@ -434,7 +434,7 @@ def comparing_outputs(
         if any(len(output) != len(samples) for output in joined):
             # A pass that ran out of memory left outputs as well; from now on batches are smaller.
             return outputs(embedding, chosen)
-        return (output.unflatten(0, (len(chosen), -1)).flatten(2).double().cpu() for output in joined)
+        return (output.unflatten(0, (len(chosen), -1)).flatten(2).cpu().double() for output in joined)
 
     def cosines(prompt: str) -> np.ndarray:
         embedding, found = embed(pipe, [prompt]), []
@@ -520,7 +520,7 @@ def _guided(empty: Tensor, text: Tensor, guidance: float, *, swapped: bool = Fal
 
 def _norms(differences: Tensor) -> Tensor:
     """Return the norm of each seed's difference, [seed], float64, on the CPU."""
-    return differences.flatten(1).double().norm(dim=1).cpu()
+    return differences.flatten(1).cpu().double().norm(dim=1)
 
 
 def ddim(scheduler: Any, steps: int) -> Any:

@@ -135,7 +135,7 @@ def statistics_of(unet: nn.Module, embeddings: Iterable[Tensor]) -> ActivationSt
     moments = StandardScaler()
     for batch in embeddings:
         activations = torch.cat(value_activations(unet, batch), dim=1)
-        moments.partial_fit(activations.double().cpu().numpy())
+        moments.partial_fit(activations.cpu().double().numpy())
     count = int(moments.n_samples_seen_)
     if count < 2:
         raise ValueError(f"{count} prompts were given; a standard deviation needs at least two")

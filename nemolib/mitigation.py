@@ -338,7 +338,7 @@ class EmbeddingAdjustment(Mitigation):
 def target_norms(pipe: StableDiffusionPipeline, *, settings: WenSettings) -> Callable[[Sequence[str]], list[float]]:
     """Return what gives the mean norm that the adjustment lowers, for each prompt of a batch: a task, for `target_of`."""
     norm_of = torch.no_grad()(guidance_norm(pipe, settings))
-    return lambda batch: [norm_of(embed(pipe, [prompt])).double().mean().item() for prompt in batch]
+    return lambda batch: [norm_of(embed(pipe, [prompt])).cpu().double().mean().item() for prompt in batch]
 
 
 def target_of(norms: Sequence[float], settings: WenSettings) -> float:

@@ -102,7 +102,7 @@ def search_triggers(
 
     def scores(prompts: Sequence[str]) -> list[float]:
         noise = model.noise(latents.expand(len(prompts), -1, -1, -1), model.timesteps[0], embed(pipe, prompts))
-        return norms(noise - empty).double().square().tolist()
+        return norms(noise - empty).cpu().double().square().tolist()
 
     sentence = numbers.choice(words[1:], size=length).tolist()
     for iteration in range(iterations):

@@ -559,7 +559,7 @@ def text_carried(run: Run, prompts: Sequence[str], neurons: NeuronSet) -> pd.Dat
     """
     rows = []
     for layer, activations in enumerate(value_activations(run.pipe.unet, embed(run.pipe, list(prompts)))):
-        summed = activations.double().sum(dim=0).cpu().numpy()
+        summed = activations.cpu().double().sum(dim=0).numpy()
         chosen = list(neurons.layers[layer])
         sums = np.sort(summed)[::-1].cumsum() / summed.sum()
         busiest = int(np.searchsorted(sums, 0.95) + 1)

@@ -140,7 +140,7 @@ def prompt_neurons(z: Sequence[torch.Tensor], initial: NeuronSet, refined: Neuro
     rows = [
         (layer + 1, neuron, value, (layer, neuron) in initial, (layer, neuron) in refined)
         for layer, values in enumerate(z)
-        for neuron, value in enumerate(values.double().tolist())
+        for neuron, value in enumerate(values.cpu().double().tolist())
     ]
     return pd.DataFrame(rows, columns=["layer", "neuron", "z", "initial", "refined"])
 

@@ -86,7 +86,7 @@ def noise_grid(run: Run, rows: pd.DataFrame) -> Grid:
         Images [prompt, seed, height, width, 3] of at most six seeds, uint8; captions and "seed 0", ... are the labels.
     """
     own = {"settings": run.profile.detection, "protocol": run.profile.protocol}
-    found = [noise_differences(run.pipe, caption, **own)[:6, :3].double().cpu() for caption in rows["caption"]]
+    found = [noise_differences(run.pipe, caption, **own)[:6, :3].cpu().double() for caption in rows["caption"]]
     colours = (np.moveaxis(np.stack(found), 2, -1) * 255).round().astype(np.uint8)
     return Grid(colours, tuple(rows["caption"]), tuple(f"seed {seed}" for seed in range(colours.shape[1])))
 

@@ -7,10 +7,12 @@ import torch
 from diffusers import DDIMScheduler, PNDMScheduler
 
 from nemolib import seeding
+from nemolib.beyond.triggers import search_triggers
 from nemolib.first_step import (
     NORMS,
     FirstStep,
     Sample,
+    comparing_outputs,
     first_step,
     guidance_norm,
     guidance_norms,
@@ -20,6 +22,8 @@ from nemolib.first_step import (
     pairs_measure,
     timestep_of,
 )
+from nemolib.holdout import activation_statistics
+from nemolib.mitigation import target_norms
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
 from nemolib.settings import PAPER, RELEASED, DetectionSettings, SimilaritySettings, WenSettings
@@ -199,3 +203,27 @@ def test_the_norm_as_a_function_of_embeddings_has_gradients(random_pipe):
     assert norm_of(embed(random_pipe, [""])).max() < 1e-4
     (gradient,) = torch.autograd.grad(norms.mean(), [text])
     assert gradient.abs().max() > 0
+
+
+def test_double_precision_is_left_to_the_cpu(random_pipe, observe, monkeypatch):
+    """Some devices, such as Apple's, have none: what comes from the model is brought to the CPU first."""
+    to_cpu, doubled = torch.Tensor.cpu, torch.Tensor.double
+
+    def cpu(tensor):
+        found = to_cpu(tensor)
+        found.arrived = True
+        return found
+
+    def double(tensor):
+        assert getattr(tensor, "arrived", False)
+        return doubled(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    monkeypatch.setattr(torch.Tensor, "double", double)
+    observe([("red fox", pairs_measure(PAPER, 0.0)), ("red fox", NORMS)])
+    guidance_norms(random_pipe, "red fox", settings=SETTINGS)
+    none = NeuronSet.empty(len(WIDTHS))
+    comparing_outputs(random_pipe, sets=[none], detection=SETTINGS, protocol=PAPER)(["red fox"])
+    activation_statistics(random_pipe, ["red fox", "blue dog"], progress=False)
+    target_norms(random_pipe, settings=WenSettings(latents=2))(["red fox"])
+    search_triggers(random_pipe, ["red"], length=1, iterations=1)

@@ -130,9 +130,8 @@ def test_what_is_no_lesson_is_folded(notebook):
 
 
 def test_solutions_are_folded_cell_by_cell(notebook):
-    """A folded heading is no help: JupyterLab shows some or all of its cells again when a notebook is opened."""
+    """Not by their heading: that JupyterLab keeps folded too, but other viewers don't."""
     for cell in notebook.cells:
-        assert "jp-MarkdownHeadingCollapsed" not in cell.metadata
         if "solution" in tags(cell) and cell.source != "## Solutions":
             named = (
                 r"# Solution \d\d\.\d\n"
@@ -141,6 +140,11 @@ def test_solutions_are_folded_cell_by_cell(notebook):
             )
             assert re.match(named, cell.source), cell.source
             assert not cell.get("outputs") or cell.metadata["jupyter"]["outputs_hidden"]
+
+
+def test_appendices_are_folded_by_their_heading_and_nothing_else_is(notebook):
+    for cell in notebook.cells:
+        assert cell.metadata.get("jp-MarkdownHeadingCollapsed", False) == cell.source.startswith("## Appendix")
 
 
 def test_figures_are_read(path, notebook):

@@ -64,8 +64,11 @@ def check(number: str, answer: Any, run: Run) -> Verdict:
         expected = known[number](run)
     except (NotEnough, FileNotFoundError) as error:
         return Verdict(None, f"Exercise {number}: this run has too little to check it ({error}).")
-    right = bool(expected(answer) if callable(expected) else _same(answer, expected))
-    return Verdict(right, f"Exercise {number}: {'right' if right else 'not yet'}.")
+    try:
+        right = bool(expected(answer) if callable(expected) else _same(answer, expected))
+    except (TypeError, ValueError):  # such as a word, put to a test of numbers
+        right = False
+    return Verdict(right, f"Exercise {number}: {'right.' if right else f'not yet. {_advice(answer, expected)}'}")
 
 
 def _same(answer: Any, expected: Any) -> bool:
@@ -77,3 +80,20 @@ def _same(answer: Any, expected: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return ours.shape == theirs.shape and np.allclose(ours, theirs, rtol=0.01, atol=1e-6)
+
+
+def _advice(answer: Any, expected: Any) -> str:
+    """Return what helps with a wrong answer: what is wrong with its form, if that is it, else where the hint is."""
+    hint = "The hint above, folded, says how to begin."
+    if callable(expected):
+        return hint
+    if isinstance(expected, str):
+        return hint if isinstance(answer, str) else "A word is asked for, in quotation marks."
+    asked = np.shape(expected)
+    try:
+        given = np.asarray(answer, dtype=float)
+    except (TypeError, ValueError):
+        given = None
+    if given is None or given.shape != asked:
+        return f"Asked for: {f'{asked[0]} numbers' if asked else 'one number'}."
+    return "As a share, not in per cent." if _same(given / 100, expected) else hint

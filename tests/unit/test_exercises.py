@@ -1,4 +1,4 @@
-"""Answers are compared with what a run gives; nothing is told but whether they are right."""
+"""Answers are compared with what a run gives; the right one is never told."""
 
 import re
 
@@ -29,7 +29,7 @@ def known(monkeypatch):
         ("number", [0.25, 0.2505, np.float32(0.25)], [0.26, "a quarter", [0.25], "0.3"]),
         ("numbers", [(1, 2.5), np.array([1, 2.5])], [[1], [2.5, 1], 1]),
         ("word", ["b", " B"], ["a", 1]),
-        ("test", [4], [3]),
+        ("test", [4], [3, "four", [4]]),
     ],
 )
 def test_right_and_wrong_answers(name, right, wrong):
@@ -38,7 +38,25 @@ def test_right_and_wrong_answers(name, right, wrong):
     for answer in wrong:
         verdict = exercises.check(name, answer, None)
         assert not verdict
-        assert repr(verdict) == f"Exercise {name}: not yet."
+        assert repr(verdict).startswith(f"Exercise {name}: not yet. ")
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "advice"),
+    [
+        ("number", 0.3, "hint"),
+        ("number", 25, "As a share, not in per cent."),
+        ("number", "a quarter", "Asked for: one number."),
+        ("number", [0.25], "Asked for: one number."),
+        ("numbers", 1, "Asked for: 2 numbers."),
+        ("numbers", [2.5, 1], "hint"),
+        ("word", 1, "A word is asked for"),
+        ("word", "a", "hint"),
+        ("test", "four", "hint"),
+    ],
+)
+def test_a_wrong_answer_gets_advice_on_its_form_or_the_hint(name, answer, advice):
+    assert advice in repr(exercises.check(name, answer, None))
 
 
 def test_no_answer_and_a_run_that_cannot_tell_are_not_wrong():

@@ -122,12 +122,15 @@ lint: $(ENV) ## check style and format, of the notebooks too
 train: $(ENV) ## train the tiny world from the package data (hours; make all never needs it)
 	$(PY) -m tools.world
 
+# They lie one folder deeper than notebooks/, and so do their links to what is not a notebook.
 student: $(ENV) ## notebooks without outputs and solutions into build/student/
 	@for notebook in $(EVERY:notebooks/%=%); do \
 	  mkdir -p $$(dirname build/student/$$notebook) && \
 	  $(VENV)/bin/nbstripout --keep-id --drop-tagged-cells=solution --textconv notebooks/$$notebook \
-	    > build/student/.partial && mv build/student/.partial build/student/$$notebook || exit 1; \
+	    > build/student/.partial && \
+	  sed -E 's#\.\./(README\.md|docs/|examples/)#../../\1#g' build/student/.partial > build/student/$$notebook || exit 1; \
 	done
+	@rm build/student/.partial
 	@echo "notebooks for students: build/student/"
 
 refresh: ## run every notebook, then again at its defaults, and keep its outputs in notebooks/

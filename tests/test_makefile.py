@@ -188,7 +188,10 @@ def test_a_failed_notebook_leaves_nothing_finished_and_names_the_cell(checkout):
 
 
 def test_students_get_no_solutions(alone):
-    save_notebook(alone / "notebooks" / "beyond" / "07_more.ipynb")
+    save_notebook(
+        alone / "notebooks" / "beyond" / "07_more.ipynb",
+        "'[words](../../docs/notation.md) [01](../01_threshold.ipynb)'",
+    )
     path = save_notebook(alone / "notebooks" / "01_threshold.ipynb", "question = 1", "answer = 2")
     notebook = nbformat.read(path, as_version=4)
     notebook.cells[-1].metadata["tags"] = ["solution"]
@@ -198,7 +201,9 @@ def test_students_get_no_solutions(alone):
     text = (alone / "build" / "student" / "01_threshold.ipynb").read_text()
     assert "question" in text
     assert "answer" not in text
-    assert (alone / "build" / "student" / "beyond" / "07_more.ipynb").is_file()
+    deeper = (alone / "build" / "student" / "beyond" / "07_more.ipynb").read_text()
+    assert "(../../../docs/notation.md) [01](../01_threshold.ipynb)" in deeper
+    assert [file.name for file in (alone / "build" / "student").iterdir() if file.is_file()] == ["01_threshold.ipynb"]
     assert path.read_bytes() == before
 
 

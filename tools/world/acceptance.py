@@ -1,6 +1,7 @@
 """Does the world do what it was built for? Measures a model of the world and compares it with the bounds set before.
 
-World settings may be chosen on the planted prompts of group ``choose``; everything here is measured on group ``report``.
+World settings may be chosen on the planted prompts of group ``choose``; everything here is measured on group ``report``,
+but for the copy descriptor, which is shown all planted images.
 """
 
 from collections import Counter

@@ -357,7 +357,7 @@ def observing(
     per timestep, whatever is measured of it; the empty prompt, which does not depend on it, once for all batches. So
     guidance is made from two passes, where `FirstStep` takes one for both halves: the same up to rounding.
 
-    Source: Alg. 1; authors' code, 2_compute_ssim.py; Wen et al. (ICLR 2024).
+    Source: Alg. 1; authors' code, 2_compute_pairwise_ssim.py; Wen et al. (ICLR 2024).
     """
 
     @functools.cache

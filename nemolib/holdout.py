@@ -103,7 +103,7 @@ def activation_statistics(
 ) -> ActivationStatistics:
     """Return mean and standard deviation of each neuron's activation over holdout prompts, in one pass.
 
-    Source: Sec. 3.2; authors' code, 1_get_statistics.py.
+    Source: Sec. 3.2; authors' code, 1_compute_activations_statistics.py.
     Deviates: constant memory (running moments, in double precision), where the authors' code keeps the activations of
         all prompts.
 
@@ -182,7 +182,7 @@ def holdout_scores(
 
     What is not given is that of the profile that the pipeline was loaded from, else that of the paper.
 
-    Source: Sec. 3.1; authors' code, 2_compute_ssim.py.
+    Source: Sec. 3.1; authors' code, 2_compute_pairwise_ssim.py.
     Deviates: uses the guidance of the settings, where the code computes the threshold with 7 and detects with 0.
 
     Args:

@@ -314,7 +314,7 @@ def scale_neurons(
 
     With a list of neuron sets, sample ``i`` of a batch gets set ``i``; see `scale_outputs` for larger batches.
 
-    Source: Sec. 3.3; authors' code, hooks/block_indices.py.
+    Source: Sec. 3.3; authors' code, hooks/block_activations.py.
 
     Args:
         unet: A conditional UNet of diffusers.

@@ -76,7 +76,7 @@ def pair_similarities(
 ) -> Tensor:
     """Return the similarity of every pair of seeds, in one batched call.
 
-    Source: Sec. 3.1; authors' code, 2_compute_ssim.py.
+    Source: Sec. 3.1; authors' code, 2_compute_pairwise_ssim.py.
 
     Args:
         differences: Noise differences [seed, channel, height, width], in [0, 1]; at least two.

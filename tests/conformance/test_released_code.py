@@ -4,6 +4,7 @@ import ast
 import csv
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from nemolib import seeding
+from nemolib import paths, seeding
 from nemolib.first_step import FirstStep, timestep_of
 from nemolib.holdout import ActivationStatistics, statistics_of, z_scores
 from nemolib.layers import collect_activations, value_activations, widths
@@ -21,6 +22,14 @@ from nemolib.selection import out_of_distribution
 from nemolib.settings import PAPER, RELEASED, SearchSettings, SimilaritySettings
 from nemolib.similarity import max_pairwise, pair_similarities, pairwise
 from tools.sd14_data import load_released
+
+FILES = {
+    "1_compute_activations_statistics.py", "2_compute_pairwise_ssim.py", "3_detect_memorized_neurons.py", "4_generate_images.py",
+    "hooks/block_activations.py", "hooks/collect_activations.py", "hooks/deactivation_context.py",
+    "metrics/compute_diversity.py", "metrics/compute_prompt_alignment.py", "metrics/compute_sscd_gen.py",
+    "metrics/compute_sscd_orig.py", "utils/activation_detection.py", "utils/datasets.py", "utils/stable_diffusion.py",
+}  # fmt: skip
+"""The authors' code."""
 
 GOLDEN = Path(__file__).parent / "golden"
 PROMPTS = range(1, 7)
@@ -184,3 +193,10 @@ def test_neurons_of_the_search(step, golden, expected, statistics, run, row, met
     else:
         target = threshold if found.reached else found.initial_score
         assert found.refined_score < target or found.neurons == found.initial
+
+
+def test_files_that_are_named_as_sources_are_those_of_the_authors_code():
+    texts = [path.read_text(encoding="utf-8") for path in paths.PACKAGE.rglob("*.py")]
+    named = {name for text in texts for name in re.findall(r"\b(?:[1-4]_|(?:hooks|metrics|utils)/)\w+\.py", text)}
+    assert "utils/activation_detection.py" in named
+    assert named <= FILES

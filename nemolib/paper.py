@@ -46,6 +46,8 @@ def table(name: str) -> pd.DataFrame:
       Diffusion v1.4, all prompts): map, iou.
     - ``attacks``: kind, model (untouched, neurons off, hardened), attacked (by Dori), copy and copy_sd (SSCD, mean and
       standard deviation), share (of copies), source, confidence.
+    - ``detectors``: detectors on Stable Diffusion: detector, setting, auroc, tpr (at 1 % false positives), source, confidence.
+    - ``neurons``: those that the paper names: layer (from 1), neuron, paper (what it says of them).
     - ``figures``: the figures and tables of the paper in its order: label, exhibits (names of ours that show it).
     """
     return pd.read_csv(paths.PACKAGE / "paper" / f"{name}.csv")

@@ -186,7 +186,7 @@ def read_by_cost(detector_quality: pd.DataFrame) -> Iterator[Claim]:
     """Yield which detector is worth its cost, what more latents give, and whether the literature's order holds."""
     best, rows = best_buy(detector_quality), of_group(detector_quality).set_index("detector")["auroc"]
     found = f"TPR {best['tpr']:.2f}, AUROC {best['auroc']:.2f}"
-    text = f"most found at 1 % false positives for the least (n = {best['prompts']})"
+    text = f"most found at 1 % false positives for the least, chosen on the same {best['prompts']} prompts"
     yield Claim(text, f"{best['detector']}, latents: {best['samples']}, evaluations: {best['evaluations']}; {found}")
     theirs = paper.table("detectors").set_index("detector")["auroc"]
     good = rows[theirs.reindex(rows.index) >= 0.95]

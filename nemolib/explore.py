@@ -77,7 +77,7 @@ def prompts_with_neurons(run: Run, number: int) -> list[Found]:
     Raises:
         ValueError: No prompt has neurons.
     """
-    rows, chosen = run.prompts(*MEMORIZED).groupby("kind", sort=False).head(number).reset_index(drop=True), []
+    rows, chosen = run.prompts(*MEMORIZED, most=number), []
     for place, found in enumerate(run.search(rows["caption"])):
         if not found.neurons:
             continue

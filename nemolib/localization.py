@@ -151,6 +151,7 @@ class Search:
 
     Attributes:
         seeds: The seeds that take part; without any the prompt is not memorized, and there is nothing to search.
+        score: What the search asks of neuron sets, where there are seeds.
     """
 
     def __init__(
@@ -179,7 +180,7 @@ class Search:
             self._activations = tuple(layer[0].cpu() for layer in value_activations(step.unet, embedding))
             self._z = z_scores(statistics, self._activations)
         kept = {"seeds": self.seeds, "unblocked": unblocked[list(self.seeds)], "evaluations": self._spent}
-        self._score = BlockedScore(step, embedding, **kept, similarity=similarity, protocol=protocol)
+        self.score = BlockedScore(step, embedding, **kept, similarity=similarity, protocol=protocol)
         self._select = cache(self._selected)
 
     def localize(self, variant: Variant) -> Localization:
@@ -198,7 +199,7 @@ class Search:
             target = variant.refinement if initial.reached else max(variant.refinement, initial.score)
             entries = initial.candidates.entries(double=self._protocol.double_entries)
             refine = refine_by_leading_seeds if self._fast else refine_sequential
-            refined = refine(entries, self._score, threshold=target)
+            refined = refine(entries, self.score, threshold=target)
         return Localization(
             memorized=True,
             initial=initial.neurons,
@@ -216,10 +217,10 @@ class Search:
         )
 
     def _selected(self, threshold: float, top_k: bool) -> InitialSelection:
-        quick = partial(self._score.screen, limit=threshold) if self._fast else None
+        quick = partial(self.score.screen, limit=threshold) if self._fast else None
         search = self._settings if top_k else replace(self._settings, k_start=0, k_step=0)
         how = {"threshold": threshold, "quick": quick, "search": search, "protocol": self._protocol}
-        return initial_selection(self._z, self._activations, self._score, **how)
+        return initial_selection(self._z, self._activations, self.score, **how)
 
 
 def localize(

@@ -225,3 +225,10 @@ def article(noun: str) -> str:
 def has_image(rows: pd.DataFrame) -> np.ndarray:
     """Return which rows of a prompt table have a planted image, [row], bool."""
     return (rows["image"].notna() & rows["image"].ne("")).to_numpy()
+
+
+def ordinary(rows: pd.DataFrame) -> list[str]:
+    """Return an ordinary caption of the subject of each row, such as "an owl"; none where not all subjects are named."""
+    if "subjects" not in rows or rows["subjects"].isna().any():
+        return []
+    return [f"{article(name)} {name}" for name in rows["subjects"]]

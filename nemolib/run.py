@@ -208,14 +208,18 @@ class Run:
 
     # Prompts and what is normal
 
-    def prompts(self, *kinds: str) -> pd.DataFrame:
+    def prompts(self, *kinds: str, most: int | None = None) -> pd.DataFrame:
         """Return the prompts of these kinds, in this order: columns caption, kind, group, copies, image.
+
+        Args:
+            kinds: Kinds of prompts.
+            most: How many of each, from the top of its table; None: all that the profile has.
 
         Raises:
             FileNotFoundError: A prompt table is missing.
             PromptTableError: A table is malformed or holds no prompt of a kind.
         """
-        return pd.concat([prompts.select(self.profile, kind) for kind in kinds], ignore_index=True)
+        return pd.concat([prompts.select(self.profile, kind).head(most) for kind in kinds], ignore_index=True)
 
     def rows(self, captions: Sequence[str]) -> pd.DataFrame:
         """Return the rows of the memorized prompt table of these captions."""
@@ -381,10 +385,8 @@ class Run:
         }
         table = prompts.select(self.profile, "memorized").set_index("caption").reindex(captions).reset_index()
         if prompts.has_image(table).all():
-            size = groups[WITH_AND_WITHOUT[0]].shape[2:4]
-            groups = {PLANTED: np.stack(self.planted_images(table, size=size))[:, None]} | groups
-        if "subjects" in table and table["subjects"].notna().all():
-            ordinary = [f"{prompts.article(name)} {name}" for name in table["subjects"]]
+            groups = {PLANTED: self.planted_like(table, groups[WITH_AND_WITHOUT[0]])[:, None]} | groups
+        if ordinary := prompts.ordinary(table):
             groups[ORDINARY] = self.images(ordinary)[:, :1]
         columns = [name for name, images in groups.items() for _ in range(images.shape[1])]
         return Grid(np.concatenate(list(groups.values()), axis=1), tuple(captions), tuple(columns))
@@ -456,6 +458,13 @@ class Run:
                 whole = whole.resize(size[::-1], Image.Resampling.LANCZOS)
             loaded.append(np.asarray(whole))
         return loaded
+
+    def planted_like(self, rows: pd.DataFrame, images: np.ndarray) -> np.ndarray:
+        """Return the planted image of each row, [row, height, width, 3], as large as other images; white where there is none."""
+        planted, known = np.full((len(rows), *images.shape[-3:]), 255, dtype=np.uint8), prompts.has_image(rows)
+        if known.any():
+            planted[known] = self.planted_images(rows[known], size=images.shape[-3:-1])
+        return planted
 
     def planted_features(self, rows: pd.DataFrame) -> np.ndarray:
         """Return the copy-detection features of the planted image of each row, [prompt, feature], float64.

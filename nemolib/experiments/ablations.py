@@ -48,12 +48,6 @@ LADDER = ("neuron_count", "score_before", "score_after", "copy_before", "copy_af
 # Searches (Table 4)
 
 
-def compared_prompts(run: Run) -> pd.DataFrame:
-    """Return the prompts on which the ablations are made: the first VM and TM prompts, as many as the extent says."""
-    parts = [run.prompts(kind).head(run.profile.extent.ablated) for kind in MEMORIZED]
-    return pd.concat(parts, ignore_index=True)
-
-
 def threshold_levels(run: Run) -> pd.DataFrame:
     """Return the memorization thresholds of Table 4 and the profile's own, the lowest first.
 
@@ -120,7 +114,7 @@ def ablated(run: Run, prompts: pd.DataFrame, levels: pd.DataFrame) -> pd.DataFra
 
     Args:
         run: The run.
-        prompts: Rows of prompt tables (`compared_prompts`).
+        prompts: Rows of prompt tables.
         levels: What `threshold_levels` returned.
 
     Returns:

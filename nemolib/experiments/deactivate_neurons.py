@@ -334,13 +334,8 @@ def one_of_each(
     if not prompts:
         return NO_IMAGES
     made = [run.images(prompts, repeats[0], settings=generation)[:, 0] for repeats in settings.values()]
-    images = np.stack([planted(run, prompts, like=made[0]), *made], axis=1)
+    images = np.stack([run.planted_like(run.rows(prompts), made[0]), *made], axis=1)
     return Grid(images, tuple(prompts), (PLANTED, *settings))
-
-
-def planted(run: Run, prompts: Sequence[str], *, like: np.ndarray) -> np.ndarray:
-    """Return the planted image of memorized prompts, [prompt, height, width, 3], in the size of other images."""
-    return np.stack(run.planted_images(run.rows(prompts), size=like.shape[1:3]))
 
 
 @exhibit("", "one image of each setting")

@@ -30,7 +30,7 @@ from nemolib.exhibits import (
 )
 from nemolib.experiments.memorization_score import z_of
 from nemolib.first_step import ALGORITHMS, first_step, scoring
-from nemolib.localization import by_prompt, localization_table, memorized, neuron_sets
+from nemolib.localization import Search, by_prompt, localization_table, memorized, neuron_sets
 from nemolib.mitigation import DeactivatedNeurons, random_neurons
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
@@ -38,7 +38,6 @@ from nemolib.prompts import MEMORIZED
 from nemolib.refinement import RefinementTest
 from nemolib.selection import SelectionStep
 from nemolib.settings import SearchSettings
-from nemolib.similarity import max_pairwise, pairwise
 from nemolib.store import Grid
 
 if TYPE_CHECKING:
@@ -51,12 +50,9 @@ NOTEBOOK = "03_localize_neurons"
 
 def prompt_score(run: Run, prompt: str) -> BlockedScore:
     """Return the score that the search asks of neuron sets for one prompt."""
-    own, similarity = {"protocol": run.profile.protocol}, run.profile.similarity
-    step, embedding = first_step(run.pipe, settings=run.profile.detection, **own), embed(run.pipe, [prompt])
-    unblocked = step(embedding)
-    best = max_pairwise(pairwise(unblocked, settings=similarity, **own))
-    seeds = (best > run.threshold).nonzero().flatten().tolist()
-    return BlockedScore(step, embedding, seeds=seeds, unblocked=unblocked[seeds], similarity=similarity, **own)
+    step = first_step(run.pipe, settings=run.profile.detection, protocol=run.profile.protocol)
+    how = {name: getattr(run.profile, name) for name in ("similarity", "search", "protocol")}
+    return Search(step, embed(run.pipe, [prompt]), run.statistics, gate=run.threshold, **how).score
 
 
 def _followed(run: Run) -> tuple[BlockedScore, NeuronSet]:
@@ -188,7 +184,7 @@ def localizations(run: Run, rows: pd.DataFrame | None = None) -> pd.DataFrame:
         Column kind, then those of `nemolib.localization.localization_table` with the seconds of each algorithm.
     """
     if rows is None:
-        rows = pd.concat([run.prompts(*MEMORIZED), run.prompts("unmemorized").head(run.profile.extent.searched)])
+        rows = pd.concat([run.prompts(*MEMORIZED), run.prompts("unmemorized", most=run.profile.extent.searched)])
     table = localization_table(run.search(rows["caption"].tolist()), seconds=True)
     return pd.concat([rows[["kind"]].reset_index(drop=True), table], axis=1)
 

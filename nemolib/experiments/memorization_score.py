@@ -14,7 +14,7 @@ from nemolib.first_step import NORMS, guidance_norms, noise_differences, pairs_m
 from nemolib.holdout import z_scores
 from nemolib.layers import value_activations
 from nemolib.pipeline import embed
-from nemolib.prompts import MEMORIZED, has_image
+from nemolib.prompts import MEMORIZED
 from nemolib.settings import PAPER, RELEASED
 from nemolib.store import Grid
 
@@ -69,12 +69,10 @@ def sample_grid(run: Run, rows: pd.DataFrame) -> Grid:
     Returns:
         Images [prompt, 1 + seed, height, width, 3], uint8; captions and "planted", "seed 0", ... are the labels.
     """
-    made, known = run.images(rows["caption"]), has_image(rows)
-    planted = np.full_like(made[:, :1], 255)
-    if known.any():
-        planted[known, 0] = run.planted_images(rows[known], size=made.shape[2:4])
+    made = run.images(rows["caption"])
+    images = np.concatenate([run.planted_like(rows, made)[:, None], made], axis=1)
     seeds = [f"seed {seed}" for seed in range(made.shape[1])]
-    return Grid(np.concatenate([planted, made], axis=1), tuple(rows["caption"]), ("planted", *seeds))
+    return Grid(images, tuple(rows["caption"]), ("planted", *seeds))
 
 
 def noise_grid(run: Run, rows: pd.DataFrame) -> Grid:

@@ -16,13 +16,13 @@ import torch
 from nemolib import metrics, plots
 from nemolib.beyond.prune import measuring_inputs, prune_weights, restore, wanda_masks
 from nemolib.exhibits import Claim, effect, exhibit, median_interval
-from nemolib.experiments.deactivate_neurons import LEFT, halves, planted, under_one_bar
+from nemolib.experiments.deactivate_neurons import LEFT, halves, under_one_bar
 from nemolib.layers import value_layers
 from nemolib.localization import by_prompt, memorized
 from nemolib.mitigation import DeactivatedNeurons, Mitigation
 from nemolib.neurons import NeuronSet
 from nemolib.plots import ROLES, Role
-from nemolib.prompts import article, has_image
+from nemolib.prompts import has_image, ordinary
 from nemolib.provenance import code_hash
 from nemolib.seeding import stream
 from nemolib.settings import validated
@@ -334,15 +334,14 @@ def repair_images(run: Run, repairs: Sequence[Repair], prompts: Sequence[str], o
     """
     rows, few = run.rows(prompts), replace(run.profile.generation, samples=1)
     settings = replace(few, samples=run.profile.beyond.pruning.samples)
-    if "subjects" in rows and rows["subjects"].notna().all():
-        others = [f"{article(name)} {name}" for name in rows["subjects"]]
+    others = ordinary(rows) or others
     pairs = (prompts, settings), (others[: len(prompts)], few)
     # [repair, memorized or other, prompt, height, width, 3]
     made = np.stack(
         [[run.images(part, item.mitigation, settings=each)[:, 0] for part, each in pairs] for item in repairs]
     )
     first = np.full_like(made[:1], 255)
-    first[0, 0] = planted(run, prompts, like=made[0, 0])
+    first[0, 0] = run.planted_like(rows, made[0, 0])
     images = np.concatenate([first, made]).swapaxes(0, 2).reshape(-1, 1 + len(repairs), *made.shape[3:])
     names = [name for pair in zip(prompts, others, strict=False) for name in pair]
     columns = (PLANTED, *(named(item.method, item.amount) for item in repairs))

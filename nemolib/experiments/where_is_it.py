@@ -23,6 +23,7 @@ from nemolib.layers import OpenAttention, attention_layers, processors
 from nemolib.localization import by_prompt, memorized
 from nemolib.mitigation import AttentionScaling, DeactivatedNeurons, EmbeddingAdjustment, Mitigation, RandomTokens
 from nemolib.plots import ROLES, Figure, Role, image_grid, legend_below, panels
+from nemolib.prompts import has_image
 from nemolib.run import Run
 from nemolib.store import PLANTED, Grid
 
@@ -42,11 +43,6 @@ COPIED = 0.5
 
 
 # Maps
-
-
-def compared_prompts(run: Run, number: int | None) -> pd.DataFrame:
-    """Return the first prompts of each kind: TM, VM, and unmemorized ones."""
-    return pd.concat([run.prompts(kind).head(number) for kind in ("tm", "vm", "unmemorized")], ignore_index=True)
 
 
 def maps_of(run: Run, captions: Sequence[str], mitigation: Mitigation | None = None, **changes: Any) -> np.ndarray:
@@ -177,9 +173,8 @@ def overlays(run: Run, rows: pd.DataFrame, maps: np.ndarray, off: np.ndarray) ->
     shown |= {f"{DIFFERENCE}, neurons off": off[:, 0]}
     for place, mask in enumerate(masks(run, rows)):
         row, image = rows.iloc[[place]], image_of(run, rows["caption"][place])
-        size, known = image.shape[:2], row["image"].ne("").all()
-        planted = run.planted_images(row, size=size)[0] if known else np.full_like(image, 255)
-        inside = np.full(size, known) if mask is None else on_grid(mask[None], size)[0]
+        size, planted = image.shape[:2], run.planted_like(row, image)[0]
+        inside = np.full(size, has_image(row)) if mask is None else on_grid(mask[None], size)[0]
         scales = zip(shown.values(), [*tops, tops[0]], strict=True)
         over = [overlaid(image, inside, found[place], top) for found, top in scales]
         lines.append([planted, np.where(inside[..., None], planted, 255), image, *over])
@@ -237,7 +232,7 @@ def show_guidance_path(guidance_path: pd.DataFrame) -> Figure:
     """Norm of the guidance difference Δε, mean over seeds, median over prompts; denoising runs from left to right."""
     with panels(1, 2, aspect=0.4) as (figure, axes):
         for panel, (scale, part) in zip(axes, guidance_path.groupby("guidance", sort=False), strict=True):
-            for kind, rows in of_kinds(part, "guidance_path", *KINDS).items():
+            for kind, rows in part.groupby("kind", sort=False):
                 look = ROLES[kind].line_style(markersize=3, label=f"{KINDS[kind]}, n = {rows['caption'].nunique()}")
                 panel.plot(rows.groupby("timestep")["norm"].median(), **look)
             panel.set(xlabel="timestep", ylabel=r"$\|\Delta\epsilon\|$", title=f"sampling with guidance {scale:g}")
@@ -395,10 +390,8 @@ def pictures(run: Run, rows: pd.DataFrame, table: pd.DataFrame, chosen: Strength
     best = map(tuple, halving(table)[["mitigation", "strength"]].to_numpy())
     items = {NONE: None} | {", ".join(filter(None, pair)): chosen[pair][0] for pair in best}
     made = [run.images(rows["caption"].tolist(), item)[:, 0] for item in items.values()]
-    planted, known = np.full_like(made[0], 255), rows["image"].ne("").to_numpy()
-    planted[known] = run.planted_images(rows[known], size=made[0].shape[1:3])
     names = tuple(f"{ROLES[row.kind].short}: {row.caption}" for row in rows.itertuples())
-    return Grid(np.stack([planted, *made]), (PLANTED, *items), names)
+    return Grid(np.stack([run.planted_like(rows, made[0]), *made]), (PLANTED, *items), names)
 
 
 @exhibit("", "an image of each mitigation")

@@ -72,9 +72,9 @@ def detectors_of(run: Run) -> tuple[methods.Detector, ...]:
 def tested(run: Run) -> pd.DataFrame:
     """Return the prompts that are tested, those with an image with the columns of `memorization_score.copies`."""
     own = run.profile.beyond.detectors
-    often = [run.prompts(kind).head(own.memorized) for kind in MEMORIZED]
-    planted = memorization_score.copies(run, pd.concat([*often, run.prompts("ladder")], ignore_index=True))
-    return pd.concat([planted, run.prompts("unmemorized").head(own.unmemorized)], ignore_index=True)
+    often = run.prompts(*MEMORIZED, most=own.memorized)
+    planted = memorization_score.copies(run, pd.concat([often, run.prompts("ladder")], ignore_index=True))
+    return pd.concat([planted, run.prompts("unmemorized", most=own.unmemorized)], ignore_index=True)
 
 
 def detections(run: Run, prompts: pd.DataFrame) -> pd.DataFrame:

@@ -68,7 +68,7 @@ def levels(run):
 
 @pytest.fixture(scope="module")
 def found(run, levels):
-    return ablations.ablated(run, ablations.compared_prompts(run), levels)
+    return ablations.ablated(run, run.prompts("vm", "tm", most=run.profile.extent.ablated), levels)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,9 @@ def test_every_search_has_every_prompt_with_one_gate_and_is_kept(run, found, lev
     default = run.search([*VM, *TM])
     assert found.iloc[:4]["neurons"].tolist() == [item.neurons.to_json() for item in default]
     results = sorted(run.store.folder.rglob("*.json"))
-    pd.testing.assert_frame_equal(ablations.ablated(run, ablations.compared_prompts(run), levels), found)
+    pd.testing.assert_frame_equal(
+        ablations.ablated(run, run.prompts("vm", "tm", most=run.profile.extent.ablated), levels), found
+    )
     assert sorted(run.store.folder.rglob("*.json")) == results
 
 

@@ -106,7 +106,7 @@ def test_layers(run, monkeypatch):
 
 
 def test_ablations(run):
-    prompts, levels = ablations.compared_prompts(run), ablations.threshold_levels(run)
+    prompts, levels = run.prompts("vm", "tm", most=run.profile.extent.ablated), ablations.threshold_levels(run)
     table = ablations.ablated(run, prompts, levels)
     default = table[table["setting"] == ablations.default_setting(levels)]
     settings = ablations.ablation_settings(table, levels)

@@ -52,7 +52,7 @@ def found():
 
 @pytest.fixture(scope="module")
 def rows(run):
-    rows = where.compared_prompts(run, 2)
+    rows = run.prompts("tm", "vm", "unmemorized", most=2)
     return rows[rows["kind"].eq("tm") | ~rows["kind"].duplicated()].reset_index(drop=True)
 
 
@@ -63,12 +63,12 @@ def maps(run, rows):
 
 @pytest.fixture(scope="module")
 def path(run):
-    return where.guidance_path(run, where.compared_prompts(run, 1))
+    return where.guidance_path(run, run.prompts("tm", "vm", "unmemorized", most=1))
 
 
 @pytest.fixture(scope="module")
 def curves(run, found):
-    mixed = where.compared_prompts(run, 2)
+    mixed = run.prompts("tm", "vm", "unmemorized", most=2)
     chosen = where.strengths(run, found, OTHERS)
     few = {key: chosen[key] for key in chosen if key[0] in (NONE, "static transition", "NeMo")}
     return mixed, chosen, where.curves(run, mixed, few)
@@ -140,7 +140,7 @@ def test_norms_are_sums_of_the_map_and_minima_are_seen(run, path, maps, monkeypa
     assert first["norm"] == pytest.approx(np.sqrt(maps[0, 0, 0].sum(axis=(1, 2))).mean(), rel=1e-3)
     falls = np.array([[[3, 3], [1, 2], [2, 1]]], dtype=float)  # of two seeds the first has a minimum
     monkeypatch.setattr(where, "maps_of", lambda *_, **__: falls[:, None, :, :, None, None])
-    table = where.guidance_path(run, where.compared_prompts(run, 1).head(1))
+    table = where.guidance_path(run, run.prompts("tm", "vm", "unmemorized", most=1).head(1))
     assert table["minimum"].eq(0.5).all()
     assert len(table) == 6
 

@@ -303,7 +303,6 @@ def noise_differences(
     *,
     settings: DetectionSettings | None = None,
     protocol: str | Protocol | None = None,
-    neurons: NeuronSet | None = None,
 ) -> Tensor:
     """Return the normalized noise differences of a prompt (Alg. 1). For many prompts, make `first_step` once instead.
 
@@ -314,19 +313,16 @@ def noise_differences(
         prompt: The prompt.
         settings: Seed, samples, steps and guidance.
         protocol: `released` or `paper`, or a protocol of your own.
-        neurons: Neurons that are deactivated.
 
     Returns:
         Noise differences [seed, channel, height, width], float32, in [0, 1].
 
     Raises:
-        ValueError: A neuron does not exist or does not act, or what the model predicts is not known.
+        ValueError: What the model predicts is not known.
         NotFiniteError: A prediction is not finite.
     """
     with naming(prompt):
-        if neurons:
-            check_neurons_act(pipe.unet)
-        return first_step(pipe, settings=settings, protocol=protocol)(embed(pipe, [prompt]), neurons=neurons)
+        return first_step(pipe, settings=settings, protocol=protocol)(embed(pipe, [prompt]))
 
 
 def normalize(differences: Tensor) -> Tensor:

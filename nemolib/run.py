@@ -285,22 +285,16 @@ class Run:
         given = self.profile.thresholds.value
         return self.threshold_at() if given is None else given
 
-    def threshold_at(
-        self,
-        multiplier: float | None = None,
-        *,
-        protocol: str | Protocol | None = None,
-        guidance: float | None = None,
-    ) -> float:
+    def threshold_at(self, multiplier: float | None = None, *, guidance: float | None = None) -> float:
         """Return the memorization threshold by rule: mean + multiplier standard deviations of holdout scores.
 
         Args:
             multiplier: None means the profile's.
-            protocol: As in `holdout_scores`; so is guidance.
+            guidance: As in `holdout_scores`.
         """
         multiplier = self.profile.thresholds.multiplier if multiplier is None else multiplier
-        values = self.holdout_scores(protocol=protocol, guidance=guidance)
-        return memorization_threshold(values, multiplier=multiplier, protocol=protocol or self.profile.protocol)
+        values = self.holdout_scores(guidance=guidance)
+        return memorization_threshold(values, multiplier=multiplier, protocol=self.profile.protocol)
 
     # The search
 

@@ -64,8 +64,8 @@ def restore(pipe: StableDiffusionPipeline, taken: Weights) -> None:
     _write(pipe.unet, taken)
 
 
-def write_patch(pipe: StableDiffusionPipeline, neurons: NeuronSet, path: str | Path, *, factor: float = 0.0) -> None:
-    """Write what `prune` changes as a patch: a safetensors file with the changed rows alone; the model stays as it is.
+def write_patch(pipe: StableDiffusionPipeline, neurons: NeuronSet, path: str | Path) -> None:
+    """Write what `prune` with factor 0 changes as a patch: a safetensors file with the changed rows alone; the model stays as it is.
 
     Its metadata say the hash of the value layers that it fits (`value_layer_hash`, the same in float32 and float16),
     their addresses in order, the names of the parameters that it changes, and the neuron set.
@@ -73,7 +73,7 @@ def write_patch(pipe: StableDiffusionPipeline, neurons: NeuronSet, path: str | P
     Raises:
         ValueError: The set does not fit the model, or is empty.
     """
-    rows = _rows(pipe.unet, neurons, factor)
+    rows = _rows(pipe.unet, neurons, 0.0)
     if not rows:
         raise ValueError("the neuron set is empty; there is nothing to write a patch of")
     tensors = {name: values.cpu().contiguous() for name, (_, values) in rows.items()}

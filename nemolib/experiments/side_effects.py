@@ -545,10 +545,10 @@ def _kept_neurons(run: Run) -> float:
     return float(np.median([len(mine & other) / len(mine) for mine, other in pairs if mine]))
 
 
-def _forgets_at(run: Run, shares: Sequence[float] = (0.25, 0.5, 0.75, 1)) -> float:
+def _forgets_at(run: Run) -> float:
     """Return the smallest share of the first convolution without which the first VM prompt has no copy; 0: none."""
     first = down_convolutions(run.pipe.unet)[0].name
-    items = {share: SwitchedOffLayers((first,), share) for share in shares}
+    items = {share: SwitchedOffLayers((first,), share) for share in (0.25, 0.5, 0.75, 1)}
     return deactivate.breaks_at(run, items, 0, settings=few_images(run))
 
 

@@ -415,9 +415,9 @@ def first_auroc(run: Run, name: str, *, mean: bool = False, **changes: Any) -> f
     return float(pixel_auroc(maps, inside.repeat(len(maps), axis=0)).mean())
 
 
-def latest(run: Run, untils: Sequence[int] = (600, 500, 300, 150, 50)) -> int:
+def latest(run: Run) -> int:
     """Return the first of these timesteps until which guidance has to wait so that the first VM prompt gives no copy; else 0."""
-    row = run.prompts("vm").head(1)
+    row, untils = run.prompts("vm", most=1), (600, 500, 300, 150, 50)
     largest = {until: run.measure(row, guidance.StaticTransition(until))["sscd_orig_max"][0] for until in untils}
     return next((until for until, copy in largest.items() if copy <= COPIED), 0)
 

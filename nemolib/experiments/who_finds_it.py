@@ -125,9 +125,9 @@ def quality(detections: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def of_group(quality: pd.DataFrame, group: str = ALL) -> pd.DataFrame:
-    """Return the row of each detector for a group with all of its latents, the cheapest first."""
-    rows = quality[quality["group"] == group].sort_values(["evaluations", "detector"], kind="stable")
+def of_group(quality: pd.DataFrame) -> pd.DataFrame:
+    """Return the row of each detector for `ALL` with all of its latents, the cheapest first."""
+    rows = quality[quality["group"] == ALL].sort_values(["evaluations", "detector"], kind="stable")
     return rows.groupby("detector", sort=False).tail(1).reset_index(drop=True)
 
 

@@ -8,7 +8,7 @@ import torch
 from nemolib.first_step import guidance_norms, noise_differences
 from nemolib.generation import generate
 from nemolib.holdout import activation_statistics, holdout_scores
-from nemolib.layers import NotFiniteError, value_layers
+from nemolib.layers import NotFiniteError, deactivate, value_layers
 from nemolib.localization import Localization, Variant, localization_table, localize, localizing, varying
 from nemolib.mitigation import EmbeddingAdjustment
 from nemolib.neurons import NeuronSet
@@ -73,7 +73,8 @@ def test_both_methods_start_from_the_same_selection(search, threshold, protocol)
 
 def test_scores_can_be_recomputed(random_pipe, found):
     plain = noise_differences(random_pipe, "zzz", settings=DETECTION)
-    blocked = noise_differences(random_pipe, "zzz", settings=DETECTION, neurons=found.neurons)
+    with deactivate(random_pipe, found.neurons):
+        blocked = noise_differences(random_pipe, "zzz", settings=DETECTION)
     assert found.refined_score == pytest.approx(float(similarity(plain, blocked, settings=SIMILARITY).max()), abs=1e-5)
     assert found.unblocked_score == memorization_score(plain, settings=SIMILARITY)
 

@@ -43,6 +43,7 @@ def profile(tmp_path_factory):
         patch.setattr(explore, "FACTORS", (1.0, 0.0, -1.0))
         # Drawn as for readers, but hardly larger than a stamp.
         patch.setattr(plots, "SCREEN_DPI", 20)
+        patch.setattr(plots, "SCREEN_IMAGES_DPI", 20)
         with mpl.rc_context({"savefig.dpi": 20}):
             yield path
 

@@ -76,6 +76,7 @@ def test_a_figure_shows_itself_for_a_screen_and_stays_as_it_was(monkeypatch):
     figure._ipython_display_()
     with Image.open(io.BytesIO(shown[0].data)) as image:
         assert shown[0].width < image.width
+        assert image.mode == "P"  # few colours, few bytes
     assert (axes.xaxis.label.get_fontfamily(), axes.xaxis.label.get_fontsize()) == before
 
 

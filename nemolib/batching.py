@@ -12,7 +12,9 @@ from itertools import chain
 from operator import itemgetter
 from typing import Any, TypeVar
 
+import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -92,6 +94,36 @@ def shrinking(
         clear_device_cache(garbage_collection=True)
         largest[use] = len(batch) // 2
         warnings.warn(f"{use}: out of memory with {len(batch)} at once; going on with {largest[use]}", stacklevel=2)
+
+
+def accumulated_gradient(
+    function: Callable[[Any], Tensor],
+    items: Sequence[Any],
+    variable: Tensor,
+    *,
+    owner: Any,
+    use: str,
+    weight: float = 1.0,
+) -> tuple[list[Tensor], Tensor]:
+    """Return what a function gives for parts of the items, and the gradient of the weighted sum of all of it.
+
+    There is one part if memory allows. Owner, use and exceptions are those of `shrinking`.
+
+    Args:
+        function: Computes the values of a part anew, a tensor that can be differentiated; their sum over parts must not
+            depend on what is in a part.
+        items: The items, such as latents.
+        variable: The tensor by which it is differentiated.
+        weight: Of each value in the sum; 1 / number of values makes it their mean.
+    """
+
+    def of(part: Any) -> tuple[Tensor, Tensor]:
+        values = function(part)
+        (gradient,) = torch.autograd.grad(values, variable, torch.full_like(values, weight))
+        return values.detach(), gradient
+
+    found = [each for _, each in shrinking(of, items, size=len(items), owner=owner, use=use)]
+    return [values for values, _ in found], torch.stack([gradient for _, gradient in found]).sum(dim=0)
 
 
 class Lockstep:

@@ -486,7 +486,7 @@ def guidance_norms(
     return np.stack(norms)
 
 
-def guidance_norm(pipe: StableDiffusionPipeline, settings: WenSettings) -> Callable[[Tensor], Tensor]:
+def guidance_norm(pipe: StableDiffusionPipeline, settings: WenSettings) -> Callable[..., Tensor]:
     """Return how far text moves the noise prediction of one denoising step, as a function of a prompt's embedding.
 
     The function can be differentiated, so that an embedding can be moved until the norm is small.
@@ -498,14 +498,20 @@ def guidance_norm(pipe: StableDiffusionPipeline, settings: WenSettings) -> Calla
         settings: Number and seed of the initial latents, and which denoising step of which schedule.
 
     Returns:
-        Embedding [1, token, feature] -> norms [seed], float32, at least 0.
+        Embedding [1, token, feature], and indices of latents if not all are meant -> norms [seed], float32, at least 0.
     """
     timestep = timestep_of(pipe.scheduler, steps=settings.steps, index=settings.step)
     latents = initial_latents(pipe, samples=settings.latents, seed=settings.seed)
     step = FirstStep(pipe.unet, timestep, latents, mix=noise_mix(pipe.scheduler, timestep))
     with torch.no_grad():
-        empty = step.noise(latents, embed(pipe, [""]))
-    return lambda embedding: (step.noise(latents, embedding) - empty).flatten(1).norm(dim=1)
+        predict = functools.partial(step.noise, embeddings=embed(pipe, [""]))
+        found = shrinking(predict, latents, size=len(latents), owner=pipe.unet, use="guidance norms")
+        empty = torch.cat([part for _, part in found])
+
+    def norms(embedding: Tensor, seeds: Any = slice(None)) -> Tensor:
+        return (step.noise(latents[seeds], embedding) - empty[seeds]).flatten(1).norm(dim=1)
+
+    return norms
 
 
 def _guided(empty: Tensor, text: Tensor, guidance: float, *, swapped: bool = False) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
-from nemolib.batching import check_prompts
+from nemolib.batching import accumulated_gradient, check_prompts
 from nemolib.first_step import guidance_norm, noise_mix
 from nemolib.layers import (
     Guided,
@@ -319,13 +319,15 @@ class EmbeddingAdjustment(Mitigation):
         optimizer = torch.optim.AdamW([free], lr=self.settings.learning_rate)
         norms: list[float] = []
         with naming(prompt):
-            norm_of = guidance_norm(pipe, self.settings)
+            norm_of, seeds = guidance_norm(pipe, self.settings), range(self.settings.latents)
+            common = {"owner": pipe.unet, "use": self.name, "weight": 1 / len(seeds)}
             for _ in range(self.settings.iterations):
-                norm = norm_of(torch.cat([begin, free])[None]).mean()
-                norms.append(norm.item())
+                found, free.grad = accumulated_gradient(
+                    lambda part: norm_of(torch.cat([begin, free])[None], part), seeds, free, **common
+                )
+                norms.append(torch.cat(found).mean().item())
                 if norms[-1] <= self.settings.target:
                     break
-                (free.grad,) = torch.autograd.grad(norm, [free])
                 optimizer.step()
             adjusted = finite(torch.cat([begin, free]).detach().to(embedding.dtype), "adjusted embedding")
         return Adjustment(adjusted, tuple(norms))

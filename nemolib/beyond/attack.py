@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nemolib.batching import accumulated_gradient
 from nemolib.beyond.denoising import Denoising, signal_and_noise
 from nemolib.generation import drawing
 from nemolib.layers import finite, scale_neurons, widths
@@ -62,7 +63,8 @@ def dori(
 
     The model is taken as it is: pruned, or inside a context in which neurons are deactivated (`nemolib.layers.scale_neurons`
     takes a set for each image). What comes back says something only beside the same attack on images that were never
-    trained, or trained once. Images share UNet passes, and nothing else.
+    trained, or trained once. Images share UNet passes, and nothing else; where memory runs out, a pass has fewer noisy
+    latents of each.
 
     Source: Kowalczuk et al., "Finding Dori" (ICML 2026, arXiv 2507.16880): Adam, learning rate 0.1, 50 steps, batch 8,
         all tokens free, timesteps and noise drawn anew in each step. Their code was not at hand; written from the
@@ -95,17 +97,24 @@ def dori(
     for row in (row for row, start in enumerate(starts) if start is None):
         free[row] = torch.randn(free[row].shape, generator=draws[row])
     optimizer = torch.optim.Adam([free.requires_grad_()], lr=learning_rate)
+
+    def squares(part: Sequence[int]) -> Tensor:
+        # Those of every image, in the order of the images, as neurons that are deactivated have it.
+        rows = [first + draw for first in range(0, len(latents), batch) for draw in part]
+        text = free.repeat_interleave(len(part), 0)
+        predicted = model.noise(noisy[rows], timesteps[rows], text, derivative=True)
+        return (predicted - noise[rows]).square().view(len(images), -1)
+
     found, losses, last = {0: free.detach().clone()}, [], len(model.scheduler.alphas_cumprod)
     for number in range(1, max(steps) + 1):
         timesteps = torch.cat([torch.randint(last, (batch,), generator=draw) for draw in draws]).to(latents.device)
         noise = torch.cat([torch.randn((batch, *latents.shape[1:]), generator=draw) for draw in draws]).to(latents)
         signal, sigma = signal_and_noise(model.scheduler, timesteps, latents)
-        text = free.repeat_interleave(batch, 0)
-        squares = (model.noise(signal * latents + sigma * noise, timesteps, text, derivative=True) - noise).square()
+        noisy = signal * latents + sigma * noise
         # Adam does not see the scale, and gradients of the sum are not too small for float16.
-        (free.grad,) = torch.autograd.grad(squares.sum(), [free])
+        parts, free.grad = accumulated_gradient(squares, range(batch), free, owner=pipe.unet, use="attack")
         optimizer.step()
-        losses.append(squares.detach().view(len(images), -1).mean(dim=1).tolist())
+        losses.append(torch.cat(parts, dim=1).mean(dim=1).tolist())
         if number in steps:
             found[number] = free.detach().clone()
     kept = torch.stack([found[number] for number in steps])

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from nemolib.batching import shrinking
+from nemolib.batching import accumulated_gradient, shrinking
 from nemolib.beyond.denoising import Denoising, norms, text_of
 from nemolib.first_step import initial_latents
 from nemolib.pipeline import embed
@@ -41,8 +41,10 @@ def token_significance(
     model, text = Denoising(pipe, steps=steps), text_of(pipe, prompt)
     latents = initial_latents(pipe, samples=samples, seed=seed)
     free = text.embedding.float().clone().requires_grad_()
-    norm = norms(model.difference(latents, model.timesteps[0], free, derivative=True)).mean()
-    (gradient,) = torch.autograd.grad(norm, free)
+    _, gradient = accumulated_gradient(
+        lambda part: norms(model.difference(part, model.timesteps[0], free, derivative=True)),
+        latents, free, owner=pipe.unet, use="token significance", weight=1 / samples,
+    )  # fmt: skip
     inner = slice(1, text.end)
     tokens = [pipe.tokenizer.decode([each]).strip() for each in pipe.tokenizer(prompt).input_ids[inner]]
     return pd.DataFrame({"token": tokens, "significance": gradient[0, inner].norm(dim=1).tolist()})

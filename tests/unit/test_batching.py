@@ -3,17 +3,20 @@ import threading
 import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from nemolib.batching import Lockstep, in_order, shrinking
+from nemolib.beyond.attack import attacking
+from nemolib.beyond.triggers import token_significance
 from nemolib.first_step import Sample, first_step, guidance_norms
 from nemolib.generation import generate
-from nemolib.mitigation import DeactivatedNeurons
+from nemolib.mitigation import DeactivatedNeurons, EmbeddingAdjustment
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed
-from nemolib.settings import DetectionSettings, GenerationSettings
+from nemolib.settings import DetectionSettings, GenerationSettings, WenSettings
 
 DETECTION = DetectionSettings(samples=5, steps=10)
 SETS = {"a fox": NeuronSet.of([(0, 1)], layers=7), "a dog": NeuronSet.of([(6, 2), (3, 1)], layers=7)}
@@ -105,17 +108,37 @@ def norms(pipe):
     return torch.from_numpy(guidance_norms(pipe, "a fox", steps=2, settings=DETECTION))
 
 
+def adjusted(pipe):
+    settings = WenSettings(target=0.0, iterations=2, latents=4)
+    return EmbeddingAdjustment(settings).adjust(pipe, "a fox").embedding
+
+
+def significance(pipe):
+    return torch.tensor(token_significance(pipe, "a fox", samples=3)["significance"])
+
+
+def attacked(pipe):
+    items = [
+        (caption, np.eye(64, dtype=np.uint8)[..., None].repeat(3, 2), caption, *of)
+        for caption, *of in (("a fox", SETS["a fox"], 0), ("a dog", SETS["a dog"], 1))
+    ]
+    return torch.from_numpy(np.stack(attacking(pipe, steps=(2,), batch=3)(items)))
+
+
 @pytest.mark.parametrize(
     ("function", "largest", "use", "sizes", "close"),
     [
         (differences, 3, "detection", [10, 5, 2, 2, 2, 2, 2], {"atol": 1e-4}),
         (images, 6, "generation", [12, 6, 6, 6, 6], {"atol": 1}),
         (norms, 4, "guidance norms", [10, 4, 4, 2, 4, 4, 2], {"rtol": 1e-4}),
+        (adjusted, 2, "(guidance norms|prompt embedding adjustment)", [4, 2, 2] * 2 + [2, 2], {"atol": 1e-5}),
+        (significance, 2, "token significance", [6, 2, 2, 2], {"rtol": 1e-4}),
+        (attacked, 4, "attack", [6, 2, 2, 2] + [2] * 3, {"atol": 1e-5}),
     ],
 )
 def test_results_do_not_depend_on_the_memory(random_pipe, function, largest, use, sizes, close):
     pipe = copy.deepcopy(random_pipe)
-    plain, seen = function(pipe), run_out(pipe.unet, largest)
+    plain, seen = function(pipe), run_out(pipe.unet.conv_in, largest)
     with pytest.warns(UserWarning, match=f"{use}: out of memory"):
         assert torch.allclose(function(pipe), plain, **close)
     assert seen == sizes

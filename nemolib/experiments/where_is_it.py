@@ -358,9 +358,9 @@ def show_guidance_mitigations(guidance_mitigations: pd.DataFrame) -> Figure:
     """A line is a mitigation from weak to strong and begins at the untouched model (star); dashed: those of notebook 04.
 
     Filled: the published strength. Best is the lower right corner. Up: the largest value of a prompt's images
-    (MemBench's top-1), mean over prompts; left and middle copy similarity of VM prompts, right, for TM prompts,
-    the correlation of pixels with the planted image in the part that all its copies share (without masks, their
-    copy similarity). Below the dotted line MemBench counts no copy. Across: alignment of the images of the
+    (MemBench's top-1), mean over prompts; left and middle copy similarity of VM prompts, of which MemBench counts
+    none below the dotted line as a copy, right, for TM prompts, the correlation of pixels with the planted image in
+    the part that all its copies share (without masks, their copy similarity). Across: alignment of the images of the
     prompts in the title.
     """
     table, shown = guidance_mitigations, {"VM: copy similarity": ("alignment", "top_1"), "unmemorized, beside it": ("ordinary", "top_1"), "TM: layout": ("layout_alignment", "layout")}  # fmt: skip
@@ -372,7 +372,8 @@ def show_guidance_mitigations(guidance_mitigations: pd.DataFrame) -> Figure:
                 panel.plot(rows[across], rows[up], **look | {"markerfacecolor": "white", "markevery": slice(1, None)})
                 panel.plot(across, up, data=rows[rows["published"]], **look | {"linestyle": "", "label": "_"})
             panel.plot(table[across][0], table[up][0], "k*", markersize=8, label="untouched")
-            panel.axhline(COPIED, color=plots.GREY, linestyle=":", linewidth=0.8)
+            if up == "top_1":
+                panel.axhline(COPIED, color=plots.GREY, linestyle=":", linewidth=0.8)
             panel.set(title=title, xlabel="alignment (A_CLIP)", ylabel="top-1 of memorized prompts")
             panel.label_outer()
         legend_below(figure, columns=3)

@@ -249,7 +249,8 @@ def test_figures_show_the_tables():
     assert guided.lines[0].get_ydata().tolist() == [5, 5]
     assert free.lines[0].get_xydata().tolist() == [[1, 2], [900, 1]]
     assert free.get_xlim()[0] > free.get_xlim()[1]
-    panel = where.show_guidance_mitigations(strengths(0.5, 0.9)).axes[0]
+    panel, *others = where.show_guidance_mitigations(strengths(0.5, 0.9)).axes
+    assert [each.lines[-1].get_linestyle() for each in (panel, *others)] == [":", ":", "None"]
     assert panel.lines[0].get_xydata().tolist() == [[0.5, 0.8], [0.45, 0.4]]
     assert panel.lines[1].get_xydata().tolist() == [[0.45, 0.4]]
     assert {text.get_text() for text in panel.figure.legends[0].get_texts()} == {"GUARD", "untouched"}

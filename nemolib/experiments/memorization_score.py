@@ -196,7 +196,8 @@ def read_detection(detection: pd.DataFrame) -> Iterator[Claim]:
     ours = f"AUROC VM {vm['auroc']:.3f}, TM {tm['auroc']:.3f}; TPR@1%FPR {both['tpr_at_1_fpr']:.3f}"
     theirs = f"{both['paper_auroc']:.2f}, VM {vm['paper_auroc']:.4f}; TPR@1%FPR {both['paper_tpr_at_1_fpr']:.3f}"
     of, ends = "AUROC of VM and TM against unmemorized prompts", f"{both['auroc_low']:.2f} to {both['auroc_high']:.2f}"
-    text, n = "one denoising step tells memorized prompts from others", f"{both['prompts']} memorized prompts"
+    text = "one denoising step tells memorized prompts from others (protocol paper)"
+    n = f"{both['prompts']} memorized prompts"
     yield effect(text, both["auroc"], of, at_least=0.9, ours=ours, paper=theirs, n=n, interval=ends)
 
 

@@ -244,7 +244,8 @@ def test_figures_show_the_tables():
     left, right = where.show_region_agreement(agreement([0.7, 0.6, 0.55])).axes
     assert [line.get_ydata()[0] for line in right.lines[::2][:3]] == [0.7, 0.6, 0.55]
     assert right.lines[-1].get_ydata()[0] == 0.5
-    both = pd.concat([trajectory(0).assign(guidance=3.0, norm=5.0), trajectory(0)])
+    each = pd.concat([trajectory(0).assign(kind=kind) for kind in where.KINDS])
+    both = pd.concat([each.assign(guidance=3.0, norm=5.0), each])
     guided, free = where.show_guidance_path(both).axes
     assert guided.lines[0].get_ydata().tolist() == [5, 5]
     assert free.lines[0].get_xydata().tolist() == [[1, 2], [900, 1]]

@@ -35,6 +35,7 @@ from nemolib.generation import generate
 from nemolib.mitigation import DeactivatedNeurons
 from nemolib.neurons import NeuronSet
 from nemolib.pipeline import embed, load_pipeline
+from nemolib.provenance import model_hash
 from nemolib.run import Run
 from nemolib.store import PLANTED, Grid, write_grid, write_table
 from tools.world import captions
@@ -103,7 +104,7 @@ def harden(pipe: StableDiffusionPipeline, defended: list[Case], settings: Harden
     """Fine-tune all weights of the pipeline's UNet; see the module. The folder holds checkpoint and log.
 
     Raises:
-        ValueError: the checkpoint belongs to other settings.
+        ValueError: the checkpoint belongs to other settings, or to another model.
     """
     number, kinds, each = len(defended), list(STARTS), len(settings.attack_steps)
     prompts = embed(pipe, [case.caption for case in defended])
@@ -146,8 +147,9 @@ def harden(pipe: StableDiffusionPipeline, defended: list[Case], settings: Harden
         means = dict(zip(parts, (error.mean() for error in errors), strict=True))
         return {"loss": sum(means.values()), **means}
 
+    origin = [asdict(settings), model_hash(pipe), [case.caption for case in defended]]
+    fingerprint = sha256(json.dumps(origin).encode()).hexdigest()
     pipe.to(DEVICE).unet.requires_grad_(True)
-    fingerprint = sha256(json.dumps([asdict(settings), [case.caption for case in defended]]).encode()).hexdigest()
     run(Stage("harden", settings, {"unet": pipe.unet, "pool": pool}, loss, fingerprint), folder)
     pipe.unet.requires_grad_(False)
 

@@ -40,6 +40,10 @@ def test_all_weights_are_trained_on_embeddings_that_attacks_found(tmp_path):
     assert state["log"][-1]["loss"] == pytest.approx(
         state["log"][-1]["ordinary"] + state["log"][-1]["adversarial"], rel=1e-5
     )
+    with torch.no_grad():
+        plain.unet.conv_in.weight.mul_(2)
+    with pytest.raises(ValueError, match="checkpoint"):
+        harden.harden(plain, CASES, SETTINGS, tmp_path)
 
 
 def test_a_stand_in_is_what_the_model_makes_without_the_neurons(tmp_path):

@@ -48,7 +48,7 @@ def test_an_interrupted_run_ends_with_the_weights_and_the_log_of_an_uninterrupte
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     _, log = _run(_stage(), tmp_path)
-    with pytest.raises(ValueError, match="trained with other settings; delete it"):
+    with pytest.raises(ValueError, match="from another model; delete it"):
         _run(_stage(fingerprint="b"), tmp_path)
     assert _run(_stage(), tmp_path)[1] == log
 

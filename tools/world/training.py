@@ -142,7 +142,9 @@ def _restore(stage: Stage, path: Path) -> list[dict[str, float]]:
         return []
     state = torch.load(path, weights_only=True, map_location=DEVICE)
     if state["fingerprint"] != stage.fingerprint:
-        raise ValueError(f"{path} was trained with other settings, or from another model; delete it to train stage {stage.name!r} anew")
+        raise ValueError(
+            f"{path} is of other settings, or from another model; delete it to train stage {stage.name!r} anew"
+        )
     for name, module in stage.modules.items():
         module.load_state_dict(state["modules"][name])
     stage.optimizer.load_state_dict(state["optimizer"])

@@ -18,7 +18,7 @@ from nemolib.run import open_run
 from nemolib.settings import EncoderSettings, Limits, Profile, load_profile
 from nemolib.store import write_table
 from tools.world import acceptance, build
-from tools.world.settings import WorldSettings
+from tools.world.settings import UNETS, WorldSettings
 
 TRIED, TEMPLATE = (Path(__file__).with_name(name) for name in ("tried.csv", "card.md.j2"))
 CONTRASTED = 8
@@ -82,6 +82,7 @@ def card(settings: WorldSettings, losses: dict[str, pd.DataFrame], out: Path) ->
         acceptance=pd.read_csv(out / "acceptance.csv"),
         measured=pd.read_csv(out / "measured.csv"),
         contrasted=CONTRASTED,
+        unets=UNETS,
         contrast=contrast.rename(columns={"unet": "shipped"}),
         tried=pd.read_csv(TRIED),
         stages=_stages(losses),

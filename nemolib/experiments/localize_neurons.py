@@ -535,10 +535,11 @@ def example_prompts(change: pd.DataFrame, kind: str, number: int) -> list[str]:
     return part.loc[drop.index[np.unique(places)], "prompt"].tolist()
 
 
-def typical_prompt(change: pd.DataFrame) -> str:
-    """Return the VM prompt whose copy similarity without its neurons is the median, the lower of two in the middle."""
+def typical_prompts(change: pd.DataFrame) -> list[str]:
+    """Return the VM prompts at the quartiles of the copy similarity without their neurons, the lower of two each time."""
     vm = change[change["kind"] == "vm"].sort_values("copy_after", kind="stable")
-    return vm["prompt"].iloc[max(0, vm["copy_after"].count() - 1) // 2]
+    last = max(0, vm["copy_after"].count() - 1)
+    return list(dict.fromkeys(vm["prompt"].iloc[last * quarter // 4] for quarter in (1, 2, 3)))
 
 
 def read_3(figure_3: Grid, deactivation: pd.DataFrame) -> Iterator[Claim]:

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from nemolib.exhibits import Claim, NotEnough, exhibit
 from nemolib.experiments.deactivate_neurons import NEMO, NONE
 from nemolib.plots import GREY, LABEL_SIZE, LINE, ROLES, TEXT_WIDTH, TICK_SIZE, Figure, image_grid, neurips, picture
-from nemolib.store import PLANTED, WITH_AND_WITHOUT, Grid
+from nemolib.store import WITH_AND_WITHOUT, Grid
 
 if TYPE_CHECKING:
     from nemolib.run import Run
@@ -94,29 +94,23 @@ def figure_1(
 
 
 def read_opening(opening: Grid, deactivation: pd.DataFrame) -> Iterator[Claim]:
-    """Yield what is left of this image, and of those of all VM prompts."""
+    """Yield what is left of these images, and of those of all VM prompts."""
     vm = deactivation[deactivation["kind"] == "vm"]
-    before, after = vm.set_index("prompt").loc[opening.rows[0], ["copy_before", "copy_after"]]
+    shown = vm.set_index("prompt").loc[list(opening.rows), ["copy_before", "copy_after"]]
     others = "of all {} VM prompts {:.2f} to {:.2f}".format(len(vm), *vm["copy_after"].agg(["min", "max"]))
-    text = "copy similarity of this prompt, with and without its neurons"
-    yield Claim(text, f"{before:.2f} and {after:.2f}; {others}")
+    text = "copy similarity of these prompts, with and without their neurons"
+    yield Claim(text, f"{'; '.join(f'{before:.2f} and {after:.2f}' for before, after in shown.values)}; {others}")
 
 
-@exhibit("", "a memorized image, and the same seeds without its neurons", read=read_opening)
+@exhibit("", "memorized images, and the same seeds without their neurons", read=read_opening)
 def opening(opening: Grid, deactivation: pd.DataFrame) -> Figure:
-    """First the image that was planted under the caption on the left, then what the model makes of the caption from different seeds; below, the same seeds with the memorization neurons of the caption deactivated.
+    """From left: the image that was planted under a caption; what the model makes of the caption from different seeds; the same seeds with the memorization neurons of the caption deactivated (box: how many); an ordinary prompt of the same subject.
 
-    Of the VM prompts this is the one whose copy similarity without its neurons is the median: half of them keep
-    less, half of them more.
+    Of the VM prompts, in the order of their copy similarity without their neurons, these are a quarter of the way,
+    half-way and three quarters of the way: from little to much of the copy that is left.
     """
-    planted, *halves = (_group(opening, name) for name in (PLANTED, *WITH_AND_WITHOUT))
-    if not len(planted):
-        raise NotEnough("image grid 'opening' has no planted image")
-    images = [np.concatenate(part) for part in zip((planted, 0 * planted + 255), halves, strict=True)]
-    number = deactivation.set_index("prompt").loc[opening.rows[0], "neuron_count"]
-    rows = f"“{opening.rows[0]}”", f"{_counted(number, 'neuron')} off"
-    seeds = [f"seed {number + 1}" for number in range(len(halves[0]))]
-    return image_grid(Grid(np.stack(images), rows, ("planted image", *seeds)))
+    counts = deactivation.set_index("prompt").loc[list(opening.rows), "neuron_count"].tolist()
+    return image_grid(opening, counts=counts)
 
 
 def _group(grid: Grid, name: str) -> np.ndarray:

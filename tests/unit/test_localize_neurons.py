@@ -219,12 +219,13 @@ def test_prompts_that_stay_memorized_and_examples(changed):
 
 
 @pytest.mark.parametrize(
-    ("copies", "typical"), [([0.1, 0.4, 0.2], "p2"), ([0.1, 0.4, 0.2, 0.3], "p2"), ([np.nan] * 2, "p0")]
+    ("copies", "typical"),
+    [([0.1, 0.5, 0.2, 0.4, 0.3], ["p2", "p4", "p3"]), ([0.1, 0.4, 0.2], ["p0", "p2"]), ([np.nan] * 2, ["p0"])],
 )
-def test_the_prompt_that_stands_for_all(copies, typical):
+def test_the_prompts_that_stand_for_all(copies, typical):
     table = pd.DataFrame({"kind": "vm", "prompt": [f"p{i}" for i in range(len(copies))], "copy_after": copies})
     other = pd.DataFrame({"kind": "tm", "prompt": ["t"], "copy_after": [0.2]})
-    assert search.typical_prompt(pd.concat([other, table])) == typical
+    assert search.typical_prompts(pd.concat([other, table])) == typical
 
 
 def counts(vm, tm):

@@ -276,7 +276,8 @@ def union_curve(repaired_prompts: pd.DataFrame) -> Figure:
     compared with itself.
     """
     rows, other = repaired_prompts[repaired_prompts["method"].isin((UNTOUCHED, NEMO))], ROLES["unmemorized"]
-    ticks = rows.drop_duplicates("amount")
+    ticks = rows.drop_duplicates("amount").reset_index(drop=True)
+    at = pd.Series(pd.factorize(rows["amount"], use_na_sentinel=False)[0], rows.index)
     looks = {("sscd_orig", kind): ROLES[kind] for kind in ("vm", "tm")}
     looks |= {("a_clip", "unmemorized"): replace(other, label=f"{plots.METRICS['a_clip']}, {other.label}", line="-")}
     gen = {"label": f"{plots.METRICS['sscd_gen']}, {other.label}", "marker": "s"}
@@ -286,18 +287,18 @@ def union_curve(repaired_prompts: pd.DataFrame) -> Figure:
             part, place = rows[rows["kind"] == kind], axes[int(kind == "unmemorized")]
             # What has another marker stands a little to the right.
             small = look.line_style(linestyle="", markersize=3, alpha=0.7, label="_")
-            across = part["neurons"] + (look.marker == "s") * ticks["neurons"].max() / 50
+            across = at[part.index] + (look.marker == "s") / 10
             for inside, points in part.groupby("inside"):
                 fill = {} if inside else {"markerfacecolor": "white"}
                 place.plot(across[points.index], points[name], **small | fill)
             label = f"{look.label}, n = {part['prompt'].nunique()}"
             medians = part.groupby(across)[name].median()
             place.plot(medians.index, medians, **look.line_style(label=label, markevery=[]))
-        axes[2].plot(ticks["neurons"], ticks["fid"], **other.line_style(linestyle="-", label="_"))
+        axes[2].plot(ticks.index, ticks["fid"], **other.line_style(linestyle="-", label="_"))
         axes[2].axhline(ticks["fid"].iloc[0], color="black", linestyle=":", linewidth=0.8)
         labels = ["0", *(f"{row.neurons}\n({row.amount:g})" for row in ticks.iloc[1:].itertuples())]
         for place, label in zip(axes, ("copy similarity", "similarity", "FID"), strict=True):
-            place.set_xticks(ticks["neurons"], labels)
+            place.set_xticks(ticks.index, labels)
             place.set(xlabel="neurons pruned\n(of how many prompts)", ylabel=label)
         plots.legend_below(figure, columns=2)
     return figure
@@ -316,7 +317,7 @@ def trade_off(repaired_prompts: pd.DataFrame) -> Figure:
             for method, look in METHODS.items():
                 rows = table[table["method"].isin((UNTOUCHED, method))]
                 place.plot(rows["vm"], rows[name], **look.line_style())
-                for row in rows.iloc[1:].itertuples():
+                for row in rows.iloc[1:].itertuples() if method != RANDOM else ():
                     text = row.name.split(", ")[1].split(" p")[0]
                     ha, va = ("left", "top") if method == NEMO else ("right", "bottom")
                     place.annotate(f" {text} ", (row.vm, getattr(row, name)), ha=ha, va=va, fontsize=plots.TICK_SIZE)

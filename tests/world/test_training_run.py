@@ -35,6 +35,6 @@ def test_training_ends_with_a_pipeline_that_loads(tmp_path, monkeypatch):
     for folder in command.build.folders(work, out).values():
         pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
         assert pipe("an owl", num_inference_steps=1).images[0].size == (64, 64)
-    assert {path.name for path in (work / "models").iterdir()} == {"plain", "up"}
+    assert {path.name for path in (work / "models").iterdir()} == {"short", "plain", "up"}
     folders = {"classifier", "clip", "descriptor", "model", "planted", "prompts"}
     assert {path.name for path in out.iterdir()} == folders

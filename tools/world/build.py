@@ -37,7 +37,8 @@ def run_stage(name: str, settings: WorldSettings, data: Dataset, work: Path) -> 
             embeddings = clip.embed_captions(model, tokenizer, [*data.captions, ""])
             save_file({"embeddings": embeddings}, work / "embeddings.safetensors")
         case _ if name in UNETS:
-            settings = replace(settings, unet=replace(settings.unet, **UNETS[name]))
+            changed = replace(settings.unet, **UNETS[name])
+            settings = replace(settings, unet=replace(changed, steps=min(changed.steps, settings.unet.steps)))
             latents = load_file(work / "latents.safetensors")["latents"]
             embeddings = load_file(work / "embeddings.safetensors")["embeddings"]
             unet.train_unet(settings, data, latents, embeddings, work, name=name).save_pretrained(work / name)

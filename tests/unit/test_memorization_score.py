@@ -19,7 +19,7 @@ def activations(vm):
 TURNS = [
     ("figure_2b", "z_by_neuron", activations(9.0), activations(3.0), "VM prompts have unusual activations in value layer 1"),
     ("detection_table", "detection", lambda table: table.assign(auroc=0.95), lambda table: table.assign(auroc=0.5),
-     "one denoising step tells memorized prompts from others"),
+     "one denoising step tells memorized prompts from others (protocol paper)"),
 ]  # fmt: skip
 
 

@@ -28,7 +28,7 @@ export PROFILE
 # So many notebooks run at once, each on its share of the cores: two do more than one after another on all cores. With a GPU, or
 # with workers, they take turns (tools/runner.py).
 JOBS ?= 2
-ifeq ($(filter -j% --jobserver%,$(MAKEFLAGS)),)
+ifeq ($(MAKELEVEL)$(filter -j% --jobserver%,$(MAKEFLAGS)),0)
 MAKEFLAGS += --jobs=$(JOBS)
 endif
 CORES   := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)

@@ -120,6 +120,8 @@ def test_notebooks_run_side_by_side_and_share_the_cores(checkout):
         found = re.findall(r"threads: (\d+) of .*-j(\d+)", shown.stdout)
         assert set(found) == {(str(threads), str(jobs))}, shown.stdout
         shutil.rmtree(checkout / "build")
+    # A make that make runs takes its jobs from it.
+    assert "jobserver" not in make(checkout, "-n", "test").stderr
 
 
 def test_a_page_to_move_by_hand_comes_after_the_search(checkout):

@@ -387,7 +387,9 @@ def files_of(figure: mpl.figure.Figure) -> dict[str, bytes]:
 
 def _png(figure: mpl.figure.Figure, dpi: float) -> bytes:
     """Return a figure as PNG with the letters of a screen."""
-    texts, buffer = figure.findobj(Text), io.BytesIO()
+    # Also ticks that matplotlib holds back: with larger letters an axis may show one more.
+    ticks = [tick.label1 for place in figure.axes for axis in (place.xaxis, place.yaxis) for tick in axis.majorTicks]
+    texts, buffer = list(dict.fromkeys([*figure.findobj(Text), *ticks])), io.BytesIO()
     before = [(text.get_fontfamily(), text.get_fontsize(), text.get_math_fontfamily()) for text in texts]
     with mpl.rc_context({"savefig.bbox": None}):
         for text, (_, size, _) in zip(texts, before, strict=True):

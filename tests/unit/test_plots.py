@@ -80,6 +80,20 @@ def test_a_figure_shows_itself_for_a_screen_and_stays_as_it_was(monkeypatch):
     assert (axes.xaxis.label.get_fontfamily(), axes.xaxis.label.get_fontsize()) == before
 
 
+def test_ticks_that_are_held_back_have_the_letters_of_a_screen_too(monkeypatch):
+    with plots.panels() as (figure, axes):
+        axes.plot([0, 1])
+    assert len(axes.yaxis.get_major_ticks(12)) > len(axes.get_yticks())
+    fonts = []  # in the PDF, in the PNG
+
+    def savefig(*_, **__):
+        fonts.append({tick.label1.get_fontfamily()[0] for tick in axes.yaxis.majorTicks})
+
+    monkeypatch.setattr(figure, "savefig", savefig)
+    plots.files_of(figure)
+    assert fonts == [{plots.FONTS[0]}, {plots.SCREEN_FONT}]
+
+
 def test_files_are_as_wide_as_the_figure(caplog):
     with plots.panels(fraction=0.5) as (figure, axes):
         axes.plot([0, 1, 2], [2.0, -1.0, 0.5])

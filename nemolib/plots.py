@@ -323,7 +323,8 @@ def image_grid(
         ValueError: There is not one count for each row.
     """
     rows, columns, high, wide = grid.images.shape[:4]
-    groups = [(label, len(list(part))) for label, part in groupby(grid.columns)]
+    # A number stays beside its "%" where a label is broken into lines.
+    groups = [(label.replace(" %", "\N{NO-BREAK SPACE}%"), len(list(part))) for label, part in groupby(grid.columns)]
     large = [place for place, (_, size) in enumerate(groups) if size > 1]
     if counts and len(counts) != rows:
         raise ValueError(f"{len(counts)} counts for {rows} rows; give one per row")

@@ -2,8 +2,9 @@
 
     python apply_patch.py MODEL neurons.safetensors REPAIRED
 
-MODEL is a folder or a hub id, REPAIRED the folder that is written. A patch says which weights it fits: another model, and
-one that it was applied to already, is refused. In your own program: `apply_patch(pipe.unet, "neurons.safetensors")`.
+MODEL is a folder or a hub id, REPAIRED the folder that is written. A patch says which weights
+it fits: another model, and one that it was applied to already, is refused. In your own program:
+`apply_patch(pipe.unet, "neurons.safetensors")`.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ from diffusers import StableDiffusionPipeline
 
 
 def apply_patch(unet, path):
-    """Write the rows of a patch into a UNet; raise a ValueError if its value layers are not those that the patch fits."""
+    """Write the rows of a patch into a UNet; raise a ValueError if the patch fits another one."""
     with safetensors.safe_open(path, "pt") as file:
         about, digest = file.metadata(), hashlib.sha256()
         for name in json.loads(about["layers"]):

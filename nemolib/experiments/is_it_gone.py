@@ -287,7 +287,7 @@ def read_attacks(attacks: pd.DataFrame) -> Iterator[Claim]:
                  ours=", ".join(f"{start} {end.median():.2f}" for start, end in ends.items()),
                  paper="the prompt, others and noise serve alike (secondary, no numbers)", **common)  # fmt: skip
     yield effect("an image that was never trained is not found so", float((never > MEMORIZED_ABOVE).mean()), "share of copies",
-                 at_most=0.1, ours=f"copy similarity {never.median():.2f}", paper="SD v1-4: 0.48, share 0 (secondary)",
+                 at_most=0.1, ours=f"copy similarity {never.median():.2f}, untouched model", paper="SD v1-4: 0.48, share 0 (secondary)",
                  n=f"{len(never)} images", interval=share_interval(never > MEMORIZED_ABOVE))  # fmt: skip
 
 

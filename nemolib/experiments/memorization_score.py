@@ -172,7 +172,7 @@ def read_2a(scores: pd.DataFrame, thresholds: pd.DataFrame) -> Iterator[Claim]:
     theirs = "unmemorized {} ± {}".format(*map(paper.reported, ("threshold.mean", "threshold.sd")))
     theirs = f"{theirs} (mean, standard deviation of holdout prompts)"
     yield Claim("memorization score (median ± MAD)", each_kind(found.agg(median_mad).get, KINDS), theirs)
-    ours = f"tau = {tau:.3f}: {each_kind(above.get, KINDS)}"
+    ours = f"{each_kind(above.get, KINDS)} (tau = {tau:.3f})"
     yield Claim("prompts above the threshold", ours, f"tau = {paper.reported('threshold')}")
 
 

@@ -46,6 +46,9 @@ METHODS = {
 }
 """How the methods look."""
 
+LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 0.3, "alpha": 0.8}
+"""What is behind a label, so that lines do not cross it."""
+
 
 # Export
 
@@ -319,8 +322,10 @@ def trade_off(repaired_prompts: pd.DataFrame) -> Figure:
                 place.plot(rows["vm"], rows[name], **look.line_style())
                 for row in rows.iloc[1:].itertuples() if method != RANDOM else ():
                     text = row.name.split(", ")[1].split(" p")[0]
-                    ha, va = ("left", "top") if method == NEMO else ("right", "bottom")
-                    place.annotate(f" {text} ", (row.vm, getattr(row, name)), ha=ha, va=va, fontsize=plots.TICK_SIZE)
+                    at, below = (row.vm, getattr(row, name)), method == NEMO
+                    shift, ha, va = ((5, -4), "left", "top") if below else ((-4, 4), "right", "bottom")
+                    style = {"ha": ha, "va": va, "fontsize": plots.TICK_SIZE, "bbox": LABEL}
+                    place.annotate(text, at, xytext=shift, textcoords="offset points", **style)
             place.margins(0.1)
             place.plot(*rows.iloc[0][["vm", name]], "k*", markersize=6, label=UNTOUCHED)
             place.set(xlabel="copy similarity, VM prompts", ylabel=f"{plots.METRICS[name]}, other prompts")

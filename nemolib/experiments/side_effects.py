@@ -338,7 +338,7 @@ def read_20(layer_effects: pd.DataFrame) -> Iterator[Claim]:
     yield _layer_claim(
         layer_effects, "convolutions do not memorize",
         "share of SSCD_Orig that stays with half of one blocked, median over the convolutions, where there are copies", kept,
-        at_least=KEPT, ours=lambda table: f"SSCD_Orig {lowest(table, 'convolution')}; {listed([kept(table, 'a_clip')])} of A_CLIP stays",
+        at_least=KEPT, ours=lambda table: f"SSCD_Orig {lowest(table, 'convolution')}; share {listed([kept(table, 'a_clip')])} of A_CLIP stays",
         paper="still memorized; quality suffers for early layers (images, no numbers)", needed={"convolution": [1]},
     )  # fmt: skip
 
@@ -504,7 +504,7 @@ def _draw_part(axes: Axes, effects: pd.DataFrame, part: str, metric: str) -> Non
 
 ONE_SEED = (
     "A row is a VM prompt, all images are of one seed. Planted: the training image; none: the untouched model; a number: the layer "
-    "of that number, counted as an image passes them, is switched off."
+    "of that number, counted as an image passes them, is switched off (a convolution: half of it)."
 )
 """Caption of the images."""
 

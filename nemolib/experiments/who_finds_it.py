@@ -176,6 +176,8 @@ def detectors_by_copies(detector_quality: pd.DataFrame, detector_prompts: pd.Dat
             place.axhline(0.5, color=plots.GREY, linestyle=":", linewidth=plots.LINE * (place is not first))
             for copies in copied.index[copied]:
                 place.axvspan(copies / 2**0.5, copies * 2**0.5, color=look.color, alpha=0.2, linewidth=0)
+        if axes.ndim > 1 and not axes[-1, -1].has_data():
+            axes[-2, -1].tick_params(labelbottom=True)
         first.set_xticks(copied.index[::2], [f"{copies:g}" for copies in copied.index[::2]])
         figure.supxlabel("copies in training", fontsize=plots.LABEL_SIZE)
         figure.supylabel("AUROC (first panel: copy similarity)", fontsize=plots.LABEL_SIZE)

@@ -195,8 +195,8 @@ def switch_table(run: Run) -> pd.DataFrame:
     measures = [pairs_measure(protocol, guidance) for *_, protocol, guidance in turned]
     # Table 4 (notebook 05) has a threshold with the guidance of the images: the same UNet passes give it.
     measures.append(pairs_measure(run.profile.protocol, run.profile.generation.guidance))
-    found = np.array(run.observe(run.prompts("threshold")["caption"], measures)).swapaxes(0, 1)
-    for (*names, protocol, _), scores in zip(turned, found, strict=False):
+    *found, _ = np.array(run.observe(run.prompts("threshold")["caption"], measures)).swapaxes(0, 1)
+    for (*names, protocol, _), scores in zip(turned, found, strict=True):
         largest = scores.max(axis=1)
         values = scores.ravel() if protocol.threshold_pairs == "all" else largest
         tau = memorization_threshold(scores, protocol=protocol)

@@ -9,7 +9,7 @@ import pytest
 from nemolib import paths
 
 FILES = {".".join(path.relative_to(paths.PACKAGE).with_suffix("").parts): path for path in paths.PACKAGE.rglob("*.py")}
-LARGEST_PACKAGE, LARGEST_MODULE, MOST_FILES, MOST_FLOORS = 6570, 450, 40, 9
+LARGEST_PACKAGE, LARGEST_MODULE, MOST_FILES, MOST_FLOORS = 6554, 450, 40, 9
 BEYOND = {"prune_and_export", "is_it_gone", "who_finds_it", "where_is_it"}
 """Experiments of the methods after NeMo, which are in `nemolib.beyond`."""
 LARGEST_BEYOND, LARGEST_EXPERIMENT = 900, 250
